@@ -1,0 +1,68 @@
+import { type ConsolaInstance, createConsola, type LogType } from "consola";
+
+/** Levels as the command line names them, with consola's numbers. */
+export const LOG_LEVELS = { error: 0, warn: 1, info: 3, debug: 4, trace: 5 } as const;
+export type LogLevel = keyof typeof LOG_LEVELS;
+
+/** A logger that names its subject; `log.child("vf 0000:5a:00.1")` narrows it. */
+export interface Logger {
+  error(message: string, cause?: unknown): void;
+  warn(message: string, cause?: unknown): void;
+  info(message: string): void;
+  debug(message: string): void;
+  child(subject: string): Logger;
+}
+
+/** journald reads a line's priority from a leading `<n>` (sd-daemon(3)). */
+const PRIORITY: Partial<Record<LogType, number>> = { fatal: 2, error: 3, warn: 4, info: 6, debug: 7, trace: 7 };
+
+/** The root logger of a process. Writes to standard error; with journald behind it each line carries its priority. */
+export function createLogger(level: LogLevel, journald = process.env["JOURNAL_STREAM"] !== undefined): Logger {
+  const root = createConsola({
+    level: LOG_LEVELS[level],
+    reporters: [
+      {
+        log({ type, tag, args, date }) {
+          const prefix = journald ? `<${PRIORITY[type] ?? 6}>` : `${date.toISOString()} ${type.padEnd(5)} `;
+          const subject = tag === "" ? "" : `${tag}: `;
+          process.stderr.write(`${prefix}${subject}${args.map(describe).join(" ")}\n`);
+        },
+      },
+    ],
+  });
+  return wrap(root, "");
+}
+
+function wrap(instance: ConsolaInstance, subject: string): Logger {
+  const tagged = instance.withTag(subject);
+  const say = (type: "error" | "warn") => (message: string, cause?: unknown) =>
+    cause === undefined ? tagged[type](message) : tagged[type](message, cause);
+  return {
+    error: say("error"),
+    warn: say("warn"),
+    info: (message) => tagged.info(message),
+    debug: (message) => tagged.debug(message),
+    child: (inner) => wrap(instance, subject === "" ? inner : `${subject} ${inner}`),
+  };
+}
+
+/** One line whatever was thrown: a peer's text must not forge log lines. */
+function describe(value: unknown): string {
+  const text = value instanceof Error ? causeChain(value) : String(value);
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is removed
+  return text.replace(/[\u0000-\u001f\u007f]/g, " ");
+}
+
+function causeChain(error: Error): string {
+  const cause = error.cause instanceof Error ? ` (${causeChain(error.cause)})` : "";
+  return `${error.message}${cause}`;
+}
+
+/** Says nothing; for tests and for libraries that are handed no logger. */
+export const silentLogger: Logger = {
+  error() {},
+  warn() {},
+  info() {},
+  debug() {},
+  child: () => silentLogger,
+};

@@ -1,0 +1,74 @@
+import type { Deadline } from "../base/deadline.ts";
+import type { Json } from "../base/json.ts";
+import type { PciAddress } from "./address.ts";
+
+/**
+ * One PCI function as its driver sees it, reached through a transport (kernel VFIO or vfio-user). Register accesses
+ * are promises on both, because one of them crosses a socket; accesses are carried out in the order they were made,
+ * so a driver may issue several and await them together.
+ */
+export interface PciFunction extends AsyncDisposable {
+  readonly address: PciAddress;
+  /** PCI configuration space. */
+  readonly config: RegisterSpace;
+  readonly interrupts: Interrupts;
+  /**
+   * A base address register's space, 0 to 5.
+   * @throws VhostdError barRead where the function has none at this index
+   */
+  region(bar: number): Promise<RegisterSpace>;
+  /** The place that a driver writes to announce buffers of a queue. One object a place; the function owns it. */
+  doorbell(bar: number, offset: number): Promise<Doorbell>;
+  /** Function-level reset. @throws VhostdError resetTimedOut */
+  reset(deadline: Deadline): Promise<void>;
+  /** Resolves with the reason when the function is gone (its server died, the device was unplugged). */
+  readonly lost: Promise<Error>;
+  /** What a new process needs, beside the fds, to go on with the function as it is. */
+  snapshot(): FunctionSnapshot;
+  /**
+   * Lets go of everything of this process without touching the function: it stays open, mapped and running for
+   * whoever holds duplicates of its fds.
+   */
+  abandon(): void;
+}
+
+/** Plain data beside named fds: a live function is made from both (first start and adoption alike). */
+export interface FunctionSnapshot {
+  readonly data: Json;
+  /** Borrowed: they belong to the function. */
+  readonly fds: ReadonlyMap<string, number>;
+}
+
+export type AccessWidth = 1 | 2 | 4;
+
+/** Registers by offset and width in bytes. */
+export interface RegisterSpace {
+  /** Bytes. */
+  readonly size: number;
+  read(offset: number, width: AccessWidth): Promise<number>;
+  write(offset: number, width: AccessWidth, value: number): Promise<void>;
+  /** `length` bytes; not atomic over more than 4 of them. */
+  readBytes(offset: number, length: number): Promise<Uint8Array>;
+}
+
+export interface Interrupts {
+  /** MSI-X vectors of the function. */
+  readonly count: number;
+  /**
+   * The device signals `eventfd` for `vector` from now on; null routes it nowhere. Other vectors are not disturbed.
+   * The fd is borrowed for the call.
+   */
+  route(vector: number, eventfd: number | null): Promise<void>;
+}
+
+export interface Doorbell {
+  /** Rings once, from this process. `value` is the queue index, or its notify data. */
+  ring(value: number): Promise<void>;
+  /**
+   * From now on each signal of `kick` rings the doorbell, without passing through JavaScript, until the connection
+   * is disposed of. A kick that was signalled before counts. The fd is borrowed for the call.
+   */
+  connect(kick: number, value: number): Disposable;
+  /** Where a front-end may map the doorbell itself (host notifier), or undefined. Bytes; page-aligned. */
+  share(): { readonly fd: number; readonly offset: number; readonly size: number } | undefined;
+}

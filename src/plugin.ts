@@ -1,0 +1,128 @@
+/**
+ * The contract between the daemon and a plugin: types only, so that a plugin imports nothing of the host at run time
+ * and loads into the single executable too.
+ *
+ * ```ts
+ * import type { Plugin } from "vfe-vhostd/plugin";
+ * export default { name: "rng", apiVersion: 1, setup(host) { host.deviceClass({ … }); } } satisfies Plugin;
+ * ```
+ */
+
+/** The version of this contract. A plugin that names another one is refused when it is registered. */
+export type PluginApiVersion = 1;
+
+export interface Plugin {
+  readonly name: string;
+  readonly apiVersion: PluginApiVersion;
+  /** Called once when the plugin is registered; whatever it throws refuses the plugin by name. */
+  setup(host: PluginHost): void;
+}
+
+export interface PluginHost {
+  deviceClass(deviceClass: DeviceClass): void;
+}
+
+/** What differs by virtio device id. The first five members are required, the rest says "nothing special". */
+export interface DeviceClass {
+  readonly name: string;
+  /** VIRTIO 1.2, 5: the device id; the PCI device id is 0x1040 more. */
+  readonly virtioId: number;
+  /** Device configuration space (VIRTIO 1.2, 5.x.4): field name to offset and type. Nothing beyond it is ever read. */
+  readonly configSpace: ConfigTable;
+  /** Bits 0 to 23 and 50 to 63; all others belong to the core. */
+  readonly features: ClassFeatures;
+  /** Virtqueues that a front-end may use, given the configuration space and the features that the function offers. */
+  queues(config: ConfigValues, features: bigint): number;
+
+  /** Configuration fields that a front-end may write (SET_CONFIG). None unless said. */
+  readonly writableConfig?: readonly string[];
+  /** Protocol feature bits of this class beside those of the core (vhost-user, "Protocol features"). */
+  readonly protocolFeatures?: readonly number[];
+  /** Messages of this class, by request number: they are added to the session's table or replace a row of it. */
+  readonly messages?: Readonly<Record<number, ClassMessage>>;
+  /** What `vf -i` shows of the configuration space, in this order. */
+  describe?(config: ConfigValues): Readonly<Record<string, string>>;
+  /** A software implementation, for vfe-softvf. */
+  readonly softDevice?: SoftDeviceClass;
+}
+
+export interface ClassFeatures {
+  /** Specification names without prefix, by bit: `{ 6: "BLK_SIZE" }`. Used in logs and `vf -i`. */
+  readonly names: Readonly<Record<number, string>>;
+  /** Offered to the guest although the function has no such bit; never acknowledged to the function. */
+  readonly add?: readonly number[];
+  /** Kept from the guest although the function offers them. */
+  readonly hide?: readonly number[];
+}
+
+export type ConfigFieldType = "u8" | "u16" | "u32" | "u64";
+export type ConfigTable = Readonly<Record<string, readonly [offset: number, type: ConfigFieldType]>>;
+/** Fields beyond what the function implements read as 0. */
+export type ConfigValues = Readonly<Record<string, number | bigint>>;
+
+/** One more request of the vhost-user protocol. The core has checked size, fds and `needs` before `handle` is called. */
+export interface ClassMessage {
+  readonly name: string;
+  /** Bytes of payload, exactly. */
+  readonly size: number;
+  /** The protocol feature bit that must have been negotiated. */
+  readonly needs?: number;
+  /**
+   * @returns the payload of the answer, or nothing where the message has none (a REPLY_ACK is sent by the core)
+   * @throws an Error that refuses the message with its text as the reason
+   */
+  handle(payload: Uint8Array, device: ClassDevice): Promise<Uint8Array | undefined>;
+}
+
+/** What a class's message handler may do to its device. */
+export interface ClassDevice {
+  readonly config: ConfigValues;
+  readonly features: bigint;
+  log(text: string): void;
+}
+
+/** Makes the software devices of a class. */
+export interface SoftDeviceClass {
+  /** PCI class code, 24 bits: 0x010000 is a SCSI/mass storage controller. */
+  readonly pciClass: number;
+  /** Options beside those that every class has (queues, ring size), by name. */
+  readonly options: Readonly<Record<string, SoftOption>>;
+  /** @throws an Error whose text says which option does not fit and why */
+  create(options: SoftOptionValues): SoftDevice;
+}
+
+export interface SoftOption {
+  readonly type: "string" | "number" | "size" | "boolean";
+  readonly description: string;
+  readonly default?: SoftOptionValue;
+  /** May be set while the device runs (`vfe-softvf set`). */
+  readonly live?: boolean;
+}
+export type SoftOptionValue = string | number | boolean;
+export type SoftOptionValues = Readonly<Record<string, SoftOptionValue | undefined>>;
+
+/** One software device: what the guest's driver sees beside the queues, and who serves the queues. */
+export interface SoftDevice extends Disposable {
+  /** Bits 0 to 23 and 50 to 63 that the device offers. */
+  readonly features: bigint;
+  readonly queues: number;
+  /** The ring worker of the native layer that serves the queues, and its parameters. */
+  readonly worker: SoftWorker;
+  /** Device configuration space as it is now. */
+  config(): Uint8Array;
+  /** The driver wrote to the configuration space. Unwritable bytes are ignored. */
+  writeConfig(offset: number, bytes: Uint8Array): SoftChange;
+  /** A live option was set. */
+  set(option: string, value: SoftOptionValue): SoftChange;
+}
+
+export interface SoftWorker {
+  readonly name: string;
+  readonly parameters: Readonly<Record<string, string | number | bigint | boolean>>;
+}
+
+/** What follows from a change: a configuration interrupt, parameters for the running worker. */
+export interface SoftChange {
+  readonly configChanged?: boolean;
+  readonly parameters?: SoftWorker["parameters"];
+}

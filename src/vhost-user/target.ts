@@ -1,0 +1,49 @@
+import type { DmaRange } from "../pci/address-space.ts";
+import type { DeviceClass } from "../plugin.ts";
+import type { DeviceState } from "../virtio/device-state.ts";
+import type { RingMemory } from "../virtio/split-ring.ts";
+
+/** What a session drives: one VF, seen without its transport and life cycle. */
+export interface SessionTarget {
+  readonly deviceClass: DeviceClass;
+  /** All 64 feature bits that the function offers. */
+  readonly deviceFeatures: bigint;
+  /** Virtqueues a front-end may use. */
+  readonly queues: number;
+  /** The largest ring that the function takes for this queue, entries. */
+  queueSizeMax(index: number): number;
+  /** VHOST_F_LOG_ALL can be honoured at any moment from now on. */
+  readonly dirtyTracking: boolean;
+
+  /** Device configuration space of the function, at most as long as the class's table says. */
+  readConfig(): Promise<Uint8Array>;
+  writeConfig(offset: number, bytes: Uint8Array): Promise<void>;
+
+  /** Makes guest memory reachable for the function. The fd is borrowed for the call. */
+  mapMemory(range: DmaRange, fd: number): Promise<void>;
+  unmapMemory(range: DmaRange): Promise<void>;
+
+  /**
+   * Configures the function and lets it run: calls routed, kicks connected, every doorbell and every call rung once.
+   * The fds are borrowed for the call.
+   */
+  start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void>;
+  /** Disconnects the kicks, drains and freezes the function. Indices are final in what it returns. */
+  stop(memory: RingMemory): Promise<DeviceState>;
+  /** Status 0: nothing of the front-end is in use by the function any more. */
+  reset(): Promise<void>;
+  /** Changes the eventfd of one queue while the function runs; null disconnects. */
+  setKick(queue: number, fd: number | null): Promise<void>;
+  setCall(queue: number, fd: number | null): Promise<void>;
+
+  /** The function wants the front-end told that its configuration space changed. Replaces the earlier handler. */
+  onConfigChange(handler: () => void): void;
+  /** Writes the VF's record to the keeper. Awaited before the front-end is answered. */
+  checkpoint(): Promise<void>;
+}
+
+/** The eventfds of one ring as they are now; undefined where the front-end gave none or the ring is disabled. */
+export interface RingEventfds {
+  readonly kick: number | undefined;
+  readonly call: number | undefined;
+}

@@ -1,0 +1,34 @@
+/**
+ * The state of a virtio device: the only currency between session, movers, records and adoption. *Wanted* states come
+ * from the session, *seen* states from the device.
+ */
+export interface DeviceState {
+  /** Driver features as acknowledged (VIRTIO 1.2, 2.2). */
+  readonly features: bigint;
+  /** Device status field (VIRTIO 1.2, 2.1). */
+  readonly status: number;
+  /** MSI-X vector of configuration changes. */
+  readonly configVector: number;
+  /** Device configuration space as the driver reads it. */
+  readonly config: Uint8Array;
+  /** Only queues that are set up; ascending index. */
+  readonly queues: readonly QueueState[];
+}
+
+/** One split virtqueue (VIRTIO 1.2, 2.7). Addresses are guest-physical. */
+export interface QueueState {
+  readonly index: number;
+  /** Entries. */
+  readonly size: number;
+  readonly vector: number;
+  /** Descriptor table. */
+  readonly desc: number;
+  /** Available ring. */
+  readonly driver: number;
+  /** Used ring. */
+  readonly device: number;
+  /** Index of the next available entry the device takes, mod 2^16. */
+  readonly lastAvail: number;
+  /** Index of the next used entry the device writes, mod 2^16. */
+  readonly lastUsed: number;
+}
