@@ -93,7 +93,8 @@ export function readField(data: DataView, offset: number, type: FieldType): numb
       return data.getBigUint64(offset, true);
     case "addr": {
       const value = data.getBigUint64(offset, true);
-      if (value > BigInt(Number.MAX_SAFE_INTEGER)) throw new RangeError(`address 0x${value.toString(16)} is beyond 2^53`);
+      if (value > BigInt(Number.MAX_SAFE_INTEGER))
+        throw new RangeError(`address 0x${value.toString(16)} is beyond 2^53`);
       return Number(value);
     }
   }
@@ -102,13 +103,17 @@ export function readField(data: DataView, offset: number, type: FieldType): numb
 export function writeField(data: DataView, offset: number, type: FieldType, value: number | bigint): void {
   switch (type) {
     case "u8":
-      return data.setUint8(offset, Number(value));
+      data.setUint8(offset, Number(value));
+      break;
     case "u16":
-      return data.setUint16(offset, Number(value), true);
+      data.setUint16(offset, Number(value), true);
+      break;
     case "u32":
-      return data.setUint32(offset, Number(value), true);
+      data.setUint32(offset, Number(value), true);
+      break;
     case "u64":
     case "addr":
-      return data.setBigUint64(offset, BigInt(value), true);
+      data.setBigUint64(offset, BigInt(value), true);
+      break;
   }
 }
