@@ -1,0 +1,253 @@
+import { Deadline } from "../base/deadline.ts";
+import { SystemError, VhostdError } from "../base/errors.ts";
+import { OperationQueue } from "../base/operation-queue.ts";
+import { checkFd } from "./arguments.ts";
+import { OwnedFd } from "./fd.ts";
+import { c, check } from "./load.ts";
+import { type Watch, watch } from "./poller.ts";
+
+/** How a protocol cuts a byte stream into messages. */
+export interface Framing {
+  /** Bytes. */
+  readonly headerSize: number;
+  /** Bytes that follow this header. Throws VhostdError protocol for a header that makes no sense. */
+  bodySize(header: Uint8Array): number;
+  /** The most fds that a message of this protocol may carry. */
+  readonly maxFds: number;
+}
+
+/** One message as it arrived. */
+export interface Message extends Disposable {
+  readonly header: Uint8Array;
+  readonly body: Uint8Array;
+  /** In the order sent. Who keeps them takes them out (`splice(0)`); the rest is closed on disposal. */
+  readonly fds: OwnedFd[];
+}
+
+export interface MessageSocketOptions {
+  /** Milliseconds for a message that has begun to be complete; 10 s. */
+  readonly partialTimeout?: number;
+  /** Milliseconds for a message to be taken by the socket; 10 s. */
+  readonly sendTimeout?: number;
+  /** Sees the header of a message while the message still lies in the socket. */
+  onHeader?(header: Uint8Array): void;
+}
+
+const EAGAIN = 11;
+const EPIPE = 32;
+const ECONNRESET = 104;
+/** The most fds that the kernel puts into one message (SCM_MAX_FD). */
+const MOST_FDS = 253;
+/** Milliseconds between two looks at a header of which a part is there: the poller would report that part for ever. */
+const HEADER_INTERVAL = 2;
+/** Messages taken one after the other before other work of the event loop has its turn: a peer may never pause. */
+const MESSAGES_A_TURN = 16;
+
+/** Messages with fds over a unix stream socket. */
+export class MessageSocket implements Disposable {
+  private owned: OwnedFd | undefined;
+  private readonly partialTimeout: number;
+  private readonly sendTimeout: number;
+  private readonly readable: Readiness;
+  private readonly writable: Readiness;
+  private readonly sending = new OperationQueue();
+  private receiving = false;
+  private takenThisTurn = 0;
+  /** Why nothing can be sent any more: a message went out in part. */
+  private broken: unknown;
+
+  /** Takes over a connected stream socket. */
+  constructor(
+    fd: OwnedFd,
+    private readonly framing: Framing,
+    private readonly options: MessageSocketOptions = {},
+  ) {
+    this.owned = fd;
+    this.partialTimeout = options.partialTimeout ?? 10_000;
+    this.sendTimeout = options.sendTimeout ?? 10_000;
+    this.readable = new Readiness(fd.number, "in");
+    this.writable = new Readiness(fd.number, "out");
+  }
+
+  /** Borrowed. @throws VhostdError cancelled after disposal */
+  get fd(): number {
+    if (this.owned === undefined) throw closedError();
+    return this.owned.number;
+  }
+
+  /**
+   * The next message, or undefined when the peer hung up between two messages. Nothing is taken from the socket before
+   * this is called, and never more than one message. After an error the place in the stream is lost: close the socket.
+   * @throws VhostdError protocol (framing, too many fds), connectionLost (hang-up in the middle of a message), timedOut
+   * (a message began and was not completed), cancelled (closed meanwhile); SystemError EMFILE (no room for its fds)
+   */
+  async receive(): Promise<Message | undefined> {
+    if (this.receiving) throw new VhostdError("invalid", "receive() is called while another is waiting");
+    this.receiving = true;
+    try {
+      if (++this.takenThisTurn > MESSAGES_A_TURN) {
+        await new Promise(setImmediate);
+        this.takenThisTurn = 0;
+      }
+      const header = await this.peekHeader();
+      if (header === undefined) return undefined;
+      const bodySize = this.framing.bodySize(header);
+      if (!Number.isSafeInteger(bodySize) || bodySize < 0) {
+        throw new VhostdError("protocol", `message announces a body of ${bodySize} bytes`);
+      }
+      this.options.onHeader?.(header);
+      return await this.take(header.length, bodySize);
+    } finally {
+      this.receiving = false;
+    }
+  }
+
+  private async peekHeader(): Promise<Uint8Array | undefined> {
+    const header = new Uint8Array(this.framing.headerSize);
+    let deadline: Deadline | undefined;
+    for (;;) {
+      // Asked for first: what the peer sent before it hung up is then seen below.
+      const ended = deadline !== undefined && check(c.vhostd_is_hung_up(this.fd), "poll") > 0;
+      const count = Number(c.vhostd_peek(this.fd, header, header.length));
+      if (count === header.length) return header;
+      if (count === 0 || count === -ECONNRESET) return undefined;
+      if (count === -EAGAIN) {
+        await this.readable.wait();
+        this.takenThisTurn = 0;
+        continue;
+      }
+      check(count, "peek at a message");
+      if (ended) throw lostError(count, header.length);
+      deadline ??= Deadline.after(this.partialTimeout, "arrival of a message's header");
+      deadline.check();
+      await Bun.sleep(HEADER_INTERVAL);
+    }
+  }
+
+  private async take(headerSize: number, bodySize: number): Promise<Message> {
+    const bytes = new Uint8Array(headerSize + bodySize);
+    const deadline = Deadline.after(this.partialTimeout, `arrival of a message of ${bytes.length} bytes`);
+    const fds: OwnedFd[] = [];
+    try {
+      for (let taken = 0; taken < bytes.length; ) {
+        const count = this.takePart(bytes.subarray(taken), fds);
+        if (count === -EAGAIN) await this.readable.wait(deadline);
+        else if (count === 0 || count === -ECONNRESET) throw lostError(taken, bytes.length);
+        else taken += check(count, "receive a message with file descriptors");
+      }
+    } catch (error) {
+      closeAll(fds);
+      throw error;
+    }
+    return {
+      header: bytes.subarray(0, headerSize),
+      body: bytes.subarray(headerSize),
+      fds,
+      [Symbol.dispose]: () => closeAll(fds),
+    };
+  }
+
+  /** The count of bytes taken or -errno; the fds that came are added to `fds`, which the caller closes. */
+  private takePart(into: Uint8Array, fds: OwnedFd[]): number {
+    const numbers = new Int32Array(MOST_FDS);
+    const arrived = new Int32Array(1);
+    const count = Number(c.vhostd_receive(this.fd, into, into.length, numbers, arrived));
+    for (const number of numbers.subarray(0, arrived[0])) fds.push(new OwnedFd(number));
+    if (fds.length > this.framing.maxFds) {
+      throw new VhostdError("protocol", `message carries ${fds.length} fds, the limit is ${this.framing.maxFds}`);
+    }
+    return count;
+  }
+
+  /**
+   * Sends one message after those sent before. `bytes` and the fds are borrowed until the promise settles, which means
+   * that the socket has taken all of it.
+   * @throws VhostdError timedOut (the peer does not read), connectionLost, cancelled (closed meanwhile). After a message
+   * that went out in part or timed out, every later one fails with the same error.
+   */
+  send(bytes: Uint8Array, fds: readonly number[] = []): Promise<void> {
+    return this.sending.run(() => this.transmit(bytes, fds));
+  }
+
+  private async transmit(bytes: Uint8Array, fds: readonly number[]): Promise<void> {
+    if (this.broken !== undefined) throw this.broken;
+    if (bytes.length === 0) throw new VhostdError("invalid", "a message of no bytes cannot be sent");
+    if (fds.length > MOST_FDS) {
+      throw new VhostdError("limitExceeded", `message has ${fds.length} fds, the limit is ${MOST_FDS}`);
+    }
+    // One element at least: bun:ffi has no address of an empty array.
+    const numbers = new Int32Array(Math.max(1, fds.length));
+    numbers.set(fds.map(checkFd));
+    const deadline = Deadline.after(this.sendTimeout, `sending a message of ${bytes.length} bytes`);
+    let sent = 0;
+    try {
+      while (sent < bytes.length) {
+        const rest = bytes.subarray(sent);
+        const count = Number(c.vhostd_send(this.fd, rest, rest.length, numbers, sent === 0 ? fds.length : 0));
+        if (count === -EAGAIN) await this.writable.wait(deadline);
+        else if (count === -EPIPE || count === -ECONNRESET) throw lostError(sent, bytes.length);
+        else sent += check(count, "send a message");
+      }
+    } catch (error) {
+      // A system error before the first byte (an fd that is none) leaves the stream whole.
+      if (sent > 0 || !(error instanceof SystemError)) this.broken = error;
+      throw error;
+    }
+  }
+
+  /** Stops watching and gives the socket back unclosed. A receive() or send() that waits fails with cancelled. */
+  abandon(): OwnedFd {
+    if (this.owned === undefined) throw closedError();
+    const fd = this.owned;
+    this.owned = undefined;
+    this.readable[Symbol.dispose]();
+    this.writable[Symbol.dispose]();
+    return fd;
+  }
+
+  /** Closes the socket. A receive() or send() that waits fails with cancelled. */
+  [Symbol.dispose](): void {
+    if (this.owned !== undefined) this.abandon()[Symbol.dispose]();
+  }
+}
+
+/** Waits for one direction of a socket, one waiter at a time, with one watch for all its life. */
+class Readiness implements Disposable {
+  private watch: Watch | undefined;
+  private waiter: PromiseWithResolvers<void> | undefined;
+
+  constructor(
+    private readonly fd: number,
+    private readonly direction: "in" | "out",
+  ) {}
+
+  /** May resolve without need: look again. */
+  async wait(deadline?: Deadline): Promise<void> {
+    const waiter = Promise.withResolvers<void>();
+    if (this.watch === undefined) this.watch = watch(this.fd, this.direction, () => this.waiter?.resolve());
+    else this.watch.rearm();
+    this.waiter = waiter;
+    try {
+      await (deadline === undefined ? waiter.promise : deadline.race(waiter.promise));
+    } finally {
+      this.waiter = undefined;
+    }
+  }
+
+  [Symbol.dispose](): void {
+    this.watch?.[Symbol.dispose]();
+    this.waiter?.reject(closedError());
+  }
+}
+
+function closeAll(fds: OwnedFd[]): void {
+  for (const fd of fds.splice(0)) fd[Symbol.dispose]();
+}
+
+function closedError(): VhostdError {
+  return new VhostdError("cancelled", "the socket was closed");
+}
+
+function lostError(done: number, size: number): VhostdError {
+  return new VhostdError("connectionLost", `peer hung up after ${done} of ${size} bytes of a message`);
+}

@@ -1,0 +1,27 @@
+import { readdirSync } from "node:fs";
+import { watch } from "../../../src/native/poller.ts";
+import { relayKick } from "../../../src/native/relay.ts";
+import { eventfd, signalEventfd } from "../../../src/native/sys.ts";
+
+/** The count of fds that this process has open. */
+export function openFds(): number {
+  return readdirSync("/proc/self/fd").length;
+}
+
+/** What stays open as long as the process lives is opened now: threads and the file that signals are made with. */
+export function warmUp(): void {
+  using fd = eventfd();
+  signalEventfd(fd.number);
+  watch(fd.number, "in", () => {})[Symbol.dispose]();
+  relayKick(fd.number, { eventfd: fd.number })[Symbol.dispose]();
+}
+
+/** Until `holds()`; false after five seconds. */
+export async function eventually(holds: () => boolean): Promise<boolean> {
+  const end = performance.now() + 5000;
+  while (performance.now() < end) {
+    if (holds()) return true;
+    await Bun.sleep(1);
+  }
+  return false;
+}
