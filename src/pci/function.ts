@@ -16,9 +16,12 @@ export interface PciFunction extends AsyncDisposable {
    * A base address register's space, 0 to 5.
    * @throws VhostdError barRead where the function has none at this index
    */
-  region(bar: number): Promise<RegisterSpace>;
-  /** The place that a driver writes to announce buffers of a queue. One object a place; the function owns it. */
-  doorbell(bar: number, offset: number): Promise<Doorbell>;
+  region(bar: number): RegisterSpace;
+  /**
+   * The place that a driver writes to announce buffers of a queue. The function owns it.
+   * @throws VhostdError barRead where it lies outside the region
+   */
+  doorbell(bar: number, offset: number): Doorbell;
   /** Function-level reset. @throws VhostdError resetTimedOut */
   reset(deadline: Deadline): Promise<void>;
   /** Resolves with the reason when the function is gone (its server died, the device was unplugged). */
@@ -67,6 +70,7 @@ export interface Doorbell {
   /**
    * From now on each signal of `kick` rings the doorbell, without passing through JavaScript, until the connection
    * is disposed of. A kick that was signalled before counts. The fd is borrowed for the call.
+   * @throws VhostdError notSupported where only `ring` can reach the doorbell
    */
   connect(kick: number, value: number): Disposable;
   /** Where a front-end may map the doorbell itself (host notifier), or undefined. Bytes; page-aligned. */

@@ -1,0 +1,31 @@
+import { VhostdError } from "../base/errors.ts";
+
+/** A PCI address in its one spelling, "0000:af:04.5". Made by parsePciAddress only. */
+export type PciAddress = string & { readonly __brand: "PciAddress" };
+
+const PATTERN = /^(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])$/;
+
+/**
+ * Reads an address as people write it: with or without domain, in either case.
+ * @throws VhostdError badArguments
+ */
+export function parsePciAddress(text: string): PciAddress {
+  const match = PATTERN.exec(text.toLowerCase());
+  if (match === null) {
+    throw new VhostdError("badArguments", `${JSON.stringify(text.slice(0, 64))} is not a PCI address`, {
+      fix: "write it as domain:bus:device.function, for example 0000:af:04.5",
+    });
+  }
+  const [, domain = "0000", bus, device, fn] = match;
+  return `${domain}:${bus}:${device}.${fn}` as PciAddress;
+}
+
+/** The same without the exception. */
+export function isPciAddress(text: string): text is PciAddress {
+  return PATTERN.exec(text)?.[1] !== undefined;
+}
+
+/** Without the domain where it is 0: "af:04.5", for tables. */
+export function shortPciAddress(address: PciAddress): string {
+  return address.startsWith("0000:") ? address.slice(5) : address;
+}

@@ -1,0 +1,104 @@
+import type { Deadline } from "../../base/deadline.ts";
+import { asError, VhostdError } from "../../base/errors.ts";
+import type { AddressSpace, DmaRange } from "../address-space.ts";
+import type { PciFunction } from "../function.ts";
+
+/** A function that is told of every range by itself, as each vfio-user server is. */
+export interface DmaListener extends PciFunction {
+  /** Smallest unit of a mapping, bytes. */
+  readonly dmaPageSize: number;
+  /** Why it is gone, or undefined. */
+  readonly gone: Error | undefined;
+  dmaMap(range: DmaRange, fd: number, deadline: Deadline): Promise<void>;
+  dmaUnmap(range: DmaRange, deadline: Deadline): Promise<void>;
+  /** Ends the connection: the function has no memory left then. */
+  hangUp(reason: Error): void;
+}
+
+/**
+ * Address spaces of vfio-user servers. A server that is gone has nothing mapped; one that cannot be made to let go of
+ * a range is hung up on, which takes all memory from it and harms no other function of the VM.
+ */
+export class VfioUserAddressSpace implements AddressSpace {
+  /** Addresses are JavaScript numbers; no guest has memory beyond 2^53. */
+  readonly ioRanges = [{ start: 0, end: Number.MAX_SAFE_INTEGER }];
+  private readonly listeners = new Set<DmaListener>();
+
+  get pageSize(): number {
+    return Math.max(4096, ...[...this.listeners].map((fn) => fn.dmaPageSize));
+  }
+
+  async attach(
+    fn: PciFunction,
+    mapped: readonly (DmaRange & { readonly fd: number })[],
+    deadline: Deadline,
+  ): Promise<void> {
+    const listener = asListener(fn);
+    try {
+      await settleAll(mapped.map((range) => listener.dmaMap(range, range.fd, deadline)));
+    } catch (error) {
+      // Without the VM's memory it is of no use, and hanging up takes what it has been given so far.
+      listener.hangUp(asError(error));
+      throw error;
+    }
+    this.listeners.add(listener);
+  }
+
+  async detach(fn: PciFunction, mapped: readonly DmaRange[], deadline: Deadline): Promise<void> {
+    const listener = asListener(fn);
+    if (!this.listeners.delete(listener)) return;
+    await this.unmapOrHangUp(listener, mapped, deadline);
+  }
+
+  async map(range: DmaRange, fd: number, deadline: Deadline): Promise<void> {
+    const asked = this.present();
+    const results = await Promise.allSettled(asked.map((listener) => listener.dmaMap(range, fd, deadline)));
+    const failed = results.find((result, i) => result.status === "rejected" && asked[i]!.gone === undefined);
+    if (failed?.status !== "rejected") return;
+    const taken = asked.filter((_, i) => mayHold(results[i]!));
+    await Promise.all(taken.map((listener) => this.unmapOrHangUp(listener, [range], deadline)));
+    throw failed.reason;
+  }
+
+  async unmap(range: DmaRange, deadline: Deadline): Promise<void> {
+    await Promise.all(this.present().map((listener) => this.unmapOrHangUp(listener, [range], deadline)));
+  }
+
+  adopt(fn: PciFunction): void {
+    this.listeners.add(asListener(fn));
+  }
+
+  private present(): DmaListener[] {
+    return [...this.listeners].filter(({ gone }) => gone === undefined);
+  }
+
+  private async unmapOrHangUp(listener: DmaListener, ranges: readonly DmaRange[], deadline: Deadline): Promise<void> {
+    if (listener.gone !== undefined) return;
+    try {
+      await settleAll(ranges.map((range) => listener.dmaUnmap(range, deadline)));
+    } catch (cause) {
+      const why = asError(cause).message;
+      listener.hangUp(
+        new VhostdError("iommuDomain", `${listener.address} would not let go of memory: ${why}`, { cause }),
+      );
+    }
+  }
+}
+
+/** A refusal is certain; after a timeout the range may still become mapped. */
+function mayHold(result: PromiseSettledResult<void>): boolean {
+  return result.status === "fulfilled" || !(result.reason instanceof VhostdError && result.reason.code === "system");
+}
+
+/** Like Promise.all, but nothing is under way any more when it settles. */
+async function settleAll(work: readonly Promise<void>[]): Promise<void> {
+  const failed = (await Promise.allSettled(work)).find((result) => result.status === "rejected");
+  if (failed !== undefined) throw failed.reason;
+}
+
+function asListener(fn: PciFunction): DmaListener {
+  if (!("dmaMap" in fn)) {
+    throw new VhostdError("invalid", `${fn.address} is not reached over vfio-user and cannot share this address space`);
+  }
+  return fn as DmaListener;
+}

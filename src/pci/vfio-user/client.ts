@@ -1,0 +1,255 @@
+import { Deadline } from "../../base/deadline.ts";
+import { asError, SystemError, VhostdError } from "../../base/errors.ts";
+import type { OwnedFd } from "../../native/fd.ts";
+import { type Message, MessageSocket } from "../../native/message-socket.ts";
+import { connectUnix } from "../../native/sys.ts";
+import { encodeMessage, vfioUserFraming } from "../../vfio-user/framing.ts";
+import { Command, type CommandNumber, commandName, HEADER, HeaderFlag } from "../../vfio-user/messages.ts";
+import { type Capabilities, decodeVersion, encodeVersion, PROTOCOL_VERSION } from "../../vfio-user/version.ts";
+
+/** What this client takes. The kernel carries at most 253 descriptors in a message. */
+export const CLIENT_CAPABILITIES: Capabilities = {
+  maxMsgFds: 253,
+  maxDataTransfer: 1 << 20,
+  maxDmaMaps: 65535,
+  pageSizes: 4096,
+};
+
+/** Milliseconds for an answer where the caller names no deadline. */
+const REQUEST_TIMEOUT = 5000;
+/** Requests without an answer; a server that is further behind does not answer at all. */
+const OUTSTANDING_MAX = 8192;
+/** The ids of a successor begin this far from those of the process before it, whose answers may still be under way. */
+const REVIVED_ID_DISTANCE = 0x8000;
+const EOPNOTSUPP = 95;
+
+/** Plain data: what a successor on the same connection must know. */
+export type ClientSnapshot = {
+  readonly nextId: number;
+  readonly capabilities: Capabilities;
+};
+
+export interface RequestOptions {
+  /** Borrowed until the request is sent. */
+  readonly fds?: readonly number[];
+  readonly deadline?: Deadline;
+}
+
+/** An answer whose id, command and error flag have been checked. Its descriptors are closed when it is disposed of. */
+export type Reply = Pick<Message, "body" | "fds"> & Disposable;
+
+interface Pending {
+  readonly command: CommandNumber;
+  resolve(reply: Reply): void;
+  reject(error: Error): void;
+}
+
+/**
+ * The client's end of one vfio-user connection. Several requests may be under way; they reach the server in the order
+ * they were made, and answers are matched by message id. A server that breaks the protocol is hung up on.
+ */
+export class VfioUserClient implements Disposable {
+  /** Resolves with the reason when the connection has ended, whoever ended it. */
+  readonly lost: Promise<Error>;
+  private end: Error | undefined;
+  private resolveLost: (reason: Error) => void = () => {};
+  private readonly socket: MessageSocket;
+  private readonly pending = new Map<number, Pending>();
+  private nextId: number;
+
+  private constructor(
+    fd: OwnedFd,
+    /** For messages to people: "vfio-user server of 0000:5a:00.1". */
+    private readonly peer: string,
+    private limits: Capabilities,
+    firstId: number,
+    private readonly strangers: "refuse" | "drop",
+  ) {
+    const { maxDataTransfer, maxMsgFds } = CLIENT_CAPABILITIES;
+    // Room for the fixed part of an answer in front of the data.
+    this.socket = new MessageSocket(fd, vfioUserFraming({ maxBody: maxDataTransfer + 4096, maxFds: maxMsgFds }));
+    this.nextId = firstId;
+    this.lost = new Promise((resolve) => {
+      this.resolveLost = resolve;
+    });
+    void this.receiveLoop();
+  }
+
+  /**
+   * Connects and agrees on the version.
+   * @throws VhostdError as connectUnix; protocol; timedOut
+   */
+  static async connect(path: string, peer: string, deadline: Deadline): Promise<VfioUserClient> {
+    return VfioUserClient.over(connectUnix(path), peer, deadline);
+  }
+
+  /** The same over a socket that is connected. Takes the fd. */
+  static async over(fd: OwnedFd, peer: string, deadline: Deadline): Promise<VfioUserClient> {
+    const client = new VfioUserClient(fd, peer, CLIENT_CAPABILITIES, 0, "refuse");
+    try {
+      const proposal = encodeVersion({ ...PROTOCOL_VERSION, capabilities: CLIENT_CAPABILITIES });
+      using reply = await client.request(Command.version, proposal, { deadline });
+      const { major, minor, capabilities } = decodeVersion(reply.body);
+      if (major !== PROTOCOL_VERSION.major || minor > PROTOCOL_VERSION.minor) {
+        throw new VhostdError(
+          "protocol",
+          `${peer} speaks version ${major}.${minor}; ${PROTOCOL_VERSION.major}.${PROTOCOL_VERSION.minor} was proposed`,
+        );
+      }
+      client.limits = capabilities;
+      return client;
+    } catch (error) {
+      client.hangUp(asError(error));
+      throw error;
+    }
+  }
+
+  /** Goes on where another process was. Nothing is sent. Takes the fd. */
+  static revive(fd: OwnedFd, peer: string, snapshot: ClientSnapshot): VfioUserClient {
+    const firstId = (snapshot.nextId + REVIVED_ID_DISTANCE) & 0xffff;
+    return new VfioUserClient(fd, peer, snapshot.capabilities, firstId, "drop");
+  }
+
+  /** What the server said it takes. */
+  get capabilities(): Capabilities {
+    return this.limits;
+  }
+
+  /** Why the connection ended; undefined while it stands. */
+  get ended(): Error | undefined {
+    return this.end;
+  }
+
+  /** Borrowed. */
+  get fd(): number {
+    return this.socket.fd;
+  }
+
+  snapshot(): ClientSnapshot {
+    return { nextId: this.nextId, capabilities: this.limits };
+  }
+
+  /**
+   * Sends a command and awaits its answer.
+   * @throws SystemError with the server's errno; VhostdError timedOut, connectionLost, busy
+   */
+  async request(command: CommandNumber, body: Uint8Array, options: RequestOptions = {}): Promise<Reply> {
+    const { fds = [], deadline = Deadline.after(REQUEST_TIMEOUT, `${commandName(command)} at ${this.peer}`) } = options;
+    if (this.end !== undefined) throw this.connectionLost();
+    if (fds.length > this.limits.maxMsgFds) {
+      throw new VhostdError("notSupported", `${this.peer} takes ${this.limits.maxMsgFds} descriptors a message`);
+    }
+    const id = this.takeId();
+    const answer = new Promise<Reply>((resolve, reject) => {
+      this.pending.set(id, { command, resolve, reject });
+    });
+    let sent = false;
+    this.socket.send(encodeMessage({ id, command, flags: 0 }, body), fds).then(
+      () => {
+        sent = true;
+      },
+      (error) => this.hangUp(asError(error)),
+    );
+    try {
+      return await deadline.race(answer);
+    } catch (error) {
+      // The id stays taken: a late answer to it must not be taken for the answer to another request.
+      answer.then((late) => late[Symbol.dispose]()).catch(() => {});
+      // The borrowed descriptors end with this call; a message still queued would carry whatever has their numbers then.
+      if (!sent) this.hangUp(asError(error));
+      throw error;
+    }
+  }
+
+  /** Ends the connection: the server lets go of everything it was given. */
+  hangUp(reason: Error): void {
+    if (this.end !== undefined) return;
+    this.finish(reason);
+    this.socket[Symbol.dispose]();
+  }
+
+  /** Leaves the connection to whoever holds a duplicate of its fd. */
+  abandon(): void {
+    if (this.end !== undefined) return;
+    this.finish(new VhostdError("cancelled", `the connection to ${this.peer} was handed over`));
+    this.socket.abandon()[Symbol.dispose]();
+  }
+
+  [Symbol.dispose](): void {
+    this.hangUp(new VhostdError("cancelled", `the connection to ${this.peer} was closed by this side`));
+  }
+
+  private finish(reason: Error): void {
+    this.end = reason;
+    for (const { reject } of this.pending.values()) reject(this.connectionLost());
+    this.pending.clear();
+    this.resolveLost(reason);
+  }
+
+  private connectionLost(): VhostdError {
+    return new VhostdError("connectionLost", `the connection to ${this.peer} has ended`, { cause: this.end });
+  }
+
+  private takeId(): number {
+    if (this.pending.size >= OUTSTANDING_MAX) {
+      throw new VhostdError("busy", `${this.peer} owes ${this.pending.size} answers; at most ${OUTSTANDING_MAX}`);
+    }
+    while (this.pending.has(this.nextId)) this.nextId = (this.nextId + 1) & 0xffff;
+    const id = this.nextId;
+    this.nextId = (id + 1) & 0xffff;
+    return id;
+  }
+
+  private async receiveLoop(): Promise<void> {
+    try {
+      while (this.end === undefined) {
+        const message = await this.socket.receive();
+        if (message === undefined) throw new VhostdError("connectionLost", `${this.peer} hung up`);
+        await this.accept(message);
+      }
+    } catch (error) {
+      this.hangUp(asError(error));
+    }
+  }
+
+  /** @throws VhostdError protocol where the message fits no request */
+  private async accept(message: Message): Promise<void> {
+    const header = HEADER.read(message.header);
+    const type = header.flags & HeaderFlag.typeMask;
+    if (type !== HeaderFlag.reply) {
+      message[Symbol.dispose]();
+      if (type !== 0) throw new VhostdError("protocol", `${this.peer} sent a message of type ${type}`);
+      return this.refuseCommand(header);
+    }
+    const entry = this.pending.get(header.id);
+    if (entry === undefined) {
+      message[Symbol.dispose]();
+      if (this.strangers === "drop") return;
+      throw new VhostdError("protocol", `${this.peer} answered message ${header.id}, which was not asked`);
+    }
+    if (header.command !== entry.command) {
+      message[Symbol.dispose]();
+      const seen = commandName(header.command);
+      throw new VhostdError("protocol", `${this.peer} answered ${seen} where ${commandName(entry.command)} was asked`);
+    }
+    this.pending.delete(header.id);
+    if ((header.flags & HeaderFlag.error) !== 0) {
+      message[Symbol.dispose]();
+      entry.reject(new SystemError(`${commandName(entry.command)} at ${this.peer}`, errnoOf(header.error)));
+    } else {
+      entry.resolve(message);
+    }
+  }
+
+  /** A server asks to have memory read or written where it was given none; here it is always given a descriptor. */
+  private async refuseCommand(header: { id: number; command: number; flags: number }): Promise<void> {
+    if ((header.flags & HeaderFlag.noReply) !== 0) return;
+    const flags = HeaderFlag.reply | HeaderFlag.error;
+    await this.socket.send(encodeMessage({ id: header.id, command: header.command, flags, error: EOPNOTSUPP }));
+  }
+}
+
+/** The error field is optional and may be anything: EIO stands for what is no errno. */
+function errnoOf(value: number): number {
+  return value >= 1 && value < 4096 ? value : 5;
+}

@@ -1,0 +1,35 @@
+import Type, { type Static } from "typebox";
+import type { Json } from "../base/json.ts";
+import { parseStored } from "../pci/stored.ts";
+import { DeviceStateSchema } from "./device-state-codec.ts";
+
+/**
+ * A data path as plain data. Beside it go its fds by name: "config-interrupt" (our own eventfd), "kick.N" (the
+ * front-end's eventfd of queue N, while it is connected).
+ */
+
+const U16 = Type.Integer({ minimum: 0, maximum: 0xffff });
+const U32 = Type.Integer({ minimum: 0, maximum: 0xffff_ffff });
+const Place = { bar: Type.Integer({ minimum: 0, maximum: 5 }), offset: U32, size: U32 };
+
+const DataPathSchema = Type.Object({
+  layout: Type.Object({
+    virtioId: Type.Integer({ minimum: 1, maximum: 0x3f }),
+    common: Type.Object(Place),
+    notify: Type.Object({ ...Place, multiplier: U32 }),
+    device: Type.Union([Type.Null(), Type.Object(Place)]),
+  }),
+  features: Type.String({ pattern: "^0x[0-9a-f]{1,16}$" }),
+  limits: Type.Array(Type.Object({ sizeMax: U16, notifyOff: U16 })),
+  mover: Type.Union([
+    Type.Object({ kind: Type.Literal("reset") }),
+    Type.Object({ kind: Type.Union([Type.Literal("running"), Type.Literal("frozen")]), state: DeviceStateSchema }),
+  ]),
+  /** Queues that are set up and running. */
+  queues: Type.Array(U16),
+});
+
+/** @throws VhostdError invalid */
+export function parseDataPathRecord(data: Json): Static<typeof DataPathSchema> {
+  return parseStored(DataPathSchema, data, "the stored data path");
+}

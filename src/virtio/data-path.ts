@@ -1,0 +1,350 @@
+import type { Deadline } from "../base/deadline.ts";
+import { asError, VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { type Watch, watch } from "../native/poller.ts";
+import { drainEventfd, eventfd, signalEventfd } from "../native/sys.ts";
+import { duplicate } from "../pci/duplicate.ts";
+import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts";
+import { parseDataPathRecord } from "./data-path-record.ts";
+import type { DeviceState } from "./device-state.ts";
+import { FeatureBit, featureBits, Status } from "./features.ts";
+import type { MoverSnapshot, StateMover } from "./mover.ts";
+import { RegistersMover } from "./movers/registers.ts";
+import { describeStatus, ownFeatures, type QueueLimits, VirtioPciDevice } from "./pci-device.ts";
+import type { RingMemory } from "./split-ring.ts";
+
+/** The vector of configuration changes; that of queue n is n + 1. */
+const CONFIG_VECTOR = 0;
+const CONFIG_INTERRUPT = "config-interrupt";
+/** Bits that only the vhost-user protocol knows. */
+const VHOST_BITS = featureBits(FeatureBit.vhostLogAll, FeatureBit.vhostUserProtocolFeatures);
+
+/** Makes the mover of a device, from the snapshot of an earlier one or { kind: "reset" }. */
+export type MoverFactory = (
+  device: VirtioPciDevice,
+  ringDoorbell: (queue: number) => Promise<void>,
+  snapshot: MoverSnapshot,
+) => StateMover;
+
+const registersMover: MoverFactory = (device, ring, snapshot) => new RegistersMover(device, ring, snapshot);
+
+/** The eventfds of one ring, borrowed; undefined where there is none. */
+export interface QueueEventfds {
+  readonly kick: number | undefined;
+  readonly call: number | undefined;
+}
+
+/** `gone`: there is no function any more. Otherwise the device works again after a reset. */
+export interface DataPathFailure {
+  readonly gone: boolean;
+  readonly error: Error;
+}
+
+/** A front-end's kick that is connected to a doorbell, and our own descriptor of it. */
+interface ConnectedKick {
+  readonly fd: OwnedFd;
+  readonly connection: Disposable;
+}
+
+/**
+ * One VF between a front-end's eventfds and the device: kicks to doorbells, vectors to calls, and the state that the
+ * mover brings in and out. The guest's data never comes here.
+ */
+export class DataPath {
+  private readonly mover: StateMover;
+  private readonly watch: Watch;
+  private readonly kicks = new Map<number, ConnectedKick>();
+  private readonly doorbells = new Map<number, Doorbell>();
+  /** Queues that are set up: their calls are routed. */
+  private active = new Set<number>();
+  private configHandler: () => void = () => {};
+  private failureHandler: (failure: DataPathFailure) => void = () => {};
+  private closed = false;
+
+  private constructor(
+    private readonly device: VirtioPciDevice,
+    /** All 64 feature bits that the function offers. */
+    readonly features: bigint,
+    private readonly limits: readonly QueueLimits[],
+    private readonly configInterrupt: OwnedFd,
+    makeMover: MoverFactory,
+    snapshot: MoverSnapshot,
+  ) {
+    this.mover = makeMover(device, (queue) => this.doorbell(queue).ring(queue), snapshot);
+    this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
+    void device.fn.lost.then((error) => this.fail({ gone: true, error }));
+  }
+
+  /**
+   * Probes a function and resets it.
+   * @throws VhostdError probeFailed, resetTimedOut, noVectors
+   */
+  static async open(fn: PciFunction, deadline: Deadline, makeMover = registersMover): Promise<DataPath> {
+    const device = await VirtioPciDevice.probe(fn, deadline);
+    await device.reset(deadline);
+    const [features, limits] = await deadline.race(Promise.all([device.features(), device.queueLimits()]));
+    if (fn.interrupts.count === 0) {
+      throw new VhostdError("noVectors", `${fn.address} has no MSI-X vectors`, {
+        fix: "provision the function with one vector for each queue and one more",
+      });
+    }
+    using undo = new DisposableStack();
+    const interrupt = undo.use(eventfd());
+    await deadline.race(fn.interrupts.route(CONFIG_VECTOR, interrupt.number));
+    undo.move();
+    return new DataPath(device, features, limits, interrupt, makeMover, { kind: "reset" });
+  }
+
+  /**
+   * Goes on with a data path as another process left it, without a word to the device. Takes the fds.
+   * @throws VhostdError invalid where the record or the fds do not fit
+   */
+  static revive(
+    fn: PciFunction,
+    data: Json,
+    fds: Map<string, OwnedFd>,
+    makeMover: MoverFactory = registersMover,
+  ): DataPath {
+    using undo = new DisposableStack();
+    for (const fd of fds.values()) undo.use(fd);
+    const record = parseDataPathRecord(data);
+    const interrupt = fds.get(CONFIG_INTERRUPT);
+    if (interrupt === undefined) throw new VhostdError("invalid", `the record of ${fn.address} lacks its interrupt`);
+    const device = new VirtioPciDevice(fn, record.layout);
+    const path = new DataPath(device, BigInt(record.features), record.limits, interrupt, makeMover, record.mover);
+    undo.defer(() => path.abandon());
+    path.active = new Set(record.queues);
+    for (const queue of record.queues) {
+      const kick = fds.get(`kick.${queue}`);
+      if (kick !== undefined) path.adoptKick(queue, kick);
+    }
+    if (fds.size !== path.kicks.size + 1) throw new VhostdError("invalid", `the record of ${fn.address} has spare fds`);
+    undo.move();
+    return path;
+  }
+
+  get virtioId(): number {
+    return this.device.virtioId;
+  }
+
+  /** Queues of the device. */
+  get queues(): number {
+    return this.limits.length;
+  }
+
+  get vectors(): number {
+    return this.device.fn.interrupts.count;
+  }
+
+  /** The device uses guest memory. */
+  get running(): boolean {
+    return this.mover.snapshot().kind === "running";
+  }
+
+  /** Largest ring of a queue, entries; 0 where there is no such queue. */
+  queueSizeMax(index: number): number {
+    return this.limits[index]?.sizeMax ?? 0;
+  }
+
+  /** Bytes that the device does not have are 0. */
+  readConfig(length: number): Promise<Uint8Array> {
+    return this.device.readConfig(length);
+  }
+
+  writeConfig(offset: number, bytes: Uint8Array): Promise<void> {
+    return this.device.writeConfig(offset, bytes);
+  }
+
+  /** The device says that its configuration space changed. Replaces the earlier handler. */
+  onConfigChange(handler: () => void): void {
+    this.configHandler = handler;
+  }
+
+  /** Replaces the earlier handler. */
+  onFailure(handler: (failure: DataPathFailure) => void): void {
+    this.failureHandler = handler;
+  }
+
+  /**
+   * Configures the device and lets it run. Every doorbell and every call is rung once at the end: a signal may have
+   * been lost before. Vectors are assigned here, whatever `wanted` says.
+   * @param eventfds by queue, borrowed for the call
+   * @throws VhostdError; the device is reset and nothing is connected then
+   */
+  async start(wanted: DeviceState, eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
+    const state = this.complete(wanted);
+    const queues = state.queues.map(({ index }) => ({ index, ...eventfds.get(index) }));
+    this.active = new Set(queues.map(({ index }) => index));
+    try {
+      await deadline.race(Promise.all(queues.map(({ index, call }) => this.routeCall(index, call ?? null))));
+      await this.mover.configure(state, deadline);
+      for (const { index, kick } of queues) if (kick !== undefined) this.connectKick(index, kick);
+      await deadline.race(Promise.all(queues.map(({ index }) => this.doorbell(index).ring(index))));
+      for (const { call } of queues) if (call !== undefined) signalEventfd(call);
+    } catch (error) {
+      await this.reset(deadline).catch(() => {});
+      throw error;
+    }
+  }
+
+  /**
+   * Disconnects the kicks, lets the device write back what it has taken, and disconnects the calls.
+   * @returns the state it stopped in, ring indices included
+   * @throws VhostdError timedOut where the device does not drain; the kicks stay disconnected
+   */
+  async stop(memory: RingMemory, deadline: Deadline): Promise<DeviceState> {
+    this.disconnectKicks();
+    const state = await this.mover.freeze(memory, deadline);
+    await this.disconnectCalls(deadline);
+    return state;
+  }
+
+  /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
+  async reset(deadline: Deadline): Promise<void> {
+    this.disconnectKicks();
+    await this.mover.reset(deadline);
+    await this.disconnectCalls(deadline);
+  }
+
+  /** Another eventfd kicks this queue from now on; null for none. The doorbell is rung once. */
+  async setKick(queue: number, fd: number | null): Promise<void> {
+    this.checkActive(queue);
+    this.disconnectKick(queue);
+    if (fd === null) return;
+    this.connectKick(queue, fd);
+    await this.doorbell(queue).ring(queue);
+  }
+
+  /** Another eventfd is told of used buffers from now on; null for none. It is signalled once. */
+  async setCall(queue: number, fd: number | null): Promise<void> {
+    this.checkActive(queue);
+    await this.routeCall(queue, fd);
+    if (fd !== null) signalEventfd(fd);
+  }
+
+  /** Plain data and fds (borrowed). */
+  snapshot(): FunctionSnapshot {
+    const fds = new Map([[CONFIG_INTERRUPT, this.configInterrupt.number]]);
+    for (const [queue, { fd }] of this.kicks) fds.set(`kick.${queue}`, fd.number);
+    const data = {
+      layout: this.device.layout,
+      features: `0x${this.features.toString(16)}`,
+      limits: this.limits,
+      mover: moverData(this.mover.snapshot()),
+      queues: [...this.active],
+    };
+    return { data, fds };
+  }
+
+  /** Lets go of everything of this process without a word to the device. */
+  abandon(): void {
+    if (this.closed) return;
+    this.closed = true;
+    this.watch[Symbol.dispose]();
+    this.disconnectKicks();
+    this.configInterrupt[Symbol.dispose]();
+  }
+
+  /** Vectors, status and the feature bits that are the function's own matter. */
+  private complete(wanted: DeviceState): DeviceState {
+    const last = Math.max(-1, ...wanted.queues.map(({ index }) => index));
+    if (last >= this.queues) {
+      throw new VhostdError("invalid", `queue ${last} was asked for; ${this.device.fn.address} has ${this.queues}`);
+    }
+    const needed = last + 2;
+    if (needed > this.vectors) {
+      throw new VhostdError(
+        "noVectors",
+        `${last + 1} queues need ${needed} MSI-X vectors; ${this.device.fn.address} has ${this.vectors}`,
+        { fix: "provision the function with more vectors, or give the guest fewer queues" },
+      );
+    }
+    return {
+      ...wanted,
+      features: (wanted.features & this.features & ~VHOST_BITS) | ownFeatures(this.features),
+      status: Status.acknowledge | Status.driver | Status.featuresOk | Status.driverOk,
+      configVector: CONFIG_VECTOR,
+      queues: wanted.queues.map((queue) => ({ ...queue, vector: queue.index + 1 })),
+    };
+  }
+
+  private doorbell(queue: number): Doorbell {
+    const known = this.doorbells.get(queue);
+    if (known !== undefined) return known;
+    const limits = this.limits[queue];
+    if (limits === undefined) throw new VhostdError("invalid", `${this.device.fn.address} has no queue ${queue}`);
+    const doorbell = this.device.doorbell(queue, limits.notifyOff);
+    this.doorbells.set(queue, doorbell);
+    return doorbell;
+  }
+
+  private connectKick(queue: number, kick: number): void {
+    using undo = new DisposableStack();
+    const fd = undo.use(duplicate(kick));
+    this.adoptKick(queue, fd);
+    undo.move();
+  }
+
+  private adoptKick(queue: number, fd: OwnedFd): void {
+    this.kicks.set(queue, { fd, connection: this.doorbell(queue).connect(fd.number, queue) });
+  }
+
+  private disconnectKick(queue: number): void {
+    const kick = this.kicks.get(queue);
+    if (kick === undefined) return;
+    this.kicks.delete(queue);
+    kick.connection[Symbol.dispose]();
+    kick.fd[Symbol.dispose]();
+  }
+
+  private disconnectKicks(): void {
+    for (const queue of [...this.kicks.keys()]) this.disconnectKick(queue);
+  }
+
+  private routeCall(queue: number, call: number | null): Promise<void> {
+    return this.device.fn.interrupts.route(queue + 1, call);
+  }
+
+  private async disconnectCalls(deadline: Deadline): Promise<void> {
+    const queues = [...this.active];
+    this.active = new Set();
+    await deadline.race(Promise.all(queues.map((queue) => this.routeCall(queue, null))));
+  }
+
+  private checkActive(queue: number): void {
+    if (this.active.has(queue)) return;
+    throw new VhostdError("invalid", `queue ${queue} of ${this.device.fn.address} is not running`);
+  }
+
+  /** A change of the configuration space, or of the device's mind (2.1.2). */
+  private async onConfigInterrupt(): Promise<void> {
+    if (this.closed) return;
+    drainEventfd(this.configInterrupt.number);
+    try {
+      const status = await this.device.status();
+      if ((status & Status.needsReset) === 0) {
+        this.configHandler();
+      } else {
+        const error = new VhostdError("io", `${this.device.fn.address} asks for a reset: ${describeStatus(status)}`);
+        this.fail({ gone: false, error });
+      }
+    } catch (error) {
+      this.fail({ gone: false, error: asError(error) });
+    }
+    // Only now, so that a device that signals without end is answered at the pace of its own registers.
+    if (!this.closed) this.watch.rearm();
+  }
+
+  private fail(failure: DataPathFailure): void {
+    if (!this.closed) this.failureHandler(failure);
+  }
+}
+
+/** A snapshot as JSON: what is in it is plain, but not by its type. */
+function moverData(snapshot: MoverSnapshot): Json {
+  if (snapshot.kind === "reset") return { kind: snapshot.kind };
+  const { features, status, configVector, config, queues } = snapshot.state;
+  const plain = { features, status, configVector, config, queues: queues.map((queue) => ({ ...queue })) };
+  return { kind: snapshot.kind, state: plain };
+}

@@ -1,0 +1,52 @@
+/** The split virtqueue's layout in guest memory (VIRTIO 1.2, 2.7). Bytes and guest-physical addresses. */
+
+/** Guest memory as the daemon reads it: ring indices only, never data. */
+export interface RingMemory {
+  /** @throws VhostdError badAddress where the range is not wholly inside one region, or the region's file is shorter */
+  read(gpa: number, length: number): Uint8Array;
+}
+
+/** Largest ring, entries (2.7). */
+export const RING_SIZE_MAX = 32768;
+
+/** Alignment of the three parts (2.7). */
+export const RING_ALIGNMENT = { desc: 16, driver: 2, device: 4 } as const;
+
+/** Descriptor flags (2.7.5). */
+export const DescriptorFlag = { next: 0x1, write: 0x2, indirect: 0x4 } as const;
+
+/** Descriptor table. */
+export function descSize(entries: number): number {
+  return 16 * entries;
+}
+
+/** Available ring with `used_event`, which is there whether or not EVENT_IDX is negotiated (2.7.6). */
+export function driverSize(entries: number): number {
+  return 6 + 2 * entries;
+}
+
+/** Used ring with `avail_event` (2.7.8). */
+export function deviceSize(entries: number): number {
+  return 6 + 8 * entries;
+}
+
+/** A ring size that a split queue can have. */
+export function isRingSize(entries: number): boolean {
+  return Number.isInteger(entries) && entries > 0 && entries <= RING_SIZE_MAX && (entries & (entries - 1)) === 0;
+}
+
+/** Number of entries that the driver has made available, mod 2^16. */
+export function availIndex(memory: RingMemory, queue: { readonly driver: number }): number {
+  return index(memory, queue.driver);
+}
+
+/** Number of entries that the device has given back, mod 2^16. */
+export function usedIndex(memory: RingMemory, queue: { readonly device: number }): number {
+  return index(memory, queue.device);
+}
+
+/** Both rings begin with `flags u16, idx u16`. */
+function index(memory: RingMemory, ring: number): number {
+  const [low = 0, high = 0] = memory.read(ring + 2, 2);
+  return low | (high << 8);
+}

@@ -1,0 +1,196 @@
+import { afterEach, describe, expect, test } from "bun:test";
+import { Deadline } from "../../../src/base/deadline.ts";
+import { liveFds } from "../../../src/native/fd.ts";
+import { memfd, socketPair } from "../../../src/native/sys.ts";
+import { duplicate } from "../../../src/pci/duplicate.ts";
+import { VfioUserClient } from "../../../src/pci/vfio-user/client.ts";
+import { encodeMessage } from "../../../src/vfio-user/framing.ts";
+import { Command, HEADER, HeaderFlag, VERSION } from "../../../src/vfio-user/messages.ts";
+import { decodeVersion, encodeVersion } from "../../../src/vfio-user/version.ts";
+import { type Answer, ScriptedServer } from "./scripted-server.ts";
+
+const soon = (ms = 1000) => Deadline.after(ms, "the test");
+const undo: Disposable[] = [];
+afterEach(async () => {
+  for (const one of undo.splice(0).reverse()) one[Symbol.dispose]();
+  await soon().poll(() => liveFds() === 0 || undefined, 1);
+});
+
+async function connect(prepare: (server: ScriptedServer) => void = () => {}) {
+  const [near, far] = socketPair();
+  const server = new ScriptedServer(far);
+  undo.push(server);
+  prepare(server);
+  const client = await VfioUserClient.over(near, "the server", soon());
+  undo.push(client);
+  return { client, server };
+}
+
+const EMPTY = new Uint8Array(0);
+
+describe("the version", () => {
+  test("is agreed on, with the server's capabilities", async () => {
+    const { client, server } = await connect();
+    expect(client.capabilities.maxMsgFds).toBe(8);
+    const { major, minor, capabilities } = decodeVersion(server.requests[0]!.body);
+    expect([major, minor]).toEqual([0, 1]);
+    expect(capabilities.maxMsgFds).toBeGreaterThan(8);
+  });
+
+  test("has defaults where the server says nothing", () => {
+    const { capabilities } = decodeVersion(VERSION.encode({ major: 0, minor: 1 }));
+    expect(capabilities).toEqual({ maxMsgFds: 1, maxDataTransfer: 1 << 20, maxDmaMaps: 65535, pageSizes: 4096 });
+  });
+
+  const text = (json: string) => Uint8Array.of(0, 0, 1, 0, ...new TextEncoder().encode(json));
+  const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096 };
+  const bad: [string, Uint8Array, RegExp][] = [
+    ["cut short", Uint8Array.of(0, 0, 1), /3 bytes/],
+    ["of another major", encodeVersion({ major: 1, minor: 0, capabilities: limits }), /1\.0/],
+    ["newer than proposed", encodeVersion({ major: 0, minor: 2, capabilities: limits }), /0\.2/],
+    ["no JSON", text("{"), /not JSON/],
+    ["no object", text("[1]"), /not a JSON object/],
+    ["with a text for a number", text('{"capabilities":{"max_msg_fds":"8"}}'), /max_msg_fds is "8"/],
+    ["with a negative number", text('{"capabilities":{"max_data_xfer_size":-1}}'), /max_data_xfer_size is -1/],
+    ["no UTF-8", Uint8Array.of(0, 0, 1, 0, 0xff, 0xfe), /not JSON/],
+  ];
+  test.each(bad)("%s is refused and the connection closed", async (_, body, message) => {
+    let server: ScriptedServer | undefined;
+    const refused = connect((one) => {
+      server = one;
+      one.script.set(Command.version, () => ({ body }));
+    });
+    await expect(refused).rejects.toThrow(message);
+    await server?.ended;
+  });
+});
+
+describe("requests", () => {
+  test("may be under way together and are matched by id, in whatever order they are answered", async () => {
+    const { client, server } = await connect();
+    const parked: (() => void)[] = [];
+    server.script.set(Command.regionRead, async ({ body }) => {
+      await new Promise<void>((resolve) => parked.push(resolve));
+      return { body };
+    });
+    const asked = [1, 2, 3].map((value) => client.request(Command.regionRead, Uint8Array.of(value)));
+    await soon().poll(() => parked.length === 3 || undefined, 1);
+    for (const release of parked.reverse()) release();
+    const bodies = (await Promise.all(asked)).map(({ body }) => [...body]);
+    expect(bodies).toEqual([[1], [2], [3]]);
+    expect(server.requests.slice(1).map(({ body }) => body[0])).toEqual([1, 2, 3]);
+  });
+
+  test("carry descriptors both ways", async () => {
+    const { client, server } = await connect();
+    using file = memfd("file", 4096);
+    server.script.set(Command.dmaMap, ({ fds }) => ({ fds: fds.map(({ number }) => number) }));
+    using reply = await client.request(Command.dmaMap, EMPTY, { fds: [file.number] });
+    expect(reply.fds).toHaveLength(1);
+    const nine = Array.from({ length: 9 }, () => file.number);
+    await expect(client.request(Command.dmaMap, EMPTY, { fds: nine })).rejects.toThrow(/takes 8 descriptors/);
+  });
+
+  test("fail with the server's errno; what is no errno is EIO", async () => {
+    const { client, server } = await connect();
+    for (const [errno, seen] of [
+      [17, 17],
+      [0, 5],
+      [0xffff_ffff, 5],
+    ] as const) {
+      server.script.set(Command.dmaMap, () => ({ errno }));
+      await expect(client.request(Command.dmaMap, EMPTY)).rejects.toMatchObject({ errno: seen });
+    }
+    expect(client.ended).toBeUndefined();
+  });
+
+  test("end at their deadline; a late answer is thrown away with its descriptors", async () => {
+    const { client, server } = await connect();
+    let release = () => {};
+    server.script.set(Command.regionRead, async () => {
+      await new Promise<void>((resolve) => {
+        release = resolve;
+      });
+      return { fds: [server.doorbells[0]!.number] };
+    });
+    const late = client.request(Command.regionRead, EMPTY, { deadline: soon(10) });
+    await expect(late).rejects.toMatchObject({ code: "timedOut" });
+    const open = liveFds();
+    release();
+    (await client.request(Command.reset, EMPTY))[Symbol.dispose]();
+    expect(liveFds()).toBe(open);
+    expect(client.ended).toBeUndefined();
+  });
+
+  test("all fail when the server is gone, and so does the next", async () => {
+    const { client, server } = await connect();
+    server.script.set(Command.regionRead, () => ({ silent: true }));
+    const asked = Promise.allSettled([1, 2].map(() => client.request(Command.regionRead, EMPTY)));
+    await soon().poll(() => server.requests.length === 3 || undefined, 1);
+    server[Symbol.dispose]();
+    for (const one of await asked) expect(one).toMatchObject({ reason: { code: "connectionLost" } });
+    expect((await client.lost).message).toMatch(/hung up|reset/);
+    await expect(client.request(Command.reset, EMPTY)).rejects.toMatchObject({ code: "connectionLost" });
+  });
+
+  test("of the server are refused, not obeyed", async () => {
+    const { client, server } = await connect();
+    await server.send(
+      encodeMessage({ id: 7, command: Command.dmaRead, flags: HeaderFlag.noReply }, new Uint8Array(16)),
+    );
+    await server.send(encodeMessage({ id: 8, command: Command.dmaRead, flags: 0 }, new Uint8Array(16)));
+    await soon().poll(() => server.requests.length === 2 || undefined, 1);
+    const { header } = server.requests[1]!;
+    expect(header).toMatchObject({ id: 8, command: Command.dmaRead, error: 95 });
+    expect(header.flags).toBe(HeaderFlag.reply | HeaderFlag.error);
+    expect(client.ended).toBeUndefined();
+  });
+});
+
+describe("a server that breaks the protocol is hung up on", () => {
+  const answers: [string, Answer, RegExp][] = [
+    ["an answer that nobody asked for", { header: { id: 0x1234 } }, /4660, which was not asked/],
+    ["an answer to another command", { header: { command: Command.dmaMap } }, /answered dmaMap where reset was asked/],
+    ["a message of no known type", { header: { flags: 0x3 } }, /type 3/],
+    ["a body larger than ever asked for", { body: new Uint8Array((1 << 20) + 8192) }, /at most/],
+  ];
+  test.each(answers)("%s", async (_, answer, message) => {
+    const { client, server } = await connect();
+    server.script.set(Command.reset, () => answer);
+    await expect(client.request(Command.reset, EMPTY)).rejects.toMatchObject({ code: "connectionLost" });
+    expect((await client.lost).message).toMatch(message);
+  });
+
+  test("a header that says less than itself", async () => {
+    const { client, server } = await connect();
+    await server.send(HEADER.encode({ id: 0, command: 1, size: 15, flags: 1 }));
+    expect((await client.lost).message).toMatch(/15 bytes/);
+  });
+});
+
+describe("handing over", () => {
+  test("a successor goes on with the same connection and drops answers that are not its own", async () => {
+    const { client, server } = await connect();
+    let release = () => {};
+    server.script.set(Command.regionRead, async () => {
+      await new Promise<void>((resolve) => {
+        release = resolve;
+      });
+      return { fds: [server.doorbells[0]!.number] };
+    });
+    const orphan = client.request(Command.regionRead, EMPTY);
+    await soon().poll(() => server.requests.length === 2 || undefined, 1);
+    const snapshot = JSON.parse(JSON.stringify(client.snapshot()));
+    using borrowed = duplicate(client.fd);
+    client.abandon();
+    await expect(orphan).rejects.toMatchObject({ code: "connectionLost" });
+
+    const revived = VfioUserClient.revive(borrowed.dup(), "the server", snapshot);
+    undo.push(revived);
+    release();
+    (await revived.request(Command.reset, EMPTY))[Symbol.dispose]();
+    expect(server.commands).toEqual(["version", "regionRead", "reset"]);
+    expect(server.requests[2]!.header.id).toBe(0x8000 + server.requests[1]!.header.id + 1);
+    expect(revived.ended).toBeUndefined();
+  });
+});
