@@ -112,6 +112,8 @@ export interface SoftDevice extends Disposable {
   config(): Uint8Array;
   /** The driver wrote to the configuration space. Unwritable bytes are ignored. */
   writeConfig(offset: number, bytes: Uint8Array): SoftChange;
+  /** The driver reset the device: what it wrote to the configuration space is undone. */
+  reset?(): SoftChange;
   /** A live option was set. */
   set(option: string, value: SoftOptionValue): SoftChange;
 }

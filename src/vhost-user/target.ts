@@ -36,6 +36,9 @@ export interface SessionTarget {
   setKick(queue: number, fd: number | null): Promise<void>;
   setCall(queue: number, fd: number | null): Promise<void>;
 
+  /** Where the front-end may map the doorbell of a queue itself; left out where the transport cannot share one. */
+  doorbellShare?(queue: number): Promise<DoorbellShare | undefined>;
+
   /** The function wants the front-end told that its configuration space changed. Replaces the earlier handler. */
   onConfigChange(handler: () => void): void;
   /** Writes the VF's record to the keeper. Awaited before the front-end is answered. */
@@ -46,4 +49,11 @@ export interface SessionTarget {
 export interface RingEventfds {
   readonly kick: number | undefined;
   readonly call: number | undefined;
+}
+
+/** A doorbell as the front-end maps it. Bytes; the fd is borrowed. */
+export interface DoorbellShare {
+  readonly fd: number;
+  readonly offset: number;
+  readonly size: number;
 }

@@ -1,0 +1,373 @@
+import { asError, VhostdError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { fileInfo } from "../native/sys.ts";
+import type { QueueState } from "../virtio/device-state.ts";
+import { FeatureBit, hasFeature, Status } from "../virtio/features.ts";
+import { usedIndex } from "../virtio/split-ring.ts";
+import { BackChannel } from "./back-channel.ts";
+import {
+  checkOffered,
+  deviceRelevant,
+  functionFeatures,
+  offeredFeatures,
+  offeredProtocolFeatures,
+} from "./features.ts";
+import { checkRegion, GuestMemory, type Region } from "./guest-memory.ts";
+import { ProtocolFeature } from "./messages.ts";
+import type { SessionRecord } from "./record.ts";
+import { checkInside, RING_FDS, Ring, type RingFd } from "./rings.ts";
+import { featuresOf, type SessionState, transition } from "./state.ts";
+import type { RingEventfds, SessionTarget } from "./target.ts";
+
+/** A session that has just begun. */
+export const FRESH_RECORD: SessionRecord = {
+  state: { kind: "connected" },
+  protocolFeatures: "0x0",
+  status: 0,
+  regions: [],
+  rings: [],
+};
+
+/** The status that a driver has written when its device may run (VIRTIO 1.2, 3.1.1). */
+const RUNNING_STATUS = Status.acknowledge | Status.driver | Status.driverOk | Status.featuresOk;
+
+/**
+ * What one front-end has set up, and the function that runs on it: the part of a session that knows nothing of
+ * messages. Every change of the function goes through here, in the order of the state machine.
+ */
+export class Backend {
+  state: SessionState;
+  protocolFeatures: bigint;
+  readonly offered: bigint;
+  readonly offeredProtocol: bigint;
+  readonly memory: GuestMemory;
+  readonly rings: readonly Ring[];
+  private statusByte: number;
+  private channel: BackChannel | undefined;
+
+  /**
+   * @param record where the session is: FRESH_RECORD, or what `snapshot` gave
+   * @param takeFd hands over the fd of that name
+   * @throws VhostdError where record and fds do not fit the target
+   */
+  constructor(
+    readonly target: SessionTarget,
+    readonly log: Logger,
+    record: SessionRecord,
+    takeFd: (name: string) => OwnedFd | undefined,
+  ) {
+    this.offered = offeredFeatures(target);
+    this.offeredProtocol = offeredProtocolFeatures(target);
+    this.protocolFeatures = BigInt(record.protocolFeatures);
+    this.statusByte = record.status;
+    this.state =
+      "features" in record.state ? { ...record.state, features: BigInt(record.state.features) } : record.state;
+    checkOffered(featuresOf(this.state), this.offered, "stored features");
+    this.memory = new GuestMemory(target, reviveRegions(record, takeFd));
+    this.rings = Array.from({ length: target.queues }, (_, index) => new Ring(index, target.queueSizeMax(index)));
+    for (const ring of record.rings) {
+      this.ring(ring.index).revive(ring, (which) => takeFd(`${which}.${ring.index}`));
+    }
+    const channel = takeFd("backend");
+    if (channel !== undefined) this.setBackChannel(channel);
+  }
+
+  has(protocolFeature: number): boolean {
+    return hasFeature(this.protocolFeatures, protocolFeature);
+  }
+
+  /** @throws VhostdError protocol */
+  ring(index: number): Ring {
+    const ring = this.rings[index];
+    if (ring === undefined) {
+      throw new VhostdError("protocol", `queue index ${index} is out of range, there are ${this.rings.length} queues`);
+    }
+    return ring;
+  }
+
+  /** SET_FEATURES. On a running device it changes nothing that the device knows of. */
+  async acknowledge(features: bigint): Promise<void> {
+    checkOffered(features, this.offered, "acknowledged features");
+    await this.beginSetUp();
+    if (this.state.kind === "running") {
+      if (deviceRelevant(features) !== deviceRelevant(this.state.features)) {
+        throw new VhostdError(
+          "protocol",
+          `features 0x${features.toString(16)} differ from those the device runs with, 0x${this.state.features.toString(16)}`,
+        );
+      }
+      return;
+    }
+    this.state = transition(this.state, { type: "acknowledge", features });
+    // Without the protocol features a front-end does not enable rings: they are from the start ("Ring states").
+    if (!hasFeature(features, FeatureBit.vhostUserProtocolFeatures)) for (const ring of this.rings) ring.enabled = true;
+  }
+
+  /** SET_PROTOCOL_FEATURES. */
+  acknowledgeProtocol(features: bigint): void {
+    checkOffered(features, this.offeredProtocol, "acknowledged protocol features");
+    this.protocolFeatures = features;
+  }
+
+  /** Device status as the front-end reads it: FEATURES_OK only where the features are acceptable (VIRTIO 1.2, 2.1). */
+  get status(): number {
+    const acceptable = hasFeature(featuresOf(this.state), FeatureBit.version1);
+    return acceptable ? this.statusByte : this.statusByte & ~Status.featuresOk;
+  }
+
+  /**
+   * SET_STATUS. Status 0 on a running device stops nothing yet: a front-end that writes it first still asks each ring
+   * for its index, and after that the function keeps its state, because `cont` wants to go on from it.
+   */
+  async setStatus(status: number): Promise<void> {
+    if (status > 0xff) throw new VhostdError("protocol", `status 0x${status.toString(16)} exceeds 0xff`);
+    if (status !== 0) await this.beginSetUp();
+    this.statusByte = status;
+    if ((status & Status.driverOk) !== 0 && this.state.kind !== "running" && this.startedRings.length > 0) {
+      await this.start();
+    }
+  }
+
+  /** The function says that it cannot go on (VIRTIO 1.2, 2.1.2). One that was given up already need not say so. */
+  needsReset(): void {
+    if (this.statusByte === 0) return;
+    this.statusByte |= Status.needsReset;
+    this.configChanged();
+  }
+
+  /** Before a front-end sets up anew: what it gave up with status 0 without asking for indices ends here. */
+  async beginSetUp(): Promise<void> {
+    if (this.state.kind !== "running" || !this.has(ProtocolFeature.STATUS) || this.statusByte !== 0) return;
+    await this.target.reset();
+    for (const ring of this.startedRings) ring.stop(0);
+    this.state = transition(this.state, { type: "reset" });
+  }
+
+  /** The function works on this ring. */
+  runs(ring: Ring): boolean {
+    return this.state.kind === "running" && this.state.queues.includes(ring.index);
+  }
+
+  /**
+   * The function should work on rings that it does not work on yet: with STATUS since DRIVER_OK, without it as soon
+   * as every ring that was set up is started and enabled.
+   */
+  get startDue(): boolean {
+    const started = this.startedRings;
+    if (this.state.kind === "connected" || started.every((ring) => this.runs(ring))) return false;
+    if (this.has(ProtocolFeature.STATUS)) return (this.statusByte & Status.driverOk) !== 0;
+    const setUp = this.rings.filter((ring) => ring.started || ring.addresses !== undefined);
+    return setUp.every((ring) => this.runs(ring) || (ring.started && ring.enabled));
+  }
+
+  /**
+   * Lets the function run on all started rings. Where it runs already, on fewer of them, it is stopped and goes on.
+   * @throws VhostdError where the set-up is incomplete or the function does not take it
+   */
+  async start(): Promise<void> {
+    if (this.state.kind === "running") await this.freeze();
+    const features = featuresOf(this.state);
+    if (!hasFeature(features, FeatureBit.version1)) {
+      throw new VhostdError(
+        "notSupported",
+        `the guest's driver has not acknowledged VERSION_1 (features 0x${features.toString(16)}), legacy devices are not served`,
+        { fix: "start the VMM's device with disable-legacy=on,disable-modern=off" },
+      );
+    }
+    const started = this.startedRings;
+    const queues = started.map((ring): QueueState => {
+      const addresses = ring.ready(this.memory);
+      const lastUsed = usedIndex(this.memory, addresses);
+      return {
+        index: ring.index,
+        size: ring.size,
+        vector: ring.index + 1,
+        ...addresses,
+        lastAvail: ring.base,
+        lastUsed,
+      };
+    });
+    const next = transition(this.state, { type: "start", queues: started.map((ring) => ring.index) });
+    const eventfds = new Map(
+      started.map((ring): [number, RingEventfds] => [ring.index, { kick: ring.liveKick, call: ring.call }]),
+    );
+    await this.target.start(
+      {
+        features: functionFeatures(features, this.target),
+        status: RUNNING_STATUS,
+        configVector: 0,
+        config: await this.target.readConfig(),
+        queues,
+      },
+      eventfds,
+    );
+    this.state = next;
+    this.log.info(`running with ${started.length} of ${this.rings.length} queues, features 0x${features.toString(16)}`);
+    await this.shareDoorbells(started);
+  }
+
+  /** GET_VRING_BASE: the first ring that is asked for stops all. @returns the index where this ring goes on */
+  async stopRing(ring: Ring): Promise<number> {
+    if (this.runs(ring)) {
+      await this.freeze();
+      for (const other of this.startedRings) other.stop(other.base);
+    }
+    ring.stop(ring.base);
+    return ring.base;
+  }
+
+  /** RESET_DEVICE: rings as they were made, memory and features stay. */
+  async reset(): Promise<void> {
+    await this.target.reset();
+    this.state = transition(this.state, { type: "reset" });
+    this.statusByte = 0;
+    for (const ring of this.rings) ring.reset();
+  }
+
+  /** Enabled or disabled while the function runs: the kick is connected or disconnected, nothing else. */
+  async enable(ring: Ring, enabled: boolean): Promise<void> {
+    const changed = ring.enabled !== enabled;
+    ring.enabled = enabled;
+    if (changed && this.runs(ring)) await this.target.setKick(ring.index, ring.liveKick ?? null);
+  }
+
+  /**
+   * SET_VRING_KICK, CALL, ERR: routed anew without a stop. Takes ownership of `fd`; undefined where the message says
+   * that none comes (the side that would be signalled polls).
+   */
+  async setRingFd(ring: Ring, which: RingFd, fd: OwnedFd | undefined): Promise<void> {
+    if (which === "kick") {
+      await this.beginSetUp();
+      ring.started = true;
+    }
+    using _before = ring.swapFd(which, fd);
+    if (!this.runs(ring)) return;
+    if (which === "kick") await this.target.setKick(ring.index, ring.liveKick ?? null);
+    if (which === "call") await this.target.setCall(ring.index, ring.call ?? null);
+  }
+
+  /** @throws VhostdError protocol where a ring in use would lose its memory */
+  checkRunningRings(regions: readonly Region[]): void {
+    for (const ring of this.rings) {
+      if (this.runs(ring) && ring.addresses !== undefined) checkInside(ring.index, ring.size, ring.addresses, regions);
+    }
+  }
+
+  /** Takes ownership of `fd`, in the place of an earlier one. @throws VhostdError protocol */
+  setBackChannel(fd: OwnedFd): void {
+    const { kind } = fileInfo(fd.number);
+    if (kind !== "socket") {
+      fd[Symbol.dispose]();
+      throw new VhostdError("protocol", `the fd of the back-end channel is of kind ${kind}, must be a socket`);
+    }
+    this.channel?.[Symbol.dispose]();
+    this.channel = new BackChannel(fd, this.has(ProtocolFeature.REPLY_ACK), this.log);
+  }
+
+  /** Tells the front-end that the configuration space changed, where it can be told. */
+  configChanged(): void {
+    if (this.has(ProtocolFeature.CONFIG)) this.channel?.configChanged();
+  }
+
+  snapshot(): { record: SessionRecord; fds: Map<string, number> } {
+    const fds = new Map<string, number>();
+    if (this.channel !== undefined) fds.set("backend", this.channel.fd);
+    for (const [index, region] of this.memory.list.entries()) fds.set(`region.${index}`, region.fd.number);
+    for (const ring of this.rings) {
+      for (const which of RING_FDS) {
+        const fd = ring.fds[which];
+        if (fd !== undefined) fds.set(`${which}.${ring.index}`, fd.number);
+      }
+    }
+    const record: SessionRecord = {
+      state: encodeState(this.state),
+      protocolFeatures: word(this.protocolFeatures),
+      status: this.statusByte,
+      regions: this.memory.list.map(({ range, userAddress }) => ({
+        guestAddress: range.iova,
+        size: range.size,
+        userAddress,
+        fileOffset: range.offset,
+      })),
+      rings: this.rings.flatMap((ring) => ring.snapshot() ?? []),
+    };
+    return { record, fds };
+  }
+
+  /** Nothing of the front-end is in use by the function any more, and none of its fds is open. Never throws. */
+  async close(reason: string): Promise<void> {
+    this.state = transition(this.state, { type: "close", reason });
+    try {
+      await this.target.reset();
+    } catch (error) {
+      this.log.error("the function could not be reset", asError(error));
+    }
+    for (const failure of await this.memory.clear()) {
+      this.log.error("guest memory could not be unmapped", asError(failure));
+    }
+    this.closeFds();
+  }
+
+  /** Closes every fd and leaves the function as it is. */
+  async abandon(): Promise<void> {
+    this.closeFds();
+    await this.memory.abandon();
+  }
+
+  private get startedRings(): readonly Ring[] {
+    return this.rings.filter((ring) => ring.started);
+  }
+
+  /** Stops the function; the rings know their indices then. */
+  private async freeze(): Promise<void> {
+    const seen = await this.target.stop(this.memory);
+    for (const queue of seen.queues) this.ring(queue.index).base = queue.lastAvail;
+    this.state = transition(this.state, { type: "stop" });
+  }
+
+  private async shareDoorbells(rings: readonly Ring[]): Promise<void> {
+    const { target, channel } = this;
+    if (target.doorbellShare === undefined || channel === undefined) return;
+    if (!this.has(ProtocolFeature.HOST_NOTIFIER) || !this.has(ProtocolFeature.BACKEND_SEND_FD)) return;
+    for (const ring of rings) {
+      const share = await target.doorbellShare(ring.index);
+      if (share !== undefined) channel.hostNotifier(ring.index, share);
+    }
+  }
+
+  private closeFds(): void {
+    this.channel?.[Symbol.dispose]();
+    for (const ring of this.rings) ring[Symbol.dispose]();
+  }
+}
+
+/** Checked like regions that a front-end sends: the record may be damaged, and its files may have changed. */
+function reviveRegions(record: SessionRecord, takeFd: (name: string) => OwnedFd | undefined): Region[] {
+  const regions: Region[] = [];
+  for (const [index, description] of record.regions.entries()) {
+    const fd = takeFd(`region.${index}`);
+    if (fd === undefined) throw new VhostdError("invalid", `the stored session lacks the fd region.${index}`);
+    regions.push({ range: checkRegion(description, fd, regions), userAddress: description.userAddress, fd });
+  }
+  return regions;
+}
+
+/** @throws VhostdError connectionLost after the end */
+function encodeState(state: SessionState): SessionRecord["state"] {
+  switch (state.kind) {
+    case "connected":
+      return { kind: state.kind };
+    case "negotiated":
+    case "stopped":
+      return { kind: state.kind, features: word(state.features) };
+    case "running":
+      return { kind: state.kind, features: word(state.features), queues: [...state.queues] };
+    case "closed":
+      throw new VhostdError("connectionLost", `the session has ended: ${state.reason}`);
+  }
+}
+
+function word(value: bigint): string {
+  return `0x${value.toString(16)}`;
+}

@@ -1,0 +1,117 @@
+import { unlinkSync } from "node:fs";
+import { asError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { type Watch, watch } from "../native/poller.ts";
+import { accept, connectUnix, listenUnix } from "../native/sys.ts";
+
+export interface EndpointOptions {
+  readonly path: string;
+  /** client: the VMM listens and we connect, again and again; server: we listen. */
+  readonly mode: "client" | "server";
+  /** Milliseconds between two attempts to connect. */
+  readonly retryInterval?: number;
+  /** Permissions of the socket in server mode. */
+  readonly socketMode?: number;
+}
+
+type EndpointState = "new" | "waiting" | "taken" | "closed";
+
+/** Where the connections of one VF come from: one at a time. */
+export class Endpoint implements Disposable {
+  private state: EndpointState = "new";
+  private retry: ReturnType<typeof setTimeout> | undefined;
+  private listener: { fd: OwnedFd; watch: Watch } | undefined;
+  /** The failure that was logged last; the same one is not logged again. */
+  private lastFailure: string | undefined;
+  private readonly retryInterval: number;
+
+  /** @param onConnection takes ownership of the fd and calls `markFree` when it is done with it */
+  constructor(
+    private readonly options: EndpointOptions,
+    private readonly onConnection: (fd: OwnedFd) => void,
+    private readonly log: Logger,
+  ) {
+    this.retryInterval = options.retryInterval ?? 250;
+  }
+
+  /**
+   * Begins to connect or to listen.
+   * @param taken there is a connection already (a session that was revived)
+   * @throws SystemError where the socket cannot be made (server mode)
+   */
+  start(taken = false): void {
+    if (this.state !== "new") return;
+    this.state = taken ? "taken" : "waiting";
+    if (this.options.mode === "server") this.listen();
+    else if (!taken) this.connect();
+  }
+
+  /** The connection is gone: the next one is welcome. */
+  markFree(): void {
+    if (this.state !== "taken") return;
+    this.state = "waiting";
+    if (this.options.mode === "client") this.connectLater();
+  }
+
+  [Symbol.dispose](): void {
+    this.state = "closed";
+    clearTimeout(this.retry);
+    if (this.listener === undefined) return;
+    this.listener.watch[Symbol.dispose]();
+    this.listener.fd[Symbol.dispose]();
+    this.listener = undefined;
+    try {
+      unlinkSync(this.options.path);
+    } catch (error) {
+      this.log.debug(`${this.options.path} could not be removed: ${asError(error).message}`);
+    }
+  }
+
+  private connect(): void {
+    let fd: OwnedFd;
+    try {
+      fd = connectUnix(this.options.path);
+    } catch (error) {
+      const { message } = asError(error);
+      if (message !== this.lastFailure) {
+        this.log.info(`no front-end yet: ${message}; trying every ${this.retryInterval} ms`);
+      }
+      this.lastFailure = message;
+      this.connectLater();
+      return;
+    }
+    this.lastFailure = undefined;
+    this.take(fd);
+  }
+
+  private connectLater(): void {
+    this.retry = setTimeout(() => this.connect(), this.retryInterval);
+  }
+
+  private listen(): void {
+    const fd = listenUnix(this.options.path, this.options.socketMode ?? 0o660);
+    this.listener = { fd, watch: watch(fd.number, "in", () => this.acceptAll(fd)) };
+  }
+
+  private acceptAll(listener: OwnedFd): void {
+    try {
+      for (let fd = accept(listener.number); fd !== undefined; fd = accept(listener.number)) {
+        if (this.state === "waiting") {
+          this.take(fd);
+        } else {
+          this.log.warn(`a second connection to ${this.options.path} was refused, one is in use`);
+          fd[Symbol.dispose]();
+        }
+      }
+    } catch (error) {
+      this.log.error(`${this.options.path} cannot accept a connection`, asError(error));
+    }
+    this.listener?.watch.rearm();
+  }
+
+  private take(fd: OwnedFd): void {
+    this.state = "taken";
+    this.onConnection(fd);
+  }
+}

@@ -1,0 +1,60 @@
+import Type from "typebox";
+import { Value } from "typebox/value";
+import { VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
+
+/**
+ * A session as plain data. Beside it go its fds by name: "connection", "backend", "region.N" (position in `regions`),
+ * "kick.N", "call.N", "err.N" (ring index).
+ */
+
+const Word = Type.String({ pattern: "^0x[0-9a-f]{1,16}$" });
+const Address = Type.Integer({ minimum: 0, maximum: Number.MAX_SAFE_INTEGER });
+const QueueIndex = Type.Integer({ minimum: 0, maximum: 255 });
+const closed = { additionalProperties: false };
+
+const RegionSchema = Type.Object(
+  { guestAddress: Address, size: Address, userAddress: Address, fileOffset: Address },
+  closed,
+);
+
+const RingSchema = Type.Object(
+  {
+    index: QueueIndex,
+    size: Type.Integer({ minimum: 0, maximum: 32768 }),
+    base: Type.Integer({ minimum: 0, maximum: 0xffff }),
+    started: Type.Boolean(),
+    enabled: Type.Boolean(),
+    addresses: Type.Optional(Type.Object({ desc: Address, driver: Address, device: Address }, closed)),
+  },
+  closed,
+);
+
+const SessionSchema = Type.Object(
+  {
+    state: Type.Union([
+      Type.Object({ kind: Type.Literal("connected") }, closed),
+      Type.Object({ kind: Type.Union([Type.Literal("negotiated"), Type.Literal("stopped")]), features: Word }, closed),
+      Type.Object({ kind: Type.Literal("running"), features: Word, queues: Type.Array(QueueIndex) }, closed),
+    ]),
+    protocolFeatures: Word,
+    status: Type.Integer({ minimum: 0, maximum: 0xff }),
+    regions: Type.Array(RegionSchema),
+    rings: Type.Array(RingSchema),
+  },
+  closed,
+);
+
+export type RingRecord = Type.Static<typeof RingSchema>;
+export type SessionRecord = Type.Static<typeof SessionSchema>;
+
+/** @throws VhostdError invalid: the record may be of another version, or damaged */
+export function parseSessionRecord(data: Json): SessionRecord {
+  if (Value.Check(SessionSchema, data)) return data;
+  const [first] = Value.Errors(SessionSchema, data);
+  throw new VhostdError(
+    "invalid",
+    `the stored session is not understood: ${first?.instancePath ?? ""} ${first?.message ?? ""}`,
+    { fix: "remove the VF and add it again" },
+  );
+}

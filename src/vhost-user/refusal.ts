@@ -1,0 +1,12 @@
+import { type ErrorDetails, VhostdError } from "../base/errors.ts";
+
+/**
+ * A message that is refused while the session goes on: the front-end is told where it asked for a reply. Every other
+ * error in a handler ends the session, and so does a refusal that the front-end cannot be told of.
+ */
+export class Refusal extends VhostdError {
+  constructor(message: string, details: ErrorDetails = {}) {
+    super("invalid", message, details);
+    this.name = "Refusal";
+  }
+}

@@ -1,0 +1,53 @@
+import { VhostdError } from "../base/errors.ts";
+
+/**
+ * Where a session is. `running`: the function works on the rings `queues`. `stopped`: the function holds still, the
+ * final indices are known, and a start at the same indices may go on from there.
+ */
+export type SessionState =
+  | { readonly kind: "connected" }
+  | { readonly kind: "negotiated"; readonly features: bigint }
+  | { readonly kind: "running"; readonly features: bigint; readonly queues: readonly number[] }
+  | { readonly kind: "stopped"; readonly features: bigint }
+  | { readonly kind: "closed"; readonly reason: string };
+
+export type StateKind = SessionState["kind"];
+
+export type SessionEvent =
+  | { readonly type: "acknowledge"; readonly features: bigint }
+  | { readonly type: "start"; readonly queues: readonly number[] }
+  | { readonly type: "stop" }
+  | { readonly type: "reset" }
+  | { readonly type: "close"; readonly reason: string };
+
+/** What leads where; what is not listed is not possible. */
+const TRANSITIONS: Readonly<Record<StateKind, Readonly<Partial<Record<SessionEvent["type"], StateKind>>>>> = {
+  connected: { acknowledge: "negotiated", reset: "connected", close: "closed" },
+  negotiated: { acknowledge: "negotiated", start: "running", reset: "negotiated", close: "closed" },
+  running: { stop: "stopped", reset: "negotiated", close: "closed" },
+  stopped: { acknowledge: "stopped", start: "running", reset: "negotiated", close: "closed" },
+  closed: {},
+};
+
+/** @throws VhostdError protocol where the event is not possible in this state */
+export function transition(state: SessionState, event: SessionEvent): SessionState {
+  const next = TRANSITIONS[state.kind][event.type];
+  if (next === undefined) throw new VhostdError("protocol", `${event.type} is not possible while ${state.kind}`);
+  const features = event.type === "acknowledge" ? event.features : featuresOf(state);
+  switch (next) {
+    case "connected":
+      return { kind: "connected" };
+    case "negotiated":
+    case "stopped":
+      return { kind: next, features };
+    case "running":
+      return { kind: "running", features, queues: event.type === "start" ? event.queues : [] };
+    case "closed":
+      return { kind: "closed", reason: event.type === "close" ? event.reason : "" };
+  }
+}
+
+/** Features that the front-end has acknowledged; 0 before it has. */
+export function featuresOf(state: SessionState): bigint {
+  return "features" in state ? state.features : 0n;
+}

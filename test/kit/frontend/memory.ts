@@ -1,0 +1,56 @@
+import { VhostdError } from "../../../src/base/errors.ts";
+import { type DriverMemory, GuestMemoryFile } from "../guest-memory-file.ts";
+
+/** Where regions begin in the address space that the front-end pretends to have. */
+const USER_BASE = 0x7f00_0000_0000;
+/** Between two regions, so that a mistake does not fall into the next one by luck. Bytes. */
+const GAP = 1 << 30;
+
+export interface MemoryRegion {
+  readonly file: GuestMemoryFile;
+  readonly userAddress: number;
+}
+
+/** Guest memory of several regions, each a memfd. */
+export class FrontendMemory implements DriverMemory, Disposable {
+  readonly regions: MemoryRegion[] = [];
+
+  constructor(regions: readonly { readonly gpa: number; readonly size: number }[] = []) {
+    for (const { gpa, size } of regions) this.add(gpa, size);
+  }
+
+  add(gpa: number, size: number): MemoryRegion {
+    const region = { file: new GuestMemoryFile(gpa, size), userAddress: USER_BASE + gpa + this.regions.length * GAP };
+    this.regions.push(region);
+    return region;
+  }
+
+  /** Forgets the region; its memfd is closed. */
+  drop(region: MemoryRegion): void {
+    this.regions.splice(this.regions.indexOf(region), 1);
+    region.file[Symbol.dispose]();
+  }
+
+  read(gpa: number, length: number): Uint8Array {
+    return this.at(gpa).file.read(gpa, length);
+  }
+
+  write(gpa: number, bytes: Uint8Array): void {
+    this.at(gpa).file.write(gpa, bytes);
+  }
+
+  userAddress(gpa: number): number {
+    const { file, userAddress } = this.at(gpa);
+    return userAddress + (gpa - file.gpa);
+  }
+
+  [Symbol.dispose](): void {
+    for (const { file } of this.regions) file[Symbol.dispose]();
+  }
+
+  private at(gpa: number): MemoryRegion {
+    const region = this.regions.find(({ file }) => gpa >= file.gpa && gpa < file.gpa + file.size);
+    if (region === undefined) throw new VhostdError("badAddress", `0x${gpa.toString(16)} is not guest memory`);
+    return region;
+  }
+}

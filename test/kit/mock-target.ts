@@ -1,0 +1,159 @@
+import type { DmaRange } from "../../src/pci/address-space.ts";
+import type { DeviceClass } from "../../src/plugin.ts";
+import type { DoorbellShare, RingEventfds, SessionTarget } from "../../src/vhost-user/target.ts";
+import type { DeviceState } from "../../src/virtio/device-state.ts";
+import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
+import { availIndex, type RingMemory } from "../../src/virtio/split-ring.ts";
+
+export interface MockTargetOptions {
+  readonly deviceClass?: DeviceClass;
+  readonly deviceFeatures?: bigint;
+  readonly queues?: number;
+  readonly queueSizeMax?: number;
+  readonly config?: Uint8Array;
+  readonly doorbellShare?: SessionTarget["doorbellShare"];
+}
+
+/** A class of no particular device, with one field that can be written. */
+export const mockDeviceClass: DeviceClass = {
+  name: "mock",
+  virtioId: 63,
+  configSpace: { capacity: [0, "u64"], flags: [8, "u32"], mode: [12, "u8"] },
+  writableConfig: ["mode"],
+  features: { names: { 0: "ZERO", 1: "ONE", 50: "FIFTY" }, add: [50], hide: [1] },
+  queues: () => 4,
+};
+
+export const MOCK_FEATURES = featureBits(
+  0,
+  1,
+  FeatureBit.ringIndirectDesc,
+  FeatureBit.ringEventIdx,
+  FeatureBit.version1,
+  FeatureBit.accessPlatform,
+  FeatureBit.ringPacked,
+  FeatureBit.ringReset,
+);
+
+type Operation = "start" | "stop" | "reset" | "map" | "unmap" | "setKick" | "setCall" | "readConfig" | "writeConfig";
+
+/**
+ * A VF that does no I/O: it notes what a session does to it. When it is stopped it says that it has taken every
+ * buffer that was made available.
+ */
+export class MockTarget implements SessionTarget {
+  readonly deviceClass: DeviceClass;
+  readonly deviceFeatures: bigint;
+  readonly queues: number;
+  readonly dirtyTracking = false;
+  /** One line a call, in order: "map 0x0+0x100000", "setKick 1 off". */
+  readonly calls: string[] = [];
+  readonly mapped: DmaRange[] = [];
+  /** What runs, as it was started. */
+  running: DeviceState | undefined;
+  eventfds = new Map<number, RingEventfds>();
+  checkpoints = 0;
+  /** Runs before the operation; throw in it to make it fail. */
+  before: (operation: Operation) => Promise<void> | void = () => {};
+  /** Runs when the device has started. */
+  onStart: () => void = () => {};
+  /** Runs in each checkpoint. */
+  onCheckpoint: () => void = () => {};
+  config: Uint8Array;
+  readonly doorbellShare?: (queue: number) => Promise<DoorbellShare | undefined>;
+  private readonly sizeMax: number;
+  private configChange: () => void = () => {};
+
+  constructor(options: MockTargetOptions = {}) {
+    this.deviceClass = options.deviceClass ?? mockDeviceClass;
+    this.deviceFeatures = options.deviceFeatures ?? MOCK_FEATURES;
+    this.queues = options.queues ?? 4;
+    this.sizeMax = options.queueSizeMax ?? 256;
+    if (options.doorbellShare !== undefined) this.doorbellShare = options.doorbellShare;
+    this.config = options.config ?? Uint8Array.of(1, 2, 3, 4, 5, 6, 7, 8, 9, 10);
+  }
+
+  queueSizeMax(): number {
+    return this.sizeMax;
+  }
+
+  async readConfig(): Promise<Uint8Array> {
+    await this.before("readConfig");
+    return this.config;
+  }
+
+  async writeConfig(offset: number, bytes: Uint8Array): Promise<void> {
+    await this.note("writeConfig", `${offset} ${bytes.toHex()}`);
+  }
+
+  async mapMemory(range: DmaRange): Promise<void> {
+    await this.note("map", span(range));
+    this.mapped.push(range);
+  }
+
+  async unmapMemory(range: DmaRange): Promise<void> {
+    await this.note("unmap", span(range));
+    const index = this.mapped.findIndex((other) => other.iova === range.iova && other.size === range.size);
+    if (index < 0) throw new Error(`${span(range)} was not mapped`);
+    this.mapped.splice(index, 1);
+  }
+
+  async start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
+    if (this.running !== undefined) throw new Error("started twice");
+    await this.note("start", wanted.queues.map(({ index, lastAvail }) => `${index}@${lastAvail}`).join(" "));
+    this.running = wanted;
+    this.eventfds = new Map(eventfds);
+    this.onStart();
+  }
+
+  async stop(memory: RingMemory): Promise<DeviceState> {
+    if (this.running === undefined) throw new Error("stopped without a start");
+    await this.note("stop");
+    const { running } = this;
+    this.running = undefined;
+    const queues = running.queues.map((queue) => {
+      const index = availIndex(memory, queue);
+      return { ...queue, lastAvail: index, lastUsed: index };
+    });
+    return { ...running, queues };
+  }
+
+  async reset(): Promise<void> {
+    await this.note("reset");
+    this.running = undefined;
+  }
+
+  async setKick(queue: number, fd: number | null): Promise<void> {
+    await this.note("setKick", `${queue} ${fd === null ? "off" : "on"}`);
+    this.eventfds.set(queue, { call: this.eventfds.get(queue)?.call, kick: fd ?? undefined });
+  }
+
+  async setCall(queue: number, fd: number | null): Promise<void> {
+    await this.note("setCall", `${queue} ${fd === null ? "off" : "on"}`);
+    this.eventfds.set(queue, { kick: this.eventfds.get(queue)?.kick, call: fd ?? undefined });
+  }
+
+  onConfigChange(handler: () => void): void {
+    this.configChange = handler;
+  }
+
+  /** The device changes its configuration. */
+  changeConfig(config: Uint8Array): void {
+    this.config = config;
+    this.configChange();
+  }
+
+  async checkpoint(): Promise<void> {
+    this.checkpoints++;
+    this.onCheckpoint();
+  }
+
+  private async note(operation: Operation, text = ""): Promise<void> {
+    this.calls.push(`${operation} ${text}`.trim());
+    await this.before(operation);
+  }
+}
+
+function span({ iova, size }: DmaRange): string {
+  return `0x${iova.toString(16)}+0x${size.toString(16)}`;
+}

@@ -1,0 +1,312 @@
+import { describe, expect, test } from "bun:test";
+import { VhostdError } from "../../../src/base/errors.ts";
+import { eventfd, fileInfo, memfd, truncate } from "../../../src/native/sys.ts";
+import type { DeviceClass } from "../../../src/plugin.ts";
+import { FLAG_NEED_REPLY, ProtocolFeature, Request, U64, VRING_AREA } from "../../../src/vhost-user/messages.ts";
+import { FeatureBit, featureBits, Status } from "../../../src/virtio/features.ts";
+import { u64, withoutFd } from "../../kit/frontend/frontend.ts";
+import { FrontendMemory } from "../../kit/frontend/memory.ts";
+import { mockDeviceClass } from "../../kit/mock-target.ts";
+import { connect, ONE_MEGABYTE, REGIONS, startRunning } from "./harness.ts";
+
+const offered = featureBits(
+  0,
+  50,
+  FeatureBit.ringIndirectDesc,
+  FeatureBit.ringEventIdx,
+  FeatureBit.vhostUserProtocolFeatures,
+  FeatureBit.version1,
+);
+
+describe("features", () => {
+  test("the core masks: hidden, packed, platform and reset bits never reach the front-end, added ones do", async () => {
+    await using pair = connect();
+    expect(await pair.frontend.askU64(Request.GET_FEATURES)).toBe(offered);
+  });
+
+  test("bits that only the class knows are not acknowledged to the function", async () => {
+    await using pair = connect();
+    await startRunning(pair.frontend, 1);
+    expect(pair.frontend.features).toBe(offered);
+    expect(pair.target.running?.features).toBe(offered & ~featureBits(50, FeatureBit.vhostUserProtocolFeatures));
+  });
+
+  test("protocol features: 0 3 5 9 10 13 15 16 and those of the class", async () => {
+    const deviceClass = { ...mockDeviceClass, protocolFeatures: [4] };
+    await using pair = connect({ deviceClass });
+    expect(await pair.frontend.askU64(Request.GET_PROTOCOL_FEATURES)).toBe(featureBits(0, 3, 4, 5, 9, 10, 13, 15, 16));
+  });
+});
+
+describe("rings of a running device", () => {
+  test("disabling and enabling disconnects and connects the kick", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 2);
+    await frontend.enable(1, false);
+    await frontend.enable(1, false);
+    await frontend.enable(1, true);
+    await frontend.enable(3, true);
+    expect(target.calls.slice(4)).toEqual(["setKick 1 off", "setKick 1 on"]);
+  });
+
+  test("a disabled ring starts without its kick", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 2);
+    await frontend.stop({ order: "new" });
+    await frontend.setFeatures();
+    await frontend.setStatus(Status.featuresOk);
+    for (const queue of frontend.queues) await frontend.setupQueue(queue);
+    await frontend.enable(0, true);
+    await frontend.setStatus(0xf);
+    expect(target.eventfds.get(0)?.kick).toBeNumber();
+    expect(target.eventfds.get(1)?.kick).toBeUndefined();
+  });
+
+  test("changed call and kick are routed anew without a stop", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 1);
+    using call = eventfd();
+    using kick = eventfd();
+    expect(await frontend.command(Request.SET_VRING_CALL, u64(0n), [call.number])).toBe(0n);
+    expect(await frontend.command(Request.SET_VRING_KICK, u64(0n), [kick.number])).toBe(0n);
+    expect(await frontend.command(Request.SET_VRING_CALL, withoutFd(0))).toBe(0n);
+    expect(await frontend.command(Request.SET_VRING_ERR, u64(0n), [call.number])).toBe(0n);
+    expect(target.calls.slice(4)).toEqual(["setCall 0 on", "setKick 0 on", "setCall 0 off"]);
+    expect(target.running).toBeDefined();
+  });
+
+  test("a polled ring starts without a kick", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 1);
+    await frontend.stop({ order: "new" });
+    const [queue] = frontend.queues;
+    await frontend.setupQueue(queue!);
+    await frontend.command(Request.SET_VRING_KICK, withoutFd(0));
+    await frontend.enable(0, true);
+    await frontend.setStatus(0xf);
+    expect(target.running?.queues).toHaveLength(1);
+    expect(target.eventfds.get(0)?.kick).toBeUndefined();
+  });
+});
+
+describe("guest memory", () => {
+  test("a new table is diffed: what stays is not unmapped, its new user address counts", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 1);
+    const [first, second, last] = frontend.memory.regions;
+    const added = frontend.memory.add(0x2_0000_0000, ONE_MEGABYTE);
+    const moved = { file: last!.file, userAddress: 0x10_0000_0000 };
+    await frontend.setMemTable([first!, added, moved]);
+    expect(target.calls.slice(4)).toEqual(["unmap 0xc0000+0x100000", "map 0x200000000+0x100000"]);
+    frontend.memory.regions.splice(frontend.memory.regions.indexOf(last!), 1, moved);
+    expect(await frontend.setAddresses(frontend.queues[0]!)).toBe(0n);
+    expect(pair.session.status.memory).toBe(0xa0000 + 9 * ONE_MEGABYTE);
+    frontend.memory.drop(second!);
+  });
+
+  test("the same address from another file is unmapped before it is mapped", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await frontend.negotiate();
+    await frontend.setupMemory(REGIONS.slice(0, 1));
+    using other = new FrontendMemory(REGIONS.slice(0, 1));
+    await frontend.setMemTable(other.regions);
+    expect(target.calls).toEqual(["map 0x0+0xa0000", "unmap 0x0+0xa0000", "map 0x0+0xa0000"]);
+    const { dev, ino } = fileInfo(other.regions[0]!.file.file.number);
+    expect(target.mapped[0]?.file).toEqual({ dev, ino });
+  });
+
+  test("a region is removed with or without an fd, and may come again", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 1);
+    const [first] = frontend.memory.regions;
+    expect(await frontend.removeRegion(first!)).toBe(0n);
+    expect(await frontend.addRegion(first!)).toBe(0n);
+    expect(target.calls.slice(4)).toEqual(["unmap 0x0+0xa0000", "map 0x0+0xa0000"]);
+  });
+
+  test("memory that cannot be mapped is refused where a reply was asked for, and ends the session where not", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await frontend.negotiate();
+    target.before = (operation) => {
+      if (operation === "map") throw new VhostdError("invalid", "the IOMMU ends at 2 GiB");
+    };
+    const region = frontend.memory.add(0, ONE_MEGABYTE);
+    expect(await frontend.addRegion(region)).toBe(1n);
+    expect(pair.lines.at(-1)).toContain("ADD_MEM_REG was refused: guest memory 0x0+0x100000 cannot be mapped");
+    frontend.protocolFeatures &= ~featureBits(ProtocolFeature.REPLY_ACK);
+    await frontend.addRegion(region);
+    expect((await pair.ended).reason).toContain("the IOMMU ends at 2 GiB");
+  });
+
+  test("a front-end that shrinks its memory ends its own session only", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 1);
+    target.before = (operation) => {
+      if (operation === "stop") truncate(frontend.memory.regions.at(-1)!.file.file.number, 0);
+    };
+    await frontend.getBase(0).catch(() => {});
+    expect((await pair.ended).reason).toContain("the file of guest memory at 0x10000");
+  });
+});
+
+describe("configuration space", () => {
+  test("GET_CONFIG: zeros beyond the function's own, an error beyond the class's", async () => {
+    await using pair = connect();
+    const { frontend } = pair;
+    await frontend.negotiate();
+    expect(await frontend.getConfig(8, 5)).toEqual(Uint8Array.of(9, 10, 0, 0, 0));
+    expect(await frontend.getConfig(8, 6)).toBeUndefined();
+    expect(await frontend.getConfig(0, 0)).toEqual(new Uint8Array());
+    expect(await frontend.getConfig(0xffff_ffff, 1)).toBeUndefined();
+  });
+
+  test("SET_CONFIG writes writable fields only; a migration's other fields are ignored", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await frontend.negotiate();
+    expect(await frontend.setConfig(12, Uint8Array.of(7))).toBe(0n);
+    expect(await frontend.setConfig(8, Uint8Array.of(1, 2, 3, 4, 5))).toBe(1n);
+    expect(await frontend.setConfig(0, new Uint8Array(13).fill(9), 1)).toBe(0n);
+    expect(target.calls).toEqual(["writeConfig 12 07", "writeConfig 12 09"]);
+    expect(pair.lines.at(-1)).toContain("SET_CONFIG of 5 bytes at 8 reaches beyond the writable fields (mode 12..12)");
+  });
+
+  test("a change is told on the back-end's channel; changes that pile up are told once", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await frontend.negotiate();
+    const requests = frontend.backendRequests!;
+    for (let n = 0; n < 5; n++) target.changeConfig(Uint8Array.of(n));
+    await requests.wait(1);
+    target.changeConfig(Uint8Array.of(9));
+    await requests.wait(2);
+    expect(requests.received).toMatchObject([
+      { request: 2, flags: 1 | FLAG_NEED_REPLY },
+      { request: 2, flags: 1 | FLAG_NEED_REPLY },
+    ]);
+    expect(await frontend.getConfig(0, 1)).toEqual(Uint8Array.of(9));
+  });
+
+  test("a channel that is gone disturbs nothing", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await frontend.negotiate();
+    frontend.backendRequests?.[Symbol.dispose]();
+    target.changeConfig(Uint8Array.of(1));
+    expect(await frontend.getConfig(0, 1)).toEqual(Uint8Array.of(1));
+    await frontend.openBackendChannel();
+    target.changeConfig(Uint8Array.of(2));
+    await frontend.backendRequests!.wait(1);
+  });
+
+  test("a device that fails shows NEEDS_RESET until the front-end resets it", async () => {
+    await using pair = connect();
+    const { frontend, session } = pair;
+    await startRunning(frontend, 1);
+    session.needsReset("a ring is malformed");
+    expect(await frontend.askU64(Request.GET_STATUS)).toBe(BigInt(0xf | Status.needsReset));
+    await frontend.backendRequests!.wait(1);
+    await frontend.setStatus(0);
+    expect(await frontend.askU64(Request.GET_STATUS)).toBe(0n);
+  });
+});
+
+test("VRING_HOST_NOTIFIER_MSG carries queue, place and fd of each doorbell", async () => {
+  using doorbell = memfd("doorbell", 8192);
+  await using pair = connect({
+    doorbellShare: async (queue) => (queue === 1 ? { fd: doorbell.number, offset: 4096, size: 4096 } : undefined),
+  });
+  const { frontend } = pair;
+  await startRunning(frontend, 2);
+  expect(frontend.has(ProtocolFeature.HOST_NOTIFIER)).toBe(true);
+  await frontend.backendRequests!.wait(1);
+  const [message] = frontend.backendRequests!.received;
+  expect(message?.request).toBe(3);
+  expect(VRING_AREA.read(message!.payload)).toEqual({ queue: 1n, size: 4096, offset: 4096 });
+  expect(fileInfo(message!.fds[0]!.number).ino).toBe(fileInfo(doorbell.number).ino);
+});
+
+describe("replies and records", () => {
+  test("the record is written before the answer, and not for questions", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await frontend.negotiate();
+    await frontend.setupMemory(REGIONS);
+    const before = target.checkpoints;
+    await frontend.askU64(Request.GET_STATUS);
+    await frontend.getConfig(0, 1);
+    expect(target.checkpoints).toBe(before);
+    expect(await frontend.enable(2, true)).toBe(0n);
+    expect(target.checkpoints).toBe(before + 1);
+    expect(await frontend.getBase(2)).toBe(0);
+    expect(target.checkpoints).toBe(before + 2);
+  });
+
+  test("RESET_OWNER disables the rings", async () => {
+    await using pair = connect();
+    await startRunning(pair.frontend, 1);
+    expect(await pair.frontend.command(Request.RESET_OWNER)).toBe(0n);
+    expect(pair.target.calls.at(-1)).toBe("setKick 0 off");
+  });
+
+  test("messages of a class add to the table and pass its checks", async () => {
+    const messages: DeviceClass["messages"] = {
+      20: { name: "NET_SET_MTU", size: 8, needs: 4, handle: async (payload) => refuseBig(payload) },
+      [Request.GET_QUEUE_NUM]: { name: "GET_QUEUE_NUM", size: 0, handle: async () => u64(2n) },
+    };
+    await using pair = connect({ deviceClass: { ...mockDeviceClass, protocolFeatures: [4], messages } });
+    const { frontend } = pair;
+    await frontend.negotiate();
+    expect(await frontend.askU64(Request.GET_QUEUE_NUM)).toBe(2n);
+    expect(await frontend.command(20, u64(1500n))).toBe(0n);
+    expect(await frontend.command(20, u64(99_999n))).toBe(1n);
+    expect(pair.lines.at(-1)).toContain("NET_SET_MTU was refused: MTU 99999");
+    await frontend.send(20, new Uint8Array(4));
+    expect((await pair.ended).reason).toContain("must be 8");
+  });
+});
+
+test("a device that does not start ends the session with its reason", async () => {
+  await using pair = connect();
+  pair.target.before = (operation) => {
+    if (operation === "start") throw new VhostdError("notSupported", "base 7 cannot be resumed");
+  };
+  await startRunning(pair.frontend, 1).catch(() => {});
+  expect((await pair.ended).reason).toBe("base 7 cannot be resumed");
+  expect(pair.target.mapped).toEqual([]);
+});
+
+test("close ends the session from our side, after the operation under way", async () => {
+  await using pair = connect();
+  const { frontend, target, session } = pair;
+  const gate = Promise.withResolvers<void>();
+  const entered = Promise.withResolvers<void>();
+  target.before = async (operation) => {
+    if (operation !== "start") return;
+    entered.resolve();
+    await gate.promise;
+  };
+  const starting = startRunning(frontend, 1).catch(() => {});
+  await entered.promise;
+  session.close("the VF is removed");
+  gate.resolve();
+  expect(await pair.ended).toEqual({ reason: "the VF is removed" });
+  expect(target.calls.slice(-4)[0]).toBe("reset");
+  expect(target.running).toBeUndefined();
+  await starting;
+});
+
+function refuseBig(payload: Uint8Array): undefined {
+  const { value } = U64.read(payload);
+  if (value > 65_535n) throw new Error(`MTU ${value} exceeds 65535`);
+  return undefined;
+}
