@@ -1,0 +1,104 @@
+import { afterEach, beforeEach, describe, expect, test } from "bun:test";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { loadConfig } from "../../../src/daemon/config.ts";
+
+let directory: string;
+let file: string;
+
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), "vhostd-config-"));
+  file = join(directory, "vhostd.toml");
+});
+
+afterEach(() => rmSync(directory, { recursive: true }));
+
+test("without a file there are the places of the system", async () => {
+  expect(await loadConfig(undefined)).toEqual({
+    runtimeDirectory: "/run/vfe-vhostd",
+    busDirectories: ["/sys/bus/pci/devices", "/run/vfe-softvf/devices"],
+    rpcTcp: undefined,
+    logLevel: "info",
+    plugins: [],
+    pluginDirectory: undefined,
+    pfs: [],
+    vfs: [],
+  });
+});
+
+const FULL = `
+runtime-dir = "run"
+bus = ["/sys/bus/pci/devices", "devices"]
+rpc-tcp = "127.0.0.1:12190"
+log-level = "debug"
+plugins = ["./rng/index.ts", "vfe-plugin-rng"]
+plugin-directory = "packages"
+
+[[pf]]
+device = "5a:00.0"
+
+[[vf]]
+device = "5A:00.1"
+
+[[vf]]
+device = "5a:00.2"
+socket = "/tmp/vm2"
+mode = "server"
+uuid = "ee8b6429-eb1e-45e7-9dab-aff843b99075"
+`;
+
+test("every option; relative paths start at the file", async () => {
+  writeFileSync(file, FULL);
+  expect(await loadConfig(file)).toEqual({
+    runtimeDirectory: join(directory, "run"),
+    busDirectories: ["/sys/bus/pci/devices", join(directory, "devices")],
+    rpcTcp: { host: "127.0.0.1", port: 12190 },
+    logLevel: "debug",
+    plugins: [join(directory, "rng/index.ts"), "vfe-plugin-rng"],
+    pluginDirectory: join(directory, "packages"),
+    pfs: ["0000:5a:00.0"],
+    vfs: [
+      { address: "0000:5a:00.1", socket: "/tmp/vf-0000:5a:00.1", mode: "client" },
+      { address: "0000:5a:00.2", socket: "/tmp/vm2", mode: "server", uuid: "ee8b6429-eb1e-45e7-9dab-aff843b99075" },
+    ] as never,
+  } as never);
+});
+
+test("the command line goes before the file", async () => {
+  writeFileSync(file, FULL);
+  const overrides = { runtimeDirectory: "/tmp/x", busDirectories: ["/b"], rpcTcp: "[::1]:1", logLevel: "warn" };
+  expect(await loadConfig(file, overrides)).toMatchObject({
+    runtimeDirectory: "/tmp/x",
+    busDirectories: ["/b"],
+    rpcTcp: { host: "::1", port: 1 },
+    logLevel: "warn",
+  });
+});
+
+describe("mistakes are named with their line", () => {
+  const cases: [string, string, string][] = [
+    ["an unknown key", `log-level = "info"\nrpc_tcp = "x"`, `vhostd.toml:2: key "rpc_tcp" is not known, known are:`],
+    ["a wrong type", `bus = "/sys"`, `vhostd.toml:1: key "bus" is "/sys", expected a list`],
+    ["a wrong word", `\nlog-level = "loud"`, `vhostd.toml:2: key "log-level" is "loud", expected "error" or "warn"`],
+    ["a missing key in a table", `[[pf]]\ndevice = "a"\n\n[[pf]]\n`, `vhostd.toml:4: key "pf[1].device" is missing`],
+    ["an unknown key in a table", `[[vf]]\ndevice = "a"\nmodus = "b"`, `vhostd.toml:3: key "vf[0].modus" is not known`],
+    ["no TOML", "bus = [", "vhostd.toml: "],
+    ["an address that is none", `[[pf]]\ndevice = "eth0"`, `"eth0" is not a PCI address`],
+    ["TCP for everyone", `rpc-tcp = "0.0.0.0:1"`, "not a loopback address"],
+  ];
+  for (const [what, text, message] of cases) {
+    test(what, async () => {
+      writeFileSync(file, text);
+      await expect(loadConfig(file)).rejects.toThrow(message);
+    });
+  }
+
+  test("no file", async () => {
+    await expect(loadConfig(file)).rejects.toThrow(`${file} cannot be read: ENOENT`);
+  });
+
+  test("a log level of the command line", async () => {
+    await expect(loadConfig(undefined, { logLevel: "toString" })).rejects.toThrow("not a log level");
+  });
+});

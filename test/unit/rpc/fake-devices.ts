@@ -1,0 +1,96 @@
+import { VhostdError } from "../../../src/base/errors.ts";
+import type { Devices } from "../../../src/daemon/methods.ts";
+import type { AddVf, PfInfo, RegistryEvent, VfInfo } from "../../../src/daemon/registry.ts";
+import type { PciAddress } from "../../../src/pci/address.ts";
+
+/** The registry as the control interface sees it, without devices: every function of bus 5a exists. */
+export class FakeDevices implements Devices {
+  readonly pfs = new Map<PciAddress, PfInfo>();
+  readonly vfs = new Map<PciAddress, VfInfo>();
+  readonly handlers = new Set<(event: RegistryEvent) => void>();
+  /** addVf waits for it. */
+  gate: Promise<void> = Promise.resolve();
+
+  async addPf(pf: PciAddress): Promise<PfInfo> {
+    if (!pf.startsWith("0000:5a:")) throw new VhostdError("pfNotFound", `no function ${pf}`, { fix: "check --bus" });
+    if (this.pfs.has(pf)) throw new VhostdError("pfExists", `PF ${pf} has been added already`);
+    const info: PfInfo = { pf, class: "net", vfs: 0, kind: "software", managed: false };
+    this.pfs.set(pf, info);
+    this.emit({ type: "pf", pf, state: "added" });
+    return info;
+  }
+
+  async removePf(pf: PciAddress): Promise<void> {
+    this.pf(pf);
+    if (this.listVfs(pf).length > 0) throw new VhostdError("pfHasVfs", `PF ${pf} still has VFs`);
+    this.pfs.delete(pf);
+    this.emit({ type: "pf", pf, state: "removed" });
+  }
+
+  listPfs(): PfInfo[] {
+    return [...this.pfs.values()];
+  }
+
+  async addVf({ address, socket, mode, uuid = "" }: AddVf): Promise<VfInfo> {
+    await this.gate;
+    const pf = this.pf(`${address.slice(0, 8)}00.0` as PciAddress).pf;
+    const info = vfInfo(address, pf, { socket_file: socket, mode, vm_uuid: uuid });
+    this.vfs.set(address, info);
+    return info;
+  }
+
+  async removeVf(vf: PciAddress): Promise<void> {
+    this.vfInfo(vf);
+    this.vfs.delete(vf);
+  }
+
+  listVfs(pf: PciAddress): VfInfo[] {
+    this.pf(pf);
+    return [...this.vfs.values()].filter((info) => info.pf === pf);
+  }
+
+  vfInfo(vf: PciAddress): VfInfo {
+    const info = this.vfs.get(vf);
+    if (info === undefined) throw new VhostdError("vfNotFound", `VF ${vf} has not been added`, { fix: "add it" });
+    return info;
+  }
+
+  onEvent(handler: (event: RegistryEvent) => void): Disposable {
+    this.handlers.add(handler);
+    return { [Symbol.dispose]: () => void this.handlers.delete(handler) };
+  }
+
+  private pf(pf: PciAddress): PfInfo {
+    const info = this.pfs.get(pf);
+    if (info === undefined) throw new VhostdError("pfNotFound", `PF ${pf} has not been added`, { fix: "add it" });
+    return info;
+  }
+
+  private emit(event: RegistryEvent): void {
+    for (const handler of this.handlers) handler(event);
+  }
+}
+
+export function vfInfo(vf: PciAddress, pf: PciAddress, more: Partial<VfInfo> = {}): VfInfo {
+  return {
+    vf,
+    probed: true,
+    class: "net",
+    pf,
+    msix_num: 10,
+    queue_num: 8,
+    queue_size: 256,
+    device_feature: (1n << 5n) | (1n << 28n) | (1n << 32n) | (1n << 55n),
+    driver_feature: null,
+    class_feature_names: { 5: "MAC" },
+    config: { mtu: "1500", mac: "00:00:00:00:33:00" },
+    vm_uuid: "",
+    socket_file: `/tmp/vf-${vf}`,
+    mode: "client",
+    configured: false,
+    state: "idle",
+    reason: null,
+    mover: "registers",
+    ...more,
+  };
+}

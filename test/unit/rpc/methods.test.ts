@@ -1,0 +1,171 @@
+import { beforeEach, describe, expect, test } from "bun:test";
+import { join } from "node:path";
+import Value from "typebox/value";
+import { silentLogger } from "../../../src/base/log.ts";
+import { createMethods } from "../../../src/daemon/methods.ts";
+import { rpcPage } from "../../../src/daemon/rpc-page.ts";
+import { parsePciAddress } from "../../../src/pci/address.ts";
+import type { Call } from "../../../src/rpc/method.ts";
+import { FakeDevices, vfInfo } from "./fake-devices.ts";
+
+const PF = parsePciAddress("0000:5a:00.0");
+const VF = parsePciAddress("0000:5a:00.1");
+
+let devices: FakeDevices;
+
+beforeEach(() => {
+  devices = new FakeDevices();
+});
+
+/** Calls a method and holds its result against the schema that is published. */
+async function invoke(name: string, params?: unknown, call = caller().call): Promise<unknown> {
+  const method = createMethods(devices, silentLogger).find((candidate) => candidate.name === name)!;
+  const result = JSON.parse(JSON.stringify(await method.invoke(params, call)));
+  expect(Value.Errors(method.result, result)).toEqual([]);
+  return result;
+}
+
+function caller() {
+  const notified: unknown[] = [];
+  const closing: (() => void)[] = [];
+  const call: Call = {
+    client: "test",
+    notify: (method, params) => notified.push([method, params]),
+    onClose: (handler) => closing.push(handler),
+  };
+  return {
+    call,
+    notified,
+    close() {
+      for (const handler of closing) handler();
+    },
+  };
+}
+
+describe("typed methods", () => {
+  test("a PF and a VF from add to remove", async () => {
+    expect(await invoke("pf.add", { device: "5A:00.0" })).toMatchObject({ pf: PF, vfs: 0 });
+    expect(await invoke("vf.add", { device: "5a:00.1" })).toMatchObject({
+      vf: VF,
+      socket_file: "/tmp/vf-0000:5a:00.1",
+      mode: "client",
+      device_feature: "0x80000110000020",
+      driver_feature: null,
+    });
+    expect(await invoke("vf.list", {})).toMatchObject({ vfs: [{ vf: VF }] });
+    expect(await invoke("vf.list", { pf: PF })).toMatchObject({ vfs: [{ vf: VF }] });
+    expect(await invoke("vf.info", { device: VF })).toMatchObject({ vf: VF });
+    expect(await invoke("stats", {})).toMatchObject({ pfs: 1, vfs: 1, sessions: 0, fds: expect.any(Number) });
+    expect(await invoke("vf.remove", { device: VF })).toEqual({});
+    expect(await invoke("pf.remove", { device: PF })).toEqual({});
+    expect(await invoke("pf.list", {})).toEqual({ pfs: [] });
+  });
+
+  test("an address that is none", async () => {
+    await expect(invoke("vf.info", { device: "eth0" })).rejects.toMatchObject({ code: "badArguments" });
+  });
+
+  test("events go to a subscriber once, until it leaves", async () => {
+    const { call, notified, close } = caller();
+    await invoke("events.subscribe", {}, call);
+    await invoke("pf.add", { device: PF });
+    expect(notified).toEqual([["event", { type: "pf", pf: PF, state: "added" }]]);
+    close();
+    expect(devices.handlers.size).toBe(0);
+  });
+
+  test("subscribing twice on one connection is subscribing once", async () => {
+    const methods = createMethods(devices, silentLogger);
+    const subscribe = methods.find(({ name }) => name === "events.subscribe")!;
+    const { call } = caller();
+    await subscribe.invoke({}, call);
+    await subscribe.invoke({}, call);
+    expect(devices.handlers.size).toBe(1);
+  });
+});
+
+describe("methods of old clients", () => {
+  test("version", async () => {
+    const version = (await invoke("version")) as Record<string, unknown>;
+    expect(version).toMatchObject({ errno: 0, errstr: "Success", "vfe-vhostd version": version["version"] });
+    expect(version["vfe-vhostd-ha version"]).toContain("not connected");
+  });
+
+  test("mgmtpf adds, lists and removes", async () => {
+    const success = { errno: 0, errstr: "Success" };
+    expect(await invoke("mgmtpf", { add: true, dev: "5a:00.0" })).toEqual(success);
+    expect(await invoke("mgmtpf", { list: true })).toEqual({ devices: [{ pf: PF }], ...success });
+    expect(await invoke("mgmtpf", { remove: true, dev: "5a:00.0" })).toEqual(success);
+  });
+
+  test("vf info: numbers are strings, features are named by their bit in five columns", async () => {
+    await invoke("mgmtpf", { add: true, dev: PF });
+    await invoke("vf", { add: true, vfdev: VF, socket_file: "/tmp/vhost-net0", uuid: "u-u-i-d" });
+    const device = {
+      vf: VF,
+      probed: true,
+      msix_num: "10",
+      queue_num: "8",
+      queue_size: "256",
+      device_feature: {
+        value: "0x80000110000020",
+        "    5": "VIRTIO_NET_F_MAC",
+        "   28": "VIRTIO_RING_F_INDIRECT_DESC",
+        "   32": "VIRTIO_F_VERSION_1",
+        "   55": "unknown",
+      },
+      mtu: "1500",
+      mac: "00:00:00:00:33:00",
+      vm_uuid: "u-u-i-d",
+      socket_file: "/tmp/vhost-net0",
+      configured: false,
+    };
+    expect(await invoke("vf", { info: true, vfdev: VF })).toEqual({ device, errno: 0, errstr: "Success" });
+    expect(await invoke("vf", { list: true, mgmtpf: PF })).toEqual({ devices: [device], errno: 0, errstr: "Success" });
+  });
+
+  test("a VF that waits for its restoration has four members", async () => {
+    devices.vfs.set(VF, vfInfo(VF, PF, { probed: false }));
+    expect(await invoke("vf", { info: true, vfdev: VF })).toMatchObject({
+      device: { vf: VF, probed: false, vm_uuid: "", socket_file: "/tmp/vf-0000:5a:00.1" },
+    });
+    const { device } = (await invoke("vf", { info: true, vfdev: VF })) as { device: object };
+    expect(Object.keys(device)).toEqual(["vf", "probed", "vm_uuid", "socket_file"]);
+  });
+
+  test("server and the default socket", async () => {
+    await invoke("mgmtpf", { add: true, dev: PF });
+    await invoke("vf", { add: true, vfdev: "5a:00.1", server: true });
+    expect(devices.vfInfo(VF)).toMatchObject({ mode: "server", socket_file: "/tmp/vf-0000:5a:00.1" });
+  });
+
+  const failures: [string, string, unknown, number][] = [
+    ["no PF named", "mgmtpf", { add: true }, -1000],
+    ["a PF that does not exist", "mgmtpf", { add: true, dev: "af:00.0" }, -1001],
+    ["no VF named", "vf", { remove: true }, -1002],
+    ["a VF that was not added", "vf", { info: true, vfdev: "5a:00.1" }, -1003],
+    ["a VF before its PF", "vf", { add: true, vfdev: "5a:00.1" }, -1001],
+    ["VFs of no PF", "vf", { list: true }, -1000],
+    ["an address that is none", "vf", { info: true, vfdev: "eth0" }, -1007],
+    ["no operation", "mgmtpf", {}, -1007],
+    ["two operations", "vf", { add: true, remove: true, vfdev: "5a:00.1" }, -1007],
+    ["a parameter of a wrong type", "vf", { info: true, vfdev: 5 }, -1007],
+    ["an unknown parameter", "mgmtpf", { list: true, all: true }, -1007],
+    ["debug", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 6 }, -95],
+  ];
+  for (const [what, method, params, errno] of failures) {
+    test(`${what}: errno ${errno} inside the result`, async () => {
+      expect(await invoke(method, params)).toMatchObject({ errno, errstr: expect.stringMatching(/.{8}/) });
+    });
+  }
+});
+
+test("rpc.discover names every method with its parameters", async () => {
+  const { methods } = (await invoke("rpc.discover", {})) as { methods: { name: string; params: { name: string }[] }[] };
+  const byName = Object.fromEntries(methods.map(({ name, params }) => [name, params.map((param) => param.name)]));
+  expect(byName).toMatchObject({ "vf.add": ["device", "socket", "mode", "uuid"], "rpc.discover": [], stats: [] });
+});
+
+test("docs/rpc.md is what the schemas say", async () => {
+  expect(await Bun.file(join(import.meta.dir, "../../../docs/rpc.md")).text()).toBe(rpcPage());
+});
