@@ -1,0 +1,166 @@
+import { dirname, isAbsolute, resolve } from "node:path";
+import Type, { type Static } from "typebox";
+import { asError, errnoText, VhostdError } from "../base/errors.ts";
+import { LOG_LEVELS, type LogLevel } from "../base/log.ts";
+import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import { findMismatch } from "../rpc/mismatch.ts";
+import { type LoopbackAddress, parseLoopbackAddress } from "../rpc/tcp-address.ts";
+import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
+import { defaultSocket } from "./default-socket.ts";
+
+/** What the daemon runs with. Paths are absolute. */
+export interface DaemonConfig {
+  /** Sockets and state. */
+  readonly runtimeDirectory: string;
+  /** Directories laid out like /sys/bus/pci/devices, asked in this order. */
+  readonly busDirectories: readonly string[];
+  /** undefined: no TCP. */
+  readonly rpcTcp: LoopbackAddress | undefined;
+  readonly logLevel: LogLevel;
+  /** Absolute paths and npm names. */
+  readonly plugins: readonly string[];
+  /** Where npm names of plugins are resolved from. */
+  readonly pluginDirectory: string | undefined;
+  /** Added when the daemon starts, PFs first. */
+  readonly pfs: readonly PciAddress[];
+  readonly vfs: readonly ConfiguredVf[];
+}
+
+interface ConfiguredVf {
+  readonly address: PciAddress;
+  readonly socket: string;
+  readonly mode: "client" | "server";
+  readonly uuid?: string;
+}
+
+export const DEFAULT_BUS_DIRECTORIES: readonly string[] = ["/sys/bus/pci/devices", "/run/vfe-softvf/devices"];
+
+const exact = { additionalProperties: false } as const;
+const Path = Type.String({ minLength: 1, description: "path" });
+const Device = Type.String({ minLength: 1, description: "PCI address" });
+
+/** The configuration file, as TOML gives it. Relative paths in it start at its own directory. */
+const ConfigFile = Type.Object(
+  {
+    "runtime-dir": Type.Optional(Path),
+    bus: Type.Optional(Type.Array(Path, { minItems: 1 })),
+    "rpc-tcp": Type.Optional(Type.String({ description: "HOST:PORT on loopback" })),
+    "log-level": Type.Optional(Type.Enum(Object.keys(LOG_LEVELS) as LogLevel[])),
+    plugins: Type.Optional(Type.Array(Type.String({ minLength: 1, description: "path or npm name" }))),
+    "plugin-directory": Type.Optional(Path),
+    pf: Type.Optional(Type.Array(Type.Object({ device: Device }, exact))),
+    vf: Type.Optional(
+      Type.Array(
+        Type.Object(
+          {
+            device: Device,
+            socket: Type.Optional(Path),
+            uuid: Type.Optional(Type.String({ description: "VM UUID" })),
+            mode: Type.Optional(Type.Union([Type.Literal("client"), Type.Literal("server")])),
+          },
+          exact,
+        ),
+      ),
+    ),
+  },
+  exact,
+);
+type ConfigFile = Static<typeof ConfigFile>;
+
+/** What the command line says; it goes before the file. */
+export interface ConfigOverrides {
+  readonly runtimeDirectory?: string | undefined;
+  readonly busDirectories?: readonly string[] | undefined;
+  readonly rpcTcp?: string | undefined;
+  readonly logLevel?: string | undefined;
+}
+
+/**
+ * Reads the configuration of the daemon.
+ * @param file path of a TOML file, if there is one
+ * @throws VhostdError that names file, line and key
+ */
+export async function loadConfig(file: string | undefined, overrides: ConfigOverrides = {}): Promise<DaemonConfig> {
+  const read = file === undefined ? {} : parseConfigFile(await readText(file), file);
+  const here = file === undefined ? process.cwd() : dirname(resolve(file));
+  const inFile = (path: string) => resolve(here, path);
+
+  const rpcTcp = overrides.rpcTcp ?? read["rpc-tcp"];
+  const buses = overrides.busDirectories ?? read.bus?.map(inFile) ?? DEFAULT_BUS_DIRECTORIES;
+  return {
+    runtimeDirectory: resolve(overrides.runtimeDirectory ?? inFile(read["runtime-dir"] ?? DEFAULT_RUNTIME_DIRECTORY)),
+    busDirectories: buses.map((path) => resolve(path)),
+    rpcTcp: rpcTcp === undefined ? undefined : parseLoopbackAddress(rpcTcp),
+    logLevel: overrides.logLevel === undefined ? (read["log-level"] ?? "info") : parseLogLevel(overrides.logLevel),
+    plugins: (read.plugins ?? []).map((plugin) => (isPath(plugin) ? inFile(plugin) : plugin)),
+    pluginDirectory: read["plugin-directory"] === undefined ? undefined : inFile(read["plugin-directory"]),
+    pfs: (read.pf ?? []).map(({ device }) => parsePciAddress(device)),
+    vfs: (read.vf ?? []).map(({ device, socket, uuid, mode = "client" }) => {
+      const address = parsePciAddress(device);
+      return {
+        address,
+        socket: socket === undefined ? defaultSocket(address) : inFile(socket),
+        mode,
+        ...(uuid === undefined ? {} : { uuid }),
+      };
+    }),
+  };
+}
+
+/** @throws VhostdError badArguments */
+function parseConfigFile(text: string, file: string): ConfigFile {
+  let value: unknown;
+  try {
+    value = Bun.TOML.parse(text);
+  } catch (error) {
+    throw new VhostdError("badArguments", `${file}: ${asError(error).message}`, { cause: error });
+  }
+  const mismatch = findMismatch(ConfigFile, value, "key");
+  if (mismatch === undefined) return value as ConfigFile;
+  const line = lineOf(text, mismatch.path);
+  throw new VhostdError("badArguments", `${file}${line === undefined ? "" : `:${line}`}: ${mismatch.message}`);
+}
+
+async function readText(file: string): Promise<string> {
+  try {
+    return await Bun.file(file).text();
+  } catch (error) {
+    const errno = Math.abs((error as { readonly errno?: number }).errno ?? 5);
+    throw new VhostdError(errno, `the configuration ${file} cannot be read: ${errnoText(errno)}`, { cause: error });
+  }
+}
+
+function parseLogLevel(text: string): LogLevel {
+  if (Object.hasOwn(LOG_LEVELS, text)) return text as LogLevel;
+  throw new VhostdError("badArguments", `"${text}" is not a log level`, {
+    fix: `use one of: ${Object.keys(LOG_LEVELS).join(", ")}`,
+  });
+}
+
+/** npm names begin with a letter or @. */
+function isPath(plugin: string): boolean {
+  return isAbsolute(plugin) || plugin.startsWith(".");
+}
+
+/**
+ * The line where a key such as `vf[1].mode` stands, counted from 1. The TOML parser keeps no positions, so the text is
+ * searched: good for a hint, not more.
+ */
+function lineOf(text: string, path: string): number | undefined {
+  const lines = text.split("\n");
+  const [, table, index, key] = /^(\w+)\[(\d+)\](?:\.(.+))?$/.exec(path) ?? [];
+  if (table === undefined) return findKey(lines, path, 0);
+  const headers = lines.flatMap((line, at) => (line.replaceAll(/\s/g, "").startsWith(`[[${table}]]`) ? [at] : []));
+  const header = headers[Number(index)];
+  if (header === undefined) return findKey(lines, table, 0);
+  return (key === undefined ? undefined : findKey(lines, key, header)) ?? header + 1;
+}
+
+/** @param from index of the first line to look at */
+function findKey(lines: readonly string[], key: string, from: number): number | undefined {
+  const at = lines.findIndex((line, index) => {
+    const start = line.replace(/^[\s["']+/, "");
+    return index >= from && start.startsWith(key) && /^["']?\s*[=\].]/.test(start.slice(key.length));
+  });
+  return at < 0 ? undefined : at + 1;
+}

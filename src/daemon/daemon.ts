@@ -1,0 +1,117 @@
+import { mkdir } from "node:fs/promises";
+import { Deadline } from "../base/deadline.ts";
+import { errnoText, SystemError, VhostdError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
+import { connectUnix, peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
+import { Bus } from "../pci/bus.ts";
+import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
+import { RpcServer } from "../rpc/server.ts";
+import { rpcSocket } from "../runtime-directory.ts";
+import type { DaemonConfig } from "./config.ts";
+import { nullKeeper } from "./keeper.ts";
+import { createMethods } from "./methods.ts";
+import { DeviceRegistry } from "./registry.ts";
+
+/** Owner and group: whoever may control the daemon. */
+const RPC_SOCKET_MODE = 0o660;
+
+/** For requests in progress, then for all functions to be let go of, milliseconds. */
+const STOP_REQUESTS = 2_000;
+const STOP_DEVICES = 10_000;
+
+/** The parts of one daemon, put together. */
+export class Daemon {
+  private readonly running = new AsyncDisposableStack();
+  /** The PFs and VFs of the configuration; settled when each was added or its failure logged. */
+  private configured: Promise<void> = Promise.resolve();
+
+  constructor(
+    private readonly config: DaemonConfig,
+    private readonly log: Logger,
+  ) {}
+
+  /**
+   * Returns when the control interface is served. What it opened is closed by stop(), also after a failure.
+   * @throws VhostdError
+   */
+  async start(): Promise<void> {
+    const { config, log } = this;
+    await makeDirectory(config.runtimeDirectory);
+    const socket = rpcSocket(config.runtimeDirectory);
+    refuseSecondDaemon(socket, config.runtimeDirectory);
+    log.debug(`up to ${raiseOpenFileLimit()} open files`);
+
+    const sources = { builtIn: BUILT_IN_PLUGINS, plugins: config.plugins };
+    const directory = config.pluginDirectory;
+    const plugins = await PluginRegistry.load(directory === undefined ? sources : { ...sources, directory }, log);
+    const bus = new Bus([...config.busDirectories]);
+    const registry = new DeviceRegistry({ bus, plugins, keeper: nullKeeper, log });
+    this.running.defer(() => this.closeDevices(registry));
+
+    const server = new RpcServer(createMethods(registry, log.child("rpc")), {
+      log: log.child("rpc"),
+      peerCredentials,
+    });
+    this.running.defer(() => server.stop(STOP_REQUESTS));
+    await server.listenUnix(socket, RPC_SOCKET_MODE);
+    if (config.rpcTcp !== undefined) {
+      const port = await server.listenTcp(config.rpcTcp);
+      log.warn(`every local user can control this daemon through TCP ${config.rpcTcp.host}:${port}`);
+    }
+    this.configured = this.addConfigured(registry);
+  }
+
+  /** Serves no more requests, lets go of all functions. Bounded in time; never rejects. */
+  async stop(): Promise<void> {
+    await this.running.disposeAsync();
+  }
+
+  private async addConfigured(registry: DeviceRegistry): Promise<void> {
+    const each = async (what: string, adding: Promise<unknown>) => {
+      try {
+        await adding;
+      } catch (error) {
+        this.log.error(`${what} of the configuration could not be added`, error);
+      }
+    };
+    await Promise.all(this.config.pfs.map((address) => each(`PF ${address}`, registry.addPf(address))));
+    await Promise.all(this.config.vfs.map((vf) => each(`VF ${vf.address}`, registry.addVf(vf))));
+  }
+
+  private async closeDevices(registry: DeviceRegistry): Promise<void> {
+    try {
+      const closed = this.configured.then(() => registry.close());
+      await Deadline.after(STOP_DEVICES, "letting go of all functions").race(closed);
+    } catch (error) {
+      this.log.error("functions are left to the kernel", error);
+    }
+  }
+}
+
+async function makeDirectory(path: string): Promise<void> {
+  try {
+    await mkdir(path, { recursive: true, mode: 0o755 });
+  } catch (error) {
+    const errno = Math.abs((error as NodeJS.ErrnoException).errno ?? 5);
+    throw new VhostdError(errno, `the runtime directory ${path} cannot be made: ${errnoText(errno)}`, {
+      fix: "run the daemon as root, or choose another directory with --runtime-dir",
+      cause: error,
+    });
+  }
+}
+
+/** @throws VhostdError where a daemon serves this directory already, with its pid */
+function refuseSecondDaemon(socket: string, directory: string): void {
+  let pid: number;
+  try {
+    using connection = connectUnix(socket);
+    pid = peerCredentials(connection.number).pid;
+  } catch (error) {
+    // Nobody there is what is hoped for; whatever else is wrong with the path shows when it is bound.
+    if (error instanceof SystemError) return;
+    throw error;
+  }
+  throw new VhostdError("busy", `the daemon with pid ${pid} runs in ${directory} already`, {
+    fix: "stop it first, or choose another directory with --runtime-dir",
+  });
+}

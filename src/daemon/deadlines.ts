@@ -1,0 +1,13 @@
+/** How long the daemon waits for a device, milliseconds. The existing stack's limits where it states any. */
+export const DEADLINES = {
+  /** Opening a function and finishing its first reset: a controller may still be handling the PF's reset. */
+  attach: 120_000,
+  /** Reset and close when a function is removed. */
+  detach: 3_000,
+  /** Features, queues and DRIVER_OK. */
+  start: 5_000,
+  /** A device writes back what it has taken: its slowest request bounds this. */
+  drain: 30_000,
+  /** Status 0 after a session. */
+  reset: 5_000,
+} as const;

@@ -1,0 +1,196 @@
+import Type, { type Static } from "typebox";
+import { asError, errorNumber, VhostdError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
+import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import { defineMethod, type Method } from "../rpc/method.ts";
+import { FEATURE_NAMES, hasFeature } from "../virtio/features.ts";
+import { defaultSocket } from "./default-socket.ts";
+import type { Devices } from "./methods.ts";
+import type { VfInfo } from "./registry.ts";
+
+/**
+ * The methods of the existing stack's clients, answer for answer: `errno` and `errstr` stand inside the result, also
+ * when the request failed, and numbers are strings.
+ */
+
+const exact = { additionalProperties: false } as const;
+const Flag = (description: string) => Type.Optional(Type.Boolean({ description }));
+const Device = Type.Optional(Type.String({ description: "PCI address" }));
+
+const Answer = Type.Object({
+  errno: Type.Integer({ description: "0, or the negated number of the error" }),
+  errstr: Type.String({ description: "Success, or what was wrong" }),
+  fix: Type.Optional(Type.String({ description: "what to do about it" })),
+  devices: Type.Optional(Type.Array(Type.Record(Type.String(), Type.Unknown()), { description: "list" })),
+  device: Type.Optional(Type.Record(Type.String(), Type.Unknown(), { description: "info" })),
+});
+type Answer = Static<typeof Answer>;
+
+const PfRequest = Type.Object(
+  {
+    add: Flag("takes `dev` into service"),
+    remove: Flag("lets go of `dev`"),
+    list: Flag("lists the PFs"),
+    dev: Device,
+  },
+  exact,
+);
+
+const VfRequest = Type.Object(
+  {
+    add: Flag("takes `vfdev` into service"),
+    remove: Flag("lets go of `vfdev`"),
+    list: Flag("lists the VFs of `mgmtpf`"),
+    info: Flag("describes `vfdev`"),
+    debug: Flag("not served by this daemon"),
+    vfdev: Device,
+    mgmtpf: Device,
+    socket_file: Type.Optional(Type.String({ description: "vhost-user socket" })),
+    uuid: Type.Optional(Type.String({ description: "VM UUID" })),
+    server: Flag("listen at the socket instead of connecting to it"),
+    test_operation: Type.Optional(Type.Unknown({ description: "of debug" })),
+    size_mode: Type.Optional(Type.Unknown({ description: "of debug" })),
+  },
+  exact,
+);
+
+export function legacyMethods(devices: Devices, log: Logger): Method[] {
+  return [
+    defineMethod({
+      name: "mgmtpf",
+      summary: "For old clients: add, remove or list PFs. Exactly one of the three is true.",
+      params: PfRequest,
+      result: Answer,
+      refused: failure,
+      handler: (request) => answered(() => carryOutPf(devices, request), log),
+    }),
+    defineMethod({
+      name: "vf",
+      summary: "For old clients: add, remove, list or describe VFs. Exactly one of the operations is true.",
+      params: VfRequest,
+      result: Answer,
+      refused: failure,
+      handler: (request) => answered(() => carryOutVf(devices, request), log),
+    }),
+  ];
+}
+
+type Outcome = Pick<Answer, "device" | "devices">;
+
+async function carryOutPf(devices: Devices, request: Static<typeof PfRequest>): Promise<Outcome> {
+  switch (operationOf(request, ["add", "remove", "list"])) {
+    case "add":
+      await devices.addPf(pfAddress(request.dev));
+      return {};
+    case "remove":
+      await devices.removePf(pfAddress(request.dev));
+      return {};
+    case "list":
+      return { devices: devices.listPfs().map(({ pf }) => ({ pf })) };
+  }
+}
+
+async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): Promise<Outcome> {
+  switch (operationOf(request, ["add", "remove", "list", "info", "debug"])) {
+    case "add": {
+      const address = vfAddress(request.vfdev);
+      const { socket_file: socket = defaultSocket(address), uuid, server = false } = request;
+      const options = { address, socket, mode: server ? "server" : "client" } as const;
+      await devices.addVf(uuid === undefined ? options : { ...options, uuid });
+      return {};
+    }
+    case "remove":
+      await devices.removeVf(vfAddress(request.vfdev));
+      return {};
+    case "list":
+      return { devices: devices.listVfs(pfAddress(request.mgmtpf)).map(describeVf) };
+    case "info":
+      return { device: describeVf(devices.vfInfo(vfAddress(request.vfdev))) };
+    case "debug":
+      throw new VhostdError("notSupported", "VF state cannot be moved by hand: this daemon has no managed VFs", {
+        fix: 'use "vf -i" to see the state of the VF',
+      });
+  }
+}
+
+function operationOf<const O extends string>(
+  request: { readonly [K in O]?: boolean | undefined },
+  all: readonly O[],
+): O {
+  const asked = all.filter((operation) => request[operation] === true);
+  const [operation] = asked;
+  if (operation === undefined || asked.length > 1) {
+    throw new VhostdError("badArguments", `operations asked for: ${asked.join(", ") || "none"}; expected one`, {
+      fix: `set one of ${all.join(", ")} to true`,
+    });
+  }
+  return operation;
+}
+
+function pfAddress(text: string | undefined): PciAddress {
+  if (text === undefined) throw new VhostdError("noPfName", "no PF is named", { fix: "give its PCI address" });
+  return parsePciAddress(text);
+}
+
+function vfAddress(text: string | undefined): PciAddress {
+  if (text === undefined) throw new VhostdError("noVfName", "no VF is named", { fix: "give its PCI address" });
+  return parsePciAddress(text);
+}
+
+async function answered(operation: () => Promise<Outcome>, log: Logger): Promise<Answer> {
+  try {
+    return { ...(await operation()), errno: 0, errstr: "Success" };
+  } catch (error) {
+    if (!(error instanceof VhostdError)) log.error("a request failed unexpectedly", error);
+    return failure(asError(error));
+  }
+}
+
+function failure(error: Error): Answer {
+  const answer = { errno: -errorNumber(error), errstr: error.message };
+  return error instanceof VhostdError && error.fix !== undefined ? { ...answer, fix: error.fix } : answer;
+}
+
+function describeVf(info: VfInfo): Record<string, unknown> {
+  const { vf, probed, vm_uuid, socket_file } = info;
+  if (!probed) return { vf, probed, vm_uuid, socket_file };
+  return {
+    vf,
+    probed,
+    msix_num: String(info.msix_num),
+    queue_num: String(info.queue_num),
+    queue_size: String(info.queue_size),
+    device_feature: describeFeatures(info),
+    ...info.config,
+    vm_uuid,
+    socket_file,
+    configured: info.configured,
+  };
+}
+
+/** Columns that a bit number takes. */
+const BIT_WIDTH = 5;
+
+function describeFeatures(info: VfInfo): Record<string, string> {
+  const names: Record<string, string> = { value: `0x${info.device_feature.toString(16)}` };
+  for (let bit = 0; bit < 64; bit++) {
+    if (hasFeature(info.device_feature, bit)) names[String(bit).padStart(BIT_WIDTH)] = featureName(info, bit);
+  }
+  return names;
+}
+
+/** Bits whose names in the headers of Linux do not begin with VIRTIO_F_. */
+const HEADER_NAMES: Readonly<Record<number, string>> = {
+  26: "VHOST_F_LOG_ALL",
+  28: "VIRTIO_RING_F_INDIRECT_DESC",
+  29: "VIRTIO_RING_F_EVENT_IDX",
+  30: "VHOST_USER_F_PROTOCOL_FEATURES",
+};
+
+/** As the headers of Linux spell it. */
+function featureName({ class: deviceClass, class_feature_names }: VfInfo, bit: number): string {
+  const ofClass = class_feature_names[bit];
+  if (ofClass !== undefined) return `VIRTIO_${deviceClass.toUpperCase()}_F_${ofClass}`;
+  const ofCore = FEATURE_NAMES[bit];
+  return HEADER_NAMES[bit] ?? (ofCore === undefined ? "unknown" : `VIRTIO_F_${ofCore}`);
+}

@@ -1,0 +1,105 @@
+import { asError, VhostdError } from "../base/errors.ts";
+import { createLogger, LOG_LEVELS, type Logger } from "../base/log.ts";
+import { type CommandLine, type Option, parseCommandLine } from "../command-line.ts";
+import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
+import { VERSION } from "../version.ts";
+import { type DaemonConfig, DEFAULT_BUS_DIRECTORIES, loadConfig } from "./config.ts";
+
+const OPTIONS = {
+  config: { type: "string", value: "FILE", help: "configuration, TOML; the options below go before it" },
+  "runtime-dir": { type: "string", value: "DIR", help: `sockets and state (${DEFAULT_RUNTIME_DIRECTORY})` },
+  bus: {
+    type: "string",
+    multiple: true,
+    value: "DIR",
+    help: `directory of PCI functions; may be repeated (${DEFAULT_BUS_DIRECTORIES.join(", ")})`,
+  },
+  "rpc-tcp": { type: "string", value: "HOST:PORT", help: "serve the control interface on loopback TCP too (off)" },
+  "log-level": { type: "string", value: "LEVEL", help: `${Object.keys(LOG_LEVELS).join(", ")} (info)` },
+  version: { type: "boolean", help: "print the version and exit" },
+} as const satisfies Record<string, Option>;
+
+const COMMAND_LINE: CommandLine<typeof OPTIONS> = {
+  name: "vfe-vhostd",
+  summary: "Serves vhost-user front-ends by virtio PCI virtual functions.",
+  options: OPTIONS,
+  notes: 'Prints "ready DIR" when the control interface is served. SIGTERM and SIGINT stop it.',
+};
+
+/** For what still holds the process after everything was stopped, milliseconds. */
+const LEFTOVERS = 2000;
+
+/**
+ * The daemon as a process: runs until SIGTERM or SIGINT.
+ * @returns the exit code
+ * @throws UsageError, HelpRequest
+ */
+export async function runDaemon(args: readonly string[]): Promise<number> {
+  const { values } = parseCommandLine(COMMAND_LINE, args);
+  if (values.version === true) {
+    process.stdout.write(`${VERSION}\n`);
+    return 0;
+  }
+  let config: DaemonConfig;
+  try {
+    config = await loadConfig(values.config, {
+      runtimeDirectory: values["runtime-dir"],
+      busDirectories: values.bus,
+      rpcTcp: values["rpc-tcp"],
+      logLevel: values["log-level"],
+    });
+  } catch (error) {
+    process.stderr.write(`${COMMAND_LINE.name}: ${sentence(asError(error))}\n`);
+    return 1;
+  }
+  const log = createLogger(config.logLevel);
+  dieOfUnhandled(log);
+  const asked = stopSignal();
+  // Not before: --help and mistakes in the configuration are answered where native/ is not built, too.
+  const [{ Daemon }, { stopNative }] = await Promise.all([import("./daemon.ts"), import("../native/stop.ts")]);
+  const daemon = new Daemon(config, log);
+  try {
+    await daemon.start();
+    process.stdout.write(`ready ${config.runtimeDirectory}\n`);
+    log.info(`version ${VERSION} serves ${config.runtimeDirectory}`);
+    log.info(`${await asked}: stopping`);
+    return 0;
+  } catch (error) {
+    log.error(sentence(asError(error)));
+    return 1;
+  } finally {
+    await daemon.stop();
+    stopNative();
+    // Does not fire where nothing holds the process any more, as it should be.
+    setTimeout(() => process.exit(), LEFTOVERS).unref();
+  }
+}
+
+/** The first signal asks, the second does not wait. */
+function stopSignal(): Promise<string> {
+  const { promise, resolve } = Promise.withResolvers<string>();
+  let asked = false;
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    process.on(signal, () => {
+      if (asked) process.exit(1);
+      asked = true;
+      resolve(signal);
+    });
+  }
+  return promise;
+}
+
+/** A defect: nothing is known about the state of this process any more, so it ends (and the keeper's copy goes on). */
+function dieOfUnhandled(log: Logger): void {
+  for (const event of ["uncaughtException", "unhandledRejection"] as const) {
+    process.on(event, (thrown: unknown) => {
+      log.error(`unexpected error, please report it: ${asError(thrown).stack ?? String(thrown)}`);
+      process.exit(1);
+    });
+  }
+}
+
+function sentence(error: Error): string {
+  const fix = error instanceof VhostdError && error.fix !== undefined ? `; ${error.fix}` : "";
+  return `${error.message}${fix}`;
+}

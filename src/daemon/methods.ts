@@ -1,0 +1,225 @@
+import { readdirSync } from "node:fs";
+import Type, { type Static } from "typebox";
+import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import { withDiscovery } from "../rpc/discover.ts";
+import { type Call, defineMethod, type Method } from "../rpc/method.ts";
+import { BUILD_TIME, VERSION } from "../version.ts";
+import { defaultSocket } from "./default-socket.ts";
+import { legacyMethods } from "./legacy-methods.ts";
+import type { DeviceRegistry, PfInfo, VfInfo } from "./registry.ts";
+
+/** What the control interface needs of the registry. */
+export type Devices = Pick<
+  DeviceRegistry,
+  "addPf" | "removePf" | "listPfs" | "addVf" | "removeVf" | "listVfs" | "vfInfo" | "onEvent"
+>;
+
+const exact = { additionalProperties: false } as const;
+const Device = Type.String({ minLength: 1, description: "PCI address, 0000:af:04.5 or af:04.5" });
+const DeviceOnly = Type.Object({ device: Device }, exact);
+const Nothing = Type.Object({}, exact);
+const Mode = Type.Enum(["client", "server"], {
+  description: "whether the daemon connects to the socket or listens at it",
+});
+
+const Pf = Type.Object({
+  pf: Type.String({ description: "PCI address" }),
+  class: Type.String({ description: "device class" }),
+  vfs: Type.Integer({ description: "VFs of it that are added" }),
+  kind: Type.Enum(["software", "vfio"], { description: "how the function is reached" }),
+  managed: Type.Boolean({ description: "it can freeze, save and restore its VFs" }),
+});
+
+const Vf = Type.Object({
+  vf: Type.String({ description: "PCI address" }),
+  probed: Type.Boolean({ description: "false while it waits to be taken up after a restart" }),
+  class: Type.String({ description: "device class" }),
+  pf: Type.Union([Type.String(), Type.Null()], { description: "PCI address of its PF" }),
+  msix_num: Type.Integer({ description: "interrupt vectors" }),
+  queue_num: Type.Integer({ description: "virtqueues" }),
+  queue_size: Type.Integer({ description: "entries of the largest ring" }),
+  device_feature: Type.String({ description: "feature bits offered by the device, hexadecimal" }),
+  driver_feature: Type.Union([Type.String(), Type.Null()], { description: "feature bits accepted by the guest" }),
+  config: Type.Record(Type.String(), Type.String(), { description: "what the class shows of its configuration space" }),
+  vm_uuid: Type.String({ description: "VM UUID, empty if none was given" }),
+  socket_file: Type.String({ description: "vhost-user socket" }),
+  mode: Mode,
+  configured: Type.Boolean({ description: "the guest's driver runs it" }),
+  state: Type.String({ description: "where it is in its life cycle" }),
+  reason: Type.Union([Type.String(), Type.Null()], { description: "why it failed" }),
+  mover: Type.String({ description: "how its state is moved" }),
+});
+
+/** The typed methods and those of old clients, in one table. */
+export function createMethods(devices: Devices, log: Parameters<typeof legacyMethods>[1]): Method[] {
+  return withDiscovery({ title: "vfe-vhostd", version: VERSION }, [
+    ...deviceMethods(devices),
+    ...processMethods(devices),
+    ...legacyMethods(devices, log),
+  ]);
+}
+
+function deviceMethods(devices: Devices): Method[] {
+  return [
+    defineMethod({
+      name: "pf.add",
+      summary: "Takes a physical function into service. Its VFs can be added afterwards.",
+      params: DeviceOnly,
+      result: Pf,
+      handler: async ({ device }) => pfResult(await devices.addPf(parsePciAddress(device))),
+    }),
+    defineMethod({
+      name: "pf.remove",
+      summary: "Lets go of a physical function that has no VFs any more.",
+      params: DeviceOnly,
+      result: Nothing,
+      async handler({ device }) {
+        await devices.removePf(parsePciAddress(device));
+        return {};
+      },
+    }),
+    defineMethod({
+      name: "pf.list",
+      summary: "The physical functions in service.",
+      params: Nothing,
+      result: Type.Object({ pfs: Type.Array(Pf) }),
+      handler: () => ({ pfs: devices.listPfs().map(pfResult) }),
+    }),
+    defineMethod({
+      name: "vf.add",
+      summary: "Takes a virtual function into service and serves it at a vhost-user socket.",
+      params: Type.Object(
+        {
+          device: Device,
+          socket: Type.Optional(
+            Type.String({ minLength: 1, description: "absolute path; /tmp/vf-ADDRESS if not given" }),
+          ),
+          mode: Type.Optional(Mode),
+          uuid: Type.Optional(Type.String({ description: "VM UUID; VFs of one VM share a DMA domain" })),
+        },
+        exact,
+      ),
+      result: Vf,
+      async handler({ device, socket, mode = "client", uuid }) {
+        const address = parsePciAddress(device);
+        const options = { address, socket: socket ?? defaultSocket(address), mode };
+        return vfResult(await devices.addVf(uuid === undefined ? options : { ...options, uuid }));
+      },
+    }),
+    defineMethod({
+      name: "vf.remove",
+      summary: "Ends the session of a virtual function and lets go of it.",
+      params: DeviceOnly,
+      result: Nothing,
+      async handler({ device }) {
+        await devices.removeVf(parsePciAddress(device));
+        return {};
+      },
+    }),
+    defineMethod({
+      name: "vf.list",
+      summary: "The virtual functions in service, of one PF or of all.",
+      params: Type.Object({ pf: Type.Optional(Device) }, exact),
+      result: Type.Object({ vfs: Type.Array(Vf) }),
+      handler: ({ pf }) => ({
+        vfs: (pf === undefined ? allVfs(devices) : devices.listVfs(parsePciAddress(pf))).map(vfResult),
+      }),
+    }),
+    defineMethod({
+      name: "vf.info",
+      summary: "One virtual function.",
+      params: DeviceOnly,
+      result: Vf,
+      handler: ({ device }) => vfResult(devices.vfInfo(parsePciAddress(device))),
+    }),
+  ];
+}
+
+function processMethods(devices: Devices): Method[] {
+  const subscribers = new WeakSet<Call>();
+  return [
+    defineMethod({
+      name: "version",
+      summary: "The versions of the daemon and its keeper; for old clients with errno and errstr.",
+      params: Nothing,
+      result: Type.Object({
+        version: Type.String(),
+        "vfe-vhostd version": Type.String(),
+        "vfe-vhostd build time": Type.String(),
+        "vfe-vhostd-ha version": Type.String(),
+        "vfe-vhostd-ha build time": Type.String(),
+        errno: Type.Integer({ description: "0" }),
+        errstr: Type.String({ description: "Success" }),
+      }),
+      handler: () => ({
+        version: VERSION,
+        "vfe-vhostd version": VERSION,
+        "vfe-vhostd build time": BUILD_TIME,
+        "vfe-vhostd-ha version": "vfe-vhostd-ha is not connected",
+        "vfe-vhostd-ha build time": "vfe-vhostd-ha is not connected",
+        errno: 0,
+        errstr: "Success",
+      }),
+    }),
+    defineMethod({
+      name: "stats",
+      summary: "Counts and sizes of the daemon.",
+      params: Nothing,
+      result: Type.Object({
+        pfs: Type.Integer({ description: "PFs in service" }),
+        vfs: Type.Integer({ description: "VFs in service" }),
+        sessions: Type.Integer({ description: "VFs that a guest's driver runs" }),
+        fds: Type.Integer({ description: "open file descriptors" }),
+        rss: Type.Integer({ description: "resident memory, bytes" }),
+        uptime: Type.Number({ description: "seconds" }),
+      }),
+      handler() {
+        const vfs = allVfs(devices);
+        return {
+          pfs: devices.listPfs().length,
+          vfs: vfs.length,
+          sessions: vfs.filter(({ configured }) => configured).length,
+          // The directory being read is one of them.
+          fds: readdirSync("/proc/self/fd").length - 1,
+          rss: process.memoryUsage.rss(),
+          uptime: process.uptime(),
+        };
+      },
+    }),
+    defineMethod({
+      name: "events.subscribe",
+      summary: "From now on this connection gets a notification `event` for each change of a PF or VF.",
+      params: Nothing,
+      result: Nothing,
+      handler(_, call) {
+        if (subscribers.has(call)) return {};
+        subscribers.add(call);
+        const subscription = devices.onEvent((event) => call.notify("event", event));
+        call.onClose(() => subscription[Symbol.dispose]());
+        return {};
+      },
+    }),
+  ];
+}
+
+function allVfs(devices: Devices): VfInfo[] {
+  return devices.listPfs().flatMap(({ pf }) => devices.listVfs(pf as PciAddress));
+}
+
+function pfResult({ pf, class: deviceClass, vfs, kind, managed }: PfInfo): Static<typeof Pf> {
+  return { pf, class: deviceClass, vfs, kind, managed };
+}
+
+function vfResult(info: VfInfo): Static<typeof Vf> {
+  const { class_feature_names: _, device_feature, driver_feature, config, ...rest } = info;
+  return {
+    ...rest,
+    config: { ...config },
+    device_feature: hexadecimal(device_feature),
+    driver_feature: driver_feature === null ? null : hexadecimal(driver_feature),
+  };
+}
+
+function hexadecimal(value: bigint): string {
+  return `0x${value.toString(16)}`;
+}

@@ -1,0 +1,133 @@
+import Type, { type TSchema } from "typebox";
+import Value from "typebox/value";
+import { VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
+
+/**
+ * Everything that is needed, beside named fds, to go on after this process has died: plain data. The parts belong to
+ * the objects that they are made from, which check them when they are revived.
+ */
+
+/** The version that this daemon writes. A record of another version is not adopted. */
+export const RECORD_VERSION = 1;
+
+export type PfRecord = {
+  readonly version: typeof RECORD_VERSION;
+  readonly address: string;
+  readonly virtioId: number;
+  readonly function: Json;
+};
+
+export type DomainRecord = {
+  readonly version: typeof RECORD_VERSION;
+  /** UUID of the VM, or the address of the VF that has the domain for itself. */
+  readonly vm: string;
+  readonly transport: "vfio" | "vfio-user";
+  readonly domain: Json;
+};
+
+export type VfRecord = {
+  readonly version: typeof RECORD_VERSION;
+  /** What the operator said when the VF was added. */
+  readonly options: {
+    readonly address: string;
+    readonly socket: string;
+    readonly mode: "client" | "server";
+    readonly uuid?: string;
+  };
+  readonly function: Json;
+  readonly dataPath: Json;
+  /** null where no front-end is connected. */
+  readonly session: Json;
+};
+
+const version = Type.Literal(RECORD_VERSION);
+
+const PfSchema = Type.Object({
+  version,
+  address: Type.String(),
+  virtioId: Type.Integer({ minimum: 1, maximum: 0x3f }),
+  function: Type.Unknown(),
+});
+
+const DomainSchema = Type.Object({
+  version,
+  vm: Type.String(),
+  transport: Type.Union([Type.Literal("vfio"), Type.Literal("vfio-user")]),
+  domain: Type.Unknown(),
+});
+
+const VfSchema = Type.Object({
+  version,
+  options: Type.Object({
+    address: Type.String(),
+    socket: Type.String(),
+    mode: Type.Union([Type.Literal("client"), Type.Literal("server")]),
+    uuid: Type.Optional(Type.String()),
+  }),
+  function: Type.Unknown(),
+  dataPath: Type.Unknown(),
+  session: Type.Unknown(),
+});
+
+/** @throws VhostdError stateSave where it is not a record of this version; an earlier daemon is not trusted */
+export function parsePfRecord(value: Json): PfRecord {
+  return parse<PfRecord>("PF", PfSchema, value);
+}
+
+/** @throws VhostdError stateSave */
+export function parseDomainRecord(value: Json): DomainRecord {
+  return parse<DomainRecord>("DMA domain", DomainSchema, value);
+}
+
+/** @throws VhostdError stateSave */
+export function parseVfRecord(value: Json): VfRecord {
+  return parse<VfRecord>("VF", VfSchema, value);
+}
+
+function parse<T>(what: string, schema: TSchema, value: Json): T {
+  const [problem] = Value.Errors(schema, value);
+  if (problem === undefined) return value as T;
+  throw new VhostdError(
+    "stateSave",
+    `the record of a ${what} does not fit: ${problem.instancePath} ${problem.message}`,
+    {
+      fix: "remove the VF and add it again",
+    },
+  );
+}
+
+/** A part of a live object's state: plain data beside named fds that are borrowed from it. */
+export interface Snapshot {
+  readonly data: Json;
+  readonly fds: ReadonlyMap<string, number>;
+}
+
+/** The fds of several parts under one roof: `socket` of part `function` is `function:socket`. */
+export function joinFds(parts: Readonly<Record<string, Snapshot | undefined>>): Map<string, number> {
+  const joined = new Map<string, number>();
+  for (const [part, snapshot] of Object.entries(parts)) {
+    for (const [name, fd] of snapshot?.fds ?? []) joined.set(`${part}:${name}`, fd);
+  }
+  return joined;
+}
+
+/** The fds of one part, under the names that the part gave them. They are taken out of `joined`. */
+export function takeFds<Fd>(joined: Map<string, Fd>, part: string): Map<string, Fd> {
+  const own = new Map<string, Fd>();
+  for (const [name, fd] of [...joined]) {
+    if (!name.startsWith(`${part}:`)) continue;
+    own.set(name.slice(part.length + 1), fd);
+    joined.delete(name);
+  }
+  return own;
+}
+
+/** Closes whatever is in `fds` when it is disposed of, unless `move` was called before. */
+export function closing(fds: ReadonlyMap<string, Disposable>): DisposableStack {
+  const stack = new DisposableStack();
+  stack.defer(() => {
+    for (const fd of fds.values()) fd[Symbol.dispose]();
+  });
+  return stack;
+}

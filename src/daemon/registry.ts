@@ -1,0 +1,352 @@
+import { resolve } from "node:path";
+import { VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
+import type { Logger } from "../base/log.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import type { Bus, BusEntry } from "../pci/bus.ts";
+import type { PluginRegistry } from "../plugin-host.ts";
+import { DomainTable } from "./domains.ts";
+import type { Keeper } from "./keeper.ts";
+import { Pf } from "./pf.ts";
+import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
+import { Vf, type VfOptions, type VfSurroundings } from "./vf.ts";
+
+/** More are refused: the existing stack's limit, which its users plan with. */
+const MOST_VFS = 2048;
+/** sun_path of unix(7), without the closing zero. */
+const LONGEST_SOCKET_PATH = 107;
+
+export interface PfInfo {
+  readonly pf: PciAddress;
+  readonly class: string;
+  readonly vfs: number;
+  readonly kind: "software" | "vfio";
+  /** The PF can freeze, save and restore its VFs. */
+  readonly managed: boolean;
+}
+
+export interface VfInfo {
+  readonly vf: PciAddress;
+  /** False while it waits to be taken up again after a restart. */
+  readonly probed: boolean;
+  readonly class: string;
+  readonly pf: PciAddress | null;
+  readonly msix_num: number;
+  readonly queue_num: number;
+  /** Entries. */
+  readonly queue_size: number;
+  readonly device_feature: bigint;
+  readonly driver_feature: bigint | null;
+  /** Bit to name, of the class's own features. */
+  readonly class_feature_names: Readonly<Record<number, string>>;
+  readonly config: Readonly<Record<string, string>>;
+  readonly vm_uuid: string;
+  readonly socket_file: string;
+  readonly mode: "client" | "server";
+  /** The guest's driver has set DRIVER_OK. */
+  readonly configured: boolean;
+  readonly state: string;
+  readonly reason: string | null;
+  readonly mover: string;
+}
+
+export interface AddVf {
+  readonly address: PciAddress;
+  readonly socket: string;
+  readonly mode: "client" | "server";
+  readonly uuid?: string;
+}
+
+export interface RegistryEvent {
+  readonly type: string;
+  readonly [key: string]: Json;
+}
+
+/** A slot is taken as soon as an add begins, so that two adds of one address cannot meet. */
+type Slot<T> = { readonly live: T } | "adding" | "removing";
+
+/** The PFs and VFs of this daemon. Operations on different functions run side by side. */
+export class DeviceRegistry {
+  private readonly pfs = new Map<PciAddress, Slot<Pf>>();
+  private readonly vfs = new Map<PciAddress, { slot: Slot<Vf>; readonly socket: string; readonly pf: PciAddress }>();
+  private readonly domains: DomainTable;
+  private readonly handlers = new Set<(event: RegistryEvent) => void>();
+  private readonly around: VfSurroundings;
+
+  constructor(
+    private readonly options: {
+      readonly bus: Bus;
+      readonly plugins: PluginRegistry;
+      readonly keeper: Keeper;
+      readonly log: Logger;
+    },
+  ) {
+    this.domains = new DomainTable(options.keeper);
+    this.around = {
+      plugins: options.plugins,
+      keeper: options.keeper,
+      log: options.log,
+      domains: this.domains,
+      onState: ({ address, state, reason }) => this.emit({ type: "vf", vf: address, state: state.name, reason }),
+    };
+  }
+
+  /** @throws VhostdError pfExists, pfNotFound, or what attaching throws */
+  async addPf(address: PciAddress): Promise<PfInfo> {
+    if (this.pfs.has(address)) throw new VhostdError("pfExists", `PF ${address} has been added already`);
+    this.pfs.set(address, "adding");
+    try {
+      const entry = await this.find(address, "pfNotFound");
+      const pf = await Pf.attach(address, entry, this.options.plugins, this.options.log);
+      const { record, fds } = pf.snapshot();
+      await this.options.keeper.put(`pf/${address}`, record, fds);
+      this.pfs.set(address, { live: pf });
+    } catch (error) {
+      this.pfs.delete(address);
+      throw error;
+    }
+    this.emit({ type: "pf", pf: address, state: "added" });
+    return this.pfInfo(this.livePf(address));
+  }
+
+  /** @throws VhostdError pfHasVfs, pfNotFound */
+  async removePf(address: PciAddress): Promise<void> {
+    const pf = this.livePf(address);
+    const vfs = this.addressesOf(address);
+    if (vfs.length > 0) {
+      throw new VhostdError(
+        "pfHasVfs",
+        `PF ${address} still has ${vfs.length} VFs: ${vfs.slice(0, 4).join(", ")}${vfs.length > 4 ? ", …" : ""}`,
+        {
+          fix: 'remove them first, with "vf -r"',
+        },
+      );
+    }
+    this.pfs.set(address, "removing");
+    try {
+      await pf[Symbol.asyncDispose]();
+      await this.options.keeper.delete(`pf/${address}`);
+    } finally {
+      this.pfs.delete(address);
+    }
+    this.emit({ type: "pf", pf: address, state: "removed" });
+  }
+
+  listPfs(): PfInfo[] {
+    return [...this.pfs.values()].flatMap((slot) => (typeof slot === "string" ? [] : [this.pfInfo(slot.live)]));
+  }
+
+  /** @throws VhostdError vfExists, socketInUse, socketPath, limitExceeded, vfNotFound, pfNotFound, or what attaching throws */
+  async addVf(wanted: AddVf): Promise<VfInfo> {
+    const { address } = wanted;
+    if (this.vfs.has(address)) throw new VhostdError("vfExists", `VF ${address} has been added already`);
+    const options: VfOptions = { ...wanted, socket: this.checkSocket(wanted.socket) };
+    if (this.vfs.size >= MOST_VFS)
+      throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
+    const entry = await this.find(address, "vfNotFound");
+    const pf = this.checkParent(address, entry);
+    // Looked up while others may have run: the slot is taken without a wait in between.
+    if (this.vfs.has(address)) throw new VhostdError("vfExists", `VF ${address} has been added already`);
+    this.checkSocket(options.socket);
+    this.livePf(pf);
+    this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
+    try {
+      const vf = await Vf.attach(options, entry, this.around);
+      this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
+      return this.infoOf(vf);
+    } catch (error) {
+      this.vfs.delete(address);
+      throw error;
+    }
+  }
+
+  /** @throws VhostdError vfNotFound */
+  async removeVf(address: PciAddress): Promise<void> {
+    const vf = this.liveVf(address);
+    const entry = this.vfs.get(address);
+    if (entry !== undefined) entry.slot = "removing";
+    try {
+      await vf.remove();
+    } finally {
+      this.vfs.delete(address);
+    }
+  }
+
+  /** The VFs of one PF. @throws VhostdError pfNotFound */
+  listVfs(pf: PciAddress): VfInfo[] {
+    this.livePf(pf);
+    return this.addressesOf(pf).flatMap((address) => {
+      const slot = this.vfs.get(address)?.slot;
+      return slot === undefined || typeof slot === "string" ? [] : [this.infoOf(slot.live)];
+    });
+  }
+
+  /** @throws VhostdError vfNotFound */
+  vfInfo(address: PciAddress): VfInfo {
+    return this.infoOf(this.liveVf(address));
+  }
+
+  /**
+   * Goes on with what the keeper has, as an earlier process left it: PFs, DMA domains, then VFs. What cannot be taken
+   * up is logged and left out; the others go on.
+   */
+  async revive(): Promise<void> {
+    const { keeper, log } = this.options;
+    const keys = await keeper.list();
+    const kinds = {
+      pf: (record: Json, fds: Map<string, OwnedFd>) => this.revivePf(parsePfRecord(record), fds),
+      domain: async (record: Json, fds: Map<string, OwnedFd>) => this.domains.revive(record, fds),
+      vf: (record: Json, fds: Map<string, OwnedFd>) => this.reviveVf(parseVfRecord(record), fds),
+    };
+    for (const [kind, reviveOne] of Object.entries(kinds)) {
+      for (const key of keys.filter((key) => key.startsWith(`${kind}/`))) {
+        const stored = await keeper.get(key);
+        if (stored === undefined) continue;
+        using _fds = closing(stored.fds);
+        try {
+          await reviveOne(stored.record, stored.fds);
+        } catch (error) {
+          log.error(`${key} could not be taken up again`, error);
+        }
+      }
+    }
+  }
+
+  /** Removes all VFs, then all PFs. */
+  async close(): Promise<void> {
+    await Promise.allSettled([...this.vfs.keys()].map((address) => this.removeVf(address)));
+    await Promise.allSettled([...this.pfs.keys()].map((address) => this.removePf(address)));
+  }
+
+  /** Drops every live object without a word to any function: what the death of the process does. */
+  async abandon(): Promise<void> {
+    for (const { slot } of this.vfs.values()) if (typeof slot !== "string") await slot.live.abandon();
+    for (const slot of this.pfs.values()) if (typeof slot !== "string") slot.live.abandon();
+    this.domains.abandon();
+    this.vfs.clear();
+    this.pfs.clear();
+  }
+
+  onEvent(handler: (event: RegistryEvent) => void): Disposable {
+    this.handlers.add(handler);
+    return { [Symbol.dispose]: () => void this.handlers.delete(handler) };
+  }
+
+  private async revivePf(record: PfRecord, fds: Map<string, OwnedFd>): Promise<void> {
+    const { plugins, log } = this.options;
+    const address = parsePciAddress(record.address);
+    const entry = await this.find(address, "pfNotFound");
+    this.pfs.set(address, { live: Pf.revive(entry, record, fds, plugins, log) });
+  }
+
+  private async reviveVf(record: VfRecord, fds: Map<string, OwnedFd>): Promise<void> {
+    const address = parsePciAddress(record.options.address);
+    const entry = await this.find(address, "vfNotFound");
+    const pf = this.checkParent(address, entry);
+    const vf = await Vf.revive(entry, record, fds, this.around);
+    this.vfs.set(address, { slot: { live: vf }, socket: record.options.socket, pf });
+  }
+
+  private emit(event: RegistryEvent): void {
+    for (const handler of this.handlers) handler(event);
+  }
+
+  private async find(address: PciAddress, code: "pfNotFound" | "vfNotFound"): Promise<BusEntry> {
+    const entry = await this.options.bus.find(address);
+    if (entry === undefined) {
+      throw new VhostdError(code, `no function ${address} on the bus directories of this daemon`, {
+        fix: "check the address (lspci, or ls of vfe-softvf's devices directory) and the daemon's --bus options",
+      });
+    }
+    return entry;
+  }
+
+  private checkParent(address: PciAddress, entry: BusEntry): PciAddress {
+    if (entry.physfn === undefined) {
+      throw new VhostdError("vfNotFound", `${address} is not a virtual function`, {
+        fix: 'PFs are added with "mgmtpf -a"',
+      });
+    }
+    this.livePf(entry.physfn);
+    return entry.physfn;
+  }
+
+  /** The path made absolute. */
+  private checkSocket(path: string): string {
+    const socket = resolve(path);
+    const length = Buffer.byteLength(socket);
+    if (length > LONGEST_SOCKET_PATH) {
+      throw new VhostdError(
+        "socketPath",
+        `the socket path has ${length} bytes, a unix socket takes ${LONGEST_SOCKET_PATH}`,
+        {
+          fix: "use a shorter path",
+        },
+      );
+    }
+    for (const [address, vf] of this.vfs) {
+      if (vf.socket === socket)
+        throw new VhostdError("socketInUse", `${socket} is the socket of VF ${address} already`);
+    }
+    return socket;
+  }
+
+  private addressesOf(pf: PciAddress): PciAddress[] {
+    return [...this.vfs].filter(([, vf]) => vf.pf === pf).map(([address]) => address);
+  }
+
+  private livePf(address: PciAddress): Pf {
+    const slot = this.pfs.get(address);
+    if (slot === undefined) {
+      throw new VhostdError("pfNotFound", `PF ${address} has not been added`, {
+        fix: `vfe-vhost-cli mgmtpf -a ${address}`,
+      });
+    }
+    if (typeof slot === "string")
+      throw new VhostdError("busy", `PF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
+    return slot.live;
+  }
+
+  private liveVf(address: PciAddress): Vf {
+    const slot = this.vfs.get(address)?.slot;
+    if (slot === undefined) throw new VhostdError("vfNotFound", `VF ${address} has not been added`);
+    if (typeof slot === "string")
+      throw new VhostdError("busy", `VF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
+    return slot.live;
+  }
+
+  private pfInfo(pf: Pf): PfInfo {
+    return {
+      pf: pf.address,
+      class: pf.deviceClass.name,
+      vfs: this.addressesOf(pf.address).length,
+      kind: pf.entry.transport.kind === "vfio-user" ? "software" : "vfio",
+      managed: false,
+    };
+  }
+
+  private infoOf(vf: Vf): VfInfo {
+    const { state, options } = vf;
+    return {
+      vf: vf.address,
+      probed: state.name !== "adopting",
+      class: vf.deviceClass.name,
+      pf: vf.pf ?? null,
+      msix_num: vf.vectors,
+      queue_num: vf.queues,
+      queue_size: vf.queueSizeMax(0),
+      device_feature: vf.deviceFeatures,
+      driver_feature: vf.driverFeatures,
+      class_feature_names: vf.deviceClass.features.names,
+      config: vf.columns,
+      vm_uuid: options.uuid ?? "",
+      socket_file: options.socket,
+      mode: options.mode,
+      configured: state.name === "running",
+      state: state.name,
+      reason: vf.reason,
+      mover: "registers",
+    };
+  }
+}

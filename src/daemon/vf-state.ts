@@ -1,0 +1,34 @@
+/** Where a VF is in its life. */
+export type VfState =
+  | {
+      readonly name:
+        | "attaching"
+        | "adopting"
+        | "idle"
+        | "configuring"
+        | "running"
+        | "stopping"
+        | "detaching"
+        | "absent";
+    }
+  | { readonly name: "failed"; readonly reason: string };
+
+type Name = VfState["name"];
+
+/** What may follow what. `failed` is left by removing the VF only. */
+const NEXT: Readonly<Record<Name, readonly Name[]>> = {
+  attaching: ["idle", "failed", "absent"],
+  adopting: ["idle", "running", "failed", "absent"],
+  idle: ["configuring", "detaching", "failed"],
+  configuring: ["running", "stopping", "failed"],
+  running: ["stopping", "failed"],
+  stopping: ["idle", "failed"],
+  failed: ["detaching"],
+  detaching: ["absent"],
+  absent: [],
+};
+
+/** @throws Error for a step that the table does not have: a defect of this program */
+export function checkTransition(from: VfState, to: VfState): void {
+  if (!NEXT[from.name].includes(to.name)) throw new Error(`a VF cannot go from ${from.name} to ${to.name}`);
+}

@@ -1,0 +1,405 @@
+import { Deadline } from "../base/deadline.ts";
+import { asError, VhostdError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
+import { OperationQueue } from "../base/operation-queue.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import type { DmaRange } from "../pci/address-space.ts";
+import type { BusEntry } from "../pci/bus.ts";
+import type { DmaDomain } from "../pci/dma-domain.ts";
+import type { PciFunction } from "../pci/function.ts";
+import { openFunction, reviveFunction } from "../pci/open.ts";
+import type { DeviceClass } from "../plugin.ts";
+import type { PluginRegistry } from "../plugin-host.ts";
+import { Endpoint } from "../vhost-user/endpoint.ts";
+import { Session } from "../vhost-user/session.ts";
+import type { RingEventfds, SessionTarget } from "../vhost-user/target.ts";
+import { configSize, configValues } from "../virtio/config-space.ts";
+import { DataPath, type DataPathFailure } from "../virtio/data-path.ts";
+import type { DeviceState } from "../virtio/device-state.ts";
+import type { RingMemory } from "../virtio/split-ring.ts";
+import { DEADLINES } from "./deadlines.ts";
+import type { DomainTable } from "./domains.ts";
+import type { Keeper } from "./keeper.ts";
+import { closing, joinFds, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
+import { checkTransition, type VfState } from "./vf-state.ts";
+
+/** What a VF needs of the daemon around it. */
+export interface VfSurroundings {
+  readonly plugins: PluginRegistry;
+  readonly domains: DomainTable;
+  readonly keeper: Keeper;
+  readonly log: Logger;
+  readonly onState: (vf: Vf) => void;
+}
+
+export interface VfOptions {
+  readonly address: PciAddress;
+  /** Path of the vhost-user socket. */
+  readonly socket: string;
+  /** `client`: connect to the VMM's socket; `server`: listen for the VMM. */
+  readonly mode: "client" | "server";
+  /** UUID of the VM: VFs with the same one share guest memory. */
+  readonly uuid?: string;
+}
+
+/** The live objects of one VF. Made by opening the function or from a record: from there on there is no difference. */
+interface VfParts {
+  readonly entry: BusEntry;
+  readonly fn: PciFunction;
+  readonly dataPath: DataPath;
+  readonly domain: DmaDomain;
+  readonly deviceClass: DeviceClass;
+  readonly config: Uint8Array;
+}
+
+/** After a connection that never got to run, the next one is taken up later and later, up to this many ms. */
+const LONGEST_BACKOFF = 8_000;
+
+/** One virtual function in the daemon's hands: its life cycle, and what a session may do with it. */
+export class Vf implements SessionTarget {
+  private current: VfState;
+  private session: Session | undefined;
+  private serving: Promise<void> = Promise.resolve();
+  private backoff = 0;
+  /** Why the device asks for a reset; undefined where it does not. */
+  private trouble: string | undefined;
+  private configHandler: () => void = () => {};
+  private readonly operations = new OperationQueue();
+  private readonly endpoint: Endpoint;
+  private readonly log: Logger;
+  private readonly stopped = Promise.withResolvers<void>();
+
+  readonly deviceClass: DeviceClass;
+  readonly deviceFeatures: bigint;
+  readonly queues: number;
+  readonly dirtyTracking = false;
+
+  private constructor(
+    readonly options: VfOptions,
+    private readonly parts: VfParts,
+    private readonly around: VfSurroundings,
+    state: VfState,
+  ) {
+    this.current = state;
+    this.log = around.log.child(`vf ${options.address}`);
+    this.deviceClass = parts.deviceClass;
+    this.deviceFeatures = parts.dataPath.features;
+    this.queues = usableQueues(parts);
+    this.endpoint = new Endpoint(
+      { path: options.socket, mode: options.mode },
+      (connection) => this.serve((target, log) => new Session(connection, target, { log })),
+      this.log,
+    );
+    parts.dataPath.onConfigChange(() => this.configHandler());
+    parts.dataPath.onFailure((reason) => this.onFailure(reason));
+  }
+
+  /**
+   * Opens the function, resets it and begins to look for the front-end.
+   * @throws VhostdError; nothing is left behind then
+   */
+  static async attach(options: VfOptions, entry: BusEntry, around: VfSurroundings): Promise<Vf> {
+    const deadline = Deadline.after(DEADLINES.attach, `attaching ${options.address}`);
+    await using undo = new AsyncDisposableStack();
+    const fn = undo.use(await openFunction(entry, options.address, deadline));
+    const dataPath = await DataPath.open(fn, deadline);
+    undo.defer(() => dataPath.abandon());
+    const deviceClass = around.plugins.deviceClassById(dataPath.virtioId);
+    if (deviceClass === undefined) {
+      throw new VhostdError(
+        "probeFailed",
+        `${options.address} has virtio device id ${dataPath.virtioId}, which no plugin serves`,
+        {
+          fix: "load the plugin of that device class (plugins = [...] in the configuration)",
+        },
+      );
+    }
+    const config = await dataPath.readConfig(configSize(deviceClass.configSpace));
+    const transport = entry.transport.kind;
+    const vm = vmOf(options);
+    const domain = around.domains.acquire(vm, transport);
+    undo.defer(() => around.domains.release(vm, transport));
+    await domain.attach(fn);
+    undo.defer(() => domain.detach(fn));
+    const vf = new Vf(options, { entry, fn, dataPath, domain, deviceClass, config }, around, { name: "attaching" });
+    vf.become({ name: "idle" });
+    await vf.checkpoint();
+    vf.endpoint.start();
+    undo.move();
+    return vf;
+  }
+
+  /**
+   * Goes on with a VF from its record and fds, without a word to the function or the front-end. The domain must have
+   * been revived before.
+   * @throws VhostdError where the record or an fd does not fit; all fds are closed then
+   */
+  static async revive(entry: BusEntry, record: VfRecord, fds: Map<string, OwnedFd>, around: VfSurroundings) {
+    using _unused = closing(fds);
+    const options = optionsOf(record);
+    await using undo = new AsyncDisposableStack();
+    const fn = reviveFunction(entry, options.address, record.function, takeFds(fds, "function"));
+    undo.defer(() => fn.abandon());
+    const dataPath = DataPath.revive(fn, record.dataPath, takeFds(fds, "dataPath"));
+    undo.defer(() => dataPath.abandon());
+    const deviceClass = around.plugins.deviceClassById(dataPath.virtioId);
+    if (deviceClass === undefined) {
+      throw new VhostdError("probeFailed", `no plugin serves virtio device id ${dataPath.virtioId} any more`);
+    }
+    const config = await dataPath.readConfig(configSize(deviceClass.configSpace));
+    const transport = entry.transport.kind;
+    const domain = around.domains.acquire(vmOf(options), transport);
+    undo.defer(() => around.domains.release(vmOf(options), transport));
+    domain.adopt(fn);
+    const vf = new Vf(options, { entry, fn, dataPath, domain, deviceClass, config }, around, { name: "adopting" });
+    vf.become({ name: dataPath.running ? "running" : "idle" });
+    if (record.session === null) {
+      vf.endpoint.start();
+    } else {
+      const { session } = record;
+      const own = takeFds(fds, "session");
+      vf.endpoint.start(true);
+      vf.serve((target, log) => Session.revive(target, session, own, { log }));
+    }
+    undo.move();
+    return vf;
+  }
+
+  get address(): PciAddress {
+    return this.options.address;
+  }
+
+  get state(): VfState {
+    return this.current;
+  }
+
+  /** What is wrong with the function, or null. */
+  get reason(): string | null {
+    return this.current.name === "failed" ? this.current.reason : (this.trouble ?? null);
+  }
+
+  get vectors(): number {
+    return this.parts.fn.interrupts.count;
+  }
+
+  /** The physical function that this VF belongs to. */
+  get pf(): PciAddress | undefined {
+    return this.parts.entry.physfn;
+  }
+
+  /** Driver features of the front-end that runs now, or null. */
+  get driverFeatures(): bigint | null {
+    return this.current.name === "running" ? (this.session?.status.features ?? null) : null;
+  }
+
+  /** What the class shows of the configuration space. */
+  get columns(): Readonly<Record<string, string>> {
+    return this.deviceClass.describe?.(configValues(this.deviceClass.configSpace, this.parts.config)) ?? {};
+  }
+
+  /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */
+  async remove(): Promise<void> {
+    this.stopped.resolve();
+    this.endpoint[Symbol.dispose]();
+    this.session?.close("the VF is being removed");
+    await this.serving;
+    await this.operations.run(async () => {
+      this.become({ name: "detaching" });
+      const { entry, fn, dataPath, domain } = this.parts;
+      await using steps = new AsyncDisposableStack();
+      steps.defer(() => this.become({ name: "absent" }));
+      steps.defer(() => this.around.keeper.delete(this.key));
+      steps.defer(() => this.around.domains.release(vmOf(this.options), entry.transport.kind));
+      steps.use(fn);
+      steps.defer(() => domain.detach(fn));
+      steps.defer(() => dataPath.abandon());
+      await dataPath.reset(Deadline.after(DEADLINES.detach, `reset of ${this.address}`)).catch((error) => {
+        this.log.warn("the last reset failed; the function is closed all the same", error);
+      });
+    });
+  }
+
+  /** Drops every live object without a word to the function or the front-end: what a crash does, in order. */
+  async abandon(): Promise<void> {
+    this.stopped.resolve();
+    this.endpoint[Symbol.dispose]();
+    await this.session?.abandon();
+    this.parts.dataPath.abandon();
+    this.parts.fn.abandon();
+  }
+
+  /** The record of this VF as it is now, and the fds that belong to it (borrowed). */
+  snapshot(): { record: VfRecord; fds: Map<string, number> } {
+    const parts: Record<string, Snapshot | undefined> = {
+      function: this.parts.fn.snapshot(),
+      dataPath: this.parts.dataPath.snapshot(),
+      session: this.session?.snapshot(),
+    };
+    return {
+      record: {
+        version: RECORD_VERSION,
+        options: this.options,
+        function: parts.function?.data ?? null,
+        dataPath: parts.dataPath?.data ?? null,
+        session: parts.session?.data ?? null,
+      },
+      fds: joinFds(parts),
+    };
+  }
+
+  // What a session may do (SessionTarget).
+
+  queueSizeMax(index: number): number {
+    return this.parts.dataPath.queueSizeMax(index);
+  }
+
+  async readConfig(): Promise<Uint8Array> {
+    const config = await this.parts.dataPath.readConfig(this.parts.config.length);
+    this.parts.config.set(config);
+    return config;
+  }
+
+  writeConfig(offset: number, bytes: Uint8Array): Promise<void> {
+    return this.parts.dataPath.writeConfig(offset, bytes);
+  }
+
+  async mapMemory(range: DmaRange, fd: number): Promise<void> {
+    await this.parts.domain.claim(this.address, range, fd);
+    await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
+  }
+
+  async unmapMemory(range: DmaRange): Promise<void> {
+    await this.parts.domain.release(this.address, range);
+    await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
+  }
+
+  start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
+    return this.operations.run(async () => {
+      this.become({ name: "configuring" });
+      try {
+        await this.parts.dataPath.start(wanted, eventfds, Deadline.after(DEADLINES.start, `start of ${this.address}`));
+        this.become({ name: "running" });
+        this.backoff = 0;
+      } catch (error) {
+        this.become({ name: "stopping" });
+        this.become({ name: "idle" });
+        throw error;
+      }
+    });
+  }
+
+  stop(memory: RingMemory): Promise<DeviceState> {
+    return this.operations.run(async () => {
+      this.become({ name: "stopping" });
+      const deadline = Deadline.after(DEADLINES.drain, `${this.address} writing back what it has taken`);
+      const state = await this.parts.dataPath.stop(memory, deadline);
+      this.become({ name: "idle" });
+      return state;
+    });
+  }
+
+  reset(): Promise<void> {
+    return this.operations.run(async () => {
+      if (this.current.name === "failed") return;
+      if (this.current.name === "running") this.become({ name: "stopping" });
+      await this.parts.dataPath.reset(Deadline.after(DEADLINES.reset, `reset of ${this.address}`));
+      this.trouble = undefined;
+      if (this.current.name === "stopping") this.become({ name: "idle" });
+    });
+  }
+
+  setKick(queue: number, fd: number | null): Promise<void> {
+    return this.parts.dataPath.setKick(queue, fd);
+  }
+
+  setCall(queue: number, fd: number | null): Promise<void> {
+    return this.parts.dataPath.setCall(queue, fd);
+  }
+
+  onConfigChange(handler: () => void): void {
+    this.configHandler = handler;
+  }
+
+  async checkpoint(): Promise<void> {
+    const { record, fds } = this.snapshot();
+    await this.around.keeper.put(this.key, record, fds);
+  }
+
+  private get key(): string {
+    return `vf/${this.address}`;
+  }
+
+  private become(next: VfState): void {
+    checkTransition(this.current, next);
+    this.current = next;
+    this.around.onState(this);
+  }
+
+  private serve(begin: (target: SessionTarget, log: Logger) => Session): void {
+    this.serving = this.runSession(begin).catch((error) => this.fail(asError(error)));
+  }
+
+  private async runSession(begin: (target: SessionTarget, log: Logger) => Session): Promise<void> {
+    const session = begin(this, this.log);
+    this.session = session;
+    const end = await session.run();
+    this.session = undefined;
+    this.configHandler = () => {};
+    if (end.error !== undefined) this.backoff = Math.min(LONGEST_BACKOFF, Math.max(250, this.backoff * 2));
+    if (this.current.name === "failed") return await this.around.keeper.delete(this.key);
+    if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${end.reason}`);
+    await this.checkpoint();
+    await Promise.race([Bun.sleep(this.backoff), this.stopped.promise]);
+    this.endpoint.markFree();
+  }
+
+  /** The device asks for a reset, which is its driver's to do, or it is gone. */
+  private onFailure({ gone, error }: DataPathFailure): void {
+    if (gone) {
+      this.fail(error);
+      this.session?.close(error.message);
+    } else {
+      this.trouble = error.message;
+      this.session?.needsReset(error.message);
+    }
+  }
+
+  private fail(error: Error): void {
+    if (this.current.name === "failed" || this.current.name === "detaching" || this.current.name === "absent") return;
+    this.log.error("failed; remove it and add it again", error);
+    this.become({ name: "failed", reason: error.message });
+    this.endpoint[Symbol.dispose]();
+  }
+}
+
+/** The name of the VM whose memory this VF may reach. */
+function vmOf(options: VfOptions): string {
+  return options.uuid ?? options.address;
+}
+
+function optionsOf(record: VfRecord): VfOptions {
+  const { address, socket, mode, uuid } = record.options;
+  return { address: parsePciAddress(address), socket, mode, ...(uuid === undefined ? {} : { uuid }) };
+}
+
+/** Queues that a front-end may use: what the class says, within what the function has; one vector more than queues. */
+function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfParts): number {
+  const queues = deviceClass.queues(configValues(deviceClass.configSpace, config), dataPath.features);
+  if (queues < 1 || queues > dataPath.queues) {
+    throw new VhostdError(
+      "probeFailed",
+      `${entry.directory}: ${queues} queues by its configuration, ${dataPath.queues} in its registers`,
+    );
+  }
+  if (fn.interrupts.count < queues + 1) {
+    throw new VhostdError(
+      "noVectors",
+      `${queues} queues need ${queues + 1} MSI-X vectors, the function has ${fn.interrupts.count}`,
+      {
+        fix: "provision the function with more vectors, or fewer queues",
+      },
+    );
+  }
+  return queues;
+}

@@ -1,0 +1,51 @@
+import type { Json } from "../../src/base/json.ts";
+import type { Keeper } from "../../src/daemon/keeper.ts";
+import type { OwnedFd } from "../../src/native/fd.ts";
+import { duplicate } from "../../src/pci/duplicate.ts";
+
+interface Entry {
+  record: string;
+  fds: Map<string, OwnedFd>;
+}
+
+/**
+ * A keeper in this process: stores records as JSON text and duplicates of their fds, as the real one does in another.
+ */
+export class MemoryKeeper implements Keeper, Disposable {
+  private readonly entries = new Map<string, Entry>();
+  /** Records written so far. */
+  writes = 0;
+
+  async put(key: string, record: Json, fds: ReadonlyMap<string, number>): Promise<void> {
+    const kept = new Map([...fds].map(([name, fd]) => [name, duplicate(fd)] as const));
+    this.drop(key);
+    this.entries.set(key, { record: JSON.stringify(record), fds: kept });
+    this.writes++;
+  }
+
+  async get(key: string): Promise<{ record: Json; fds: Map<string, OwnedFd> } | undefined> {
+    const entry = this.entries.get(key);
+    if (entry === undefined) return undefined;
+    return {
+      record: JSON.parse(entry.record),
+      fds: new Map([...entry.fds].map(([name, fd]) => [name, fd.dup()] as const)),
+    };
+  }
+
+  async list(): Promise<string[]> {
+    return [...this.entries.keys()];
+  }
+
+  async delete(key: string): Promise<void> {
+    this.drop(key);
+  }
+
+  [Symbol.dispose](): void {
+    for (const key of [...this.entries.keys()]) this.drop(key);
+  }
+
+  private drop(key: string): void {
+    for (const fd of this.entries.get(key)?.fds.values() ?? []) fd[Symbol.dispose]();
+    this.entries.delete(key);
+  }
+}

@@ -1,0 +1,96 @@
+import { expect, test } from "bun:test";
+import { VhostdError } from "../../src/base/errors.ts";
+import { liveFds } from "../../src/native/fd.ts";
+import { parsePciAddress } from "../../src/pci/address.ts";
+import { RegistryLab } from "../kit/registry-lab.ts";
+import { VerifiedDisk } from "../kit/verified-disk.ts";
+
+/** The number of the error that `action` ends in. */
+async function failure(action: Promise<unknown>): Promise<number> {
+  const error = await action.then(
+    () => undefined,
+    (thrown: unknown) => thrown,
+  );
+  if (!(error instanceof VhostdError)) throw new Error(`expected a VhostdError, there was ${error}`);
+  return error.number;
+}
+
+test("what an operator gets wrong is refused by its number, and leaves nothing behind", async () => {
+  await using lab = await RegistryLab.create();
+  const { registry, pf, vf, vf2 } = lab;
+  const add = (address = vf, name = "a.sock") =>
+    registry.addVf({ address, socket: lab.socket(name), mode: "client" as const });
+  const nowhere = parsePciAddress("0000:77:00.0");
+
+  expect(await failure(add())).toBe(1001); // before its PF
+  expect(await failure(registry.addPf(nowhere))).toBe(1001);
+  expect(await failure(registry.addPf(vf))).toBe(1001); // a VF is no PF
+  await registry.addPf(pf);
+  const fds = liveFds();
+  expect(await failure(registry.addPf(pf))).toBe(1008);
+  expect(await failure(add(nowhere))).toBe(1003);
+  expect(await failure(add(pf))).toBe(1003); // a PF is no VF
+  expect(await failure(add(vf, "x".repeat(120)))).toBe(1030);
+  expect(liveFds()).toBe(fds);
+
+  const adds = await Promise.allSettled([add(), add(), add(vf, "b.sock")]);
+  expect(adds.filter(({ status }) => status === "fulfilled")).toHaveLength(1);
+  expect(await failure(add())).toBe(1014);
+  expect(await failure(add(vf2))).toBe(1038); // the socket is taken
+  expect(await failure(registry.removePf(pf))).toBe(1013);
+  expect(await failure(registry.removeVf(vf2))).toBe(1003);
+  await registry.removeVf(vf);
+  expect(await failure(Promise.resolve().then(() => registry.vfInfo(vf)))).toBe(1003);
+  expect(liveFds()).toBe(fds);
+  await registry.removePf(pf);
+  expect(registry.listPfs()).toEqual([]);
+}, 30_000);
+
+test("the function's process dies: that VF fails and says so, can be removed, and added again", async () => {
+  const lab = await RegistryLab.create();
+  await using other = await RegistryLab.create();
+  try {
+    await lab.registry.addPf(lab.pf);
+    await other.registry.addPf(other.pf);
+    using frontend = await lab.connect();
+    using bystander = await other.connect();
+    await lab.run(frontend);
+    await other.run(bystander);
+    const io = new VerifiedDisk().runOn(bystander.queues[0]!.driver);
+    await lab.softvf.kill();
+    await frontend.hungUp();
+    const info = lab.registry.vfInfo(lab.vf);
+    expect(info.state).toBe("failed");
+    expect(info.reason).toContain("0000:5a:00.1");
+    await lab.registry.removeVf(lab.vf);
+    await lab.registry.removePf(lab.pf);
+    expect(await io.stop()).toBeGreaterThan(0);
+  } finally {
+    await lab[Symbol.asyncDispose]();
+  }
+}, 30_000);
+
+test("a front-end that vanishes frees everything, and the next one begins anew, twenty times", async () => {
+  await using lab = await RegistryLab.create();
+  const { FrontendListener } = await import("../kit/frontend/frontend.ts");
+  await lab.registry.addPf(lab.pf);
+  using listener = new FrontendListener(lab.socket("vhost.sock"));
+  await lab.registry.addVf({ address: lab.vf, socket: lab.socket("vhost.sock"), mode: "client" });
+  const disk = new VerifiedDisk(0, 256);
+  /** What becomes of a write that the front-end did not live to see is open, so these have blocks of their own. */
+  const abandoned = new VerifiedDisk(256, 256);
+  const idle = liveFds();
+  for (let round = 0; round < 20; round++) {
+    using frontend = await listener.accept();
+    await lab.run(frontend);
+    await disk.steps(frontend.queues[0]!.driver, 5);
+    // In the middle of requests.
+    for (let i = 0; i < 8; i++) abandoned.step(frontend.queues[0]!.driver).catch(() => {});
+  }
+  expect(disk.verified).toBeGreaterThanOrEqual(100);
+  await Bun.sleep(0);
+  using last = await listener.accept();
+  last[Symbol.dispose]();
+  while (lab.registry.vfInfo(lab.vf).state !== "idle") await Bun.sleep(1);
+  expect(liveFds()).toBeLessThanOrEqual(idle + 1);
+}, 60_000);

@@ -1,0 +1,88 @@
+import { expect, test } from "bun:test";
+import { parseVfRecord, type VfRecord } from "../../src/daemon/record.ts";
+import { liveFds } from "../../src/native/fd.ts";
+import { RegistryLab } from "../kit/registry-lab.ts";
+import { VerifiedDisk } from "../kit/verified-disk.ts";
+
+/** Lets go of every object as a crash would, and makes a new registry from what the keeper has. */
+async function rebuild(lab: RegistryLab): Promise<void> {
+  await lab.registry.abandon();
+  lab.registry = lab.newRegistry();
+  await lab.registry.revive();
+}
+
+test("a running VF goes on from its record and fds: no reset, no reconnect, verified I/O", async () => {
+  const before = liveFds();
+  {
+    await using lab = await RegistryLab.create({ softvf: ["--queues", "4"] });
+    await lab.registry.addPf(lab.pf);
+    using frontend = await lab.connect();
+    await lab.run(frontend, 4);
+    const disk = new VerifiedDisk();
+    const queue = frontend.queues[0]!.driver;
+    await disk.steps(queue, 50);
+
+    const load = disk.runOn(queue);
+    for (let round = 0; round < 5; round++) {
+      await rebuild(lab);
+      const soFar = load.done;
+      while (load.done < soFar + 20) await Bun.sleep(1);
+      expect(lab.registry.vfInfo(lab.vf).state).toBe("running");
+    }
+    expect(await load.stop()).toBeGreaterThanOrEqual(100);
+
+    // The session goes on too: a stop gives the indices that the rings have come to.
+    const bases = await frontend.stop({ order: "old" });
+    expect(bases[0]).toBe(disk.verified & 0xffff);
+    await frontend.resumeQueues(bases);
+    await disk.steps(queue, 20);
+  }
+  expect(liveFds()).toBe(before);
+}, 60_000);
+
+test("kicks and calls that come while nobody is there are not lost", async () => {
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  using frontend = await lab.connect();
+  await lab.run(frontend);
+  const disk = new VerifiedDisk();
+  const queue = frontend.queues[0]!.driver;
+  await disk.steps(queue, 10);
+  await lab.registry.abandon();
+  const waiting = disk.steps(queue, 1);
+  await Bun.sleep(50);
+  expect(disk.verified).toBe(10);
+  lab.registry = lab.newRegistry();
+  await lab.registry.revive();
+  await waiting;
+  expect(disk.verified).toBe(11);
+}, 30_000);
+
+test("an idle VF goes on waiting for its front-end", async () => {
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  await lab.registry.addVf({ address: lab.vf, socket: lab.socket("server.sock"), mode: "server" });
+  await rebuild(lab);
+  expect(lab.registry.vfInfo(lab.vf)).toMatchObject({ state: "idle", mode: "server" });
+  const { VhostUserFrontend } = await import("../kit/frontend/frontend.ts");
+  using frontend = VhostUserFrontend.connect(lab.socket("server.sock"));
+  await lab.run(frontend);
+  await new VerifiedDisk().steps(frontend.queues[0]!.driver, 5);
+}, 30_000);
+
+test("every part of a record is plain data, and a damaged one is refused with the place", async () => {
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  using frontend = await lab.connect();
+  await lab.run(frontend);
+  const stored = await lab.keeper.get(`vf/${lab.vf}`);
+  const record = stored?.record as VfRecord;
+  for (const fd of stored?.fds.values() ?? []) fd[Symbol.dispose]();
+  expect(JSON.parse(JSON.stringify(record))).toEqual(record);
+  expect(parseVfRecord(record)).toEqual(record);
+  expect([...(stored?.fds.keys() ?? [])].toSorted()).toEqual(
+    expect.arrayContaining(["dataPath:config-interrupt", "function:socket", "session:connection", "session:kick.0"]),
+  );
+  expect(() => parseVfRecord({ ...record, version: 2 } as never)).toThrow("/version");
+  expect(() => parseVfRecord({ ...record, options: { address: 7 } } as never)).toThrow("/options");
+}, 30_000);
