@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include <sys/uio.h>
+
+#include "chain.h"
+
+namespace vhostd::ring {
+
+using Parameter = std::variant<bool, int64_t, std::string>;
+using Parameters = std::map<std::string, Parameter>;
+
+/**
+ * What a backend may do while the worker calls it. All of it on the worker's thread, inside its turn at the gate.
+ */
+class ServiceContext {
+ public:
+  /**
+   * Up to `length` bytes of the chain's buffers from `skip` on, as places in this process: valid until the next call of
+   * `giveWay` or `blocking`. Fewer bytes than asked where the buffers need more than 1024 parts. nullptr where a byte
+   * of it is not mapped for that direction.
+   */
+  virtual const std::vector<iovec>* vectors(const Chain& chain, Direction direction, uint64_t skip, uint64_t length) = 0;
+  /** Copies out of the readable buffers. False where they are not mapped or their memory is gone. */
+  virtual bool copyFrom(const Chain& chain, uint64_t skip, void* to, size_t length) = 0;
+  /** Copies into the writable buffers. False where they are not mapped or their memory is gone. */
+  virtual bool copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) = 0;
+
+  /**
+   * Gives the chain back to the driver and ends its life.
+   * @param written bytes from the start of its writable buffers
+   * @param bytes of data that were moved, for the counters
+   */
+  virtual void complete(Chain* chain, uint32_t written, uint64_t bytes, bool error) = 0;
+  /** Ends the chain's life without giving it back: the function is being stopped. */
+  virtual void abandon(Chain* chain) = 0;
+  /** The function needs a reset; nothing is served any more. */
+  virtual void fail(std::string reason) = 0;
+
+  /** To be called between bounded pieces of work. False where the work should be abandoned. */
+  virtual bool giveWay() = 0;
+  /** Runs something slow that touches no guest memory, with the gate open. */
+  virtual void blocking(const std::function<void()>& work) = 0;
+
+ protected:
+  ~ServiceContext() = default;
+};
+
+/** Serves the requests of one device class. */
+class RingBackend {
+ public:
+  virtual ~RingBackend() = default;
+
+  /** Sets one parameter. Empty, or why it is refused. Called inside control's turn. */
+  virtual std::string set(const std::string& name, const Parameter& value) = 0;
+  /** What the parameters lack before the first start; empty where nothing. */
+  virtual std::string missing() const = 0;
+  /** The driver is ready (DRIVER_OK). */
+  virtual void start(uint64_t features) = 0;
+  /** Owns the chain until it has called `complete` or `abandon`, now or later. */
+  virtual void serve(Chain* chain, ServiceContext& context) = 0;
+
+  /** For backends that keep chains: when to call `resume`, CLOCK_MONOTONIC ns; -1 for never. */
+  virtual int64_t due() const { return -1; }
+  /** Serves what is due at `now`. */
+  virtual void resume(int64_t /*now*/, ServiceContext& /*context*/) {}
+  /** Serves all that is kept, without waiting. */
+  virtual void drain(ServiceContext& /*context*/) {}
+  /** Forgets all that is kept; the chains are dead. */
+  virtual void drop() {}
+};
+
+/** CLOCK_MONOTONIC, ns. */
+int64_t monotonicNow();
+
+/** A backend by name, or nullptr. */
+std::unique_ptr<RingBackend> createBackend(const std::string& name);
+
+/** One for each class that has a worker. */
+std::unique_ptr<RingBackend> createBlkBackend();
+
+}  // namespace vhostd::ring

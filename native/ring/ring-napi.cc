@@ -1,0 +1,151 @@
+#include <cerrno>
+
+#include "../module.h"
+#include "ring-function.h"
+
+namespace vhostd::ring {
+namespace {
+
+uint64_t unsignedInteger(Napi::Value value) { return static_cast<uint64_t>(value.As<Napi::Number>().Int64Value()); }
+int integer(Napi::Value value) { return value.As<Napi::Number>().Int32Value(); }
+uint16_t queueIndex(Napi::Value value) { return static_cast<uint16_t>(integer(value)); }
+
+Parameters parametersOf(Napi::Object object) {
+  Parameters parameters;
+  const Napi::Array names = object.GetPropertyNames();
+  for (uint32_t index = 0; index < names.Length(); index++) {
+    const std::string name = names.Get(index).As<Napi::String>().Utf8Value();
+    const Napi::Value value = object.Get(name);
+    if (value.IsBoolean()) {
+      parameters[name] = value.As<Napi::Boolean>().Value();
+    } else if (value.IsNumber()) {
+      parameters[name] = value.As<Napi::Number>().Int64Value();
+    } else if (value.IsBigInt()) {
+      bool lossless = false;
+      parameters[name] = value.As<Napi::BigInt>().Int64Value(&lossless);
+    } else {
+      parameters[name] = value.ToString().Utf8Value();
+    }
+  }
+  return parameters;
+}
+
+uint64_t word(Napi::Value value) {
+  bool lossless = false;
+  return value.As<Napi::BigInt>().Uint64Value(&lossless);
+}
+
+QueueConfig queueConfigOf(Napi::Object object) {
+  QueueConfig config;
+  config.size = queueIndex(object.Get("size"));
+  config.desc = word(object.Get("desc"));
+  config.driver = word(object.Get("driver"));
+  config.device = word(object.Get("device"));
+  config.lastAvail = queueIndex(object.Get("lastAvail"));
+  config.lastUsed = queueIndex(object.Get("lastUsed"));
+  return config;
+}
+
+/**
+ * RingFunction for JavaScript. Arguments are checked in src/native/ring-engine.ts. Texts say what is wrong, empty ones
+ * that nothing is; numbers are -errno.
+ */
+class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
+ public:
+  static void define(Napi::Env env, Napi::Object exports) {
+    exports.Set("RingFunction", DefineClass(env, "RingFunction",
+                                            {
+                                                InstanceMethod<&RingFunctionObject::create>("create"),
+                                                InstanceMethod<&RingFunctionObject::doorbell>("doorbell"),
+                                                InstanceMethod<&RingFunctionObject::events>("events"),
+                                                InstanceMethod<&RingFunctionObject::map>("map"),
+                                                InstanceMethod<&RingFunctionObject::unmap>("unmap"),
+                                                InstanceMethod<&RingFunctionObject::unmapAll>("unmapAll"),
+                                                InstanceMethod<&RingFunctionObject::check>("check"),
+                                                InstanceMethod<&RingFunctionObject::activate>("activate"),
+                                                InstanceMethod<&RingFunctionObject::start>("start"),
+                                                InstanceMethod<&RingFunctionObject::setCall>("setCall"),
+                                                InstanceMethod<&RingFunctionObject::configure>("configure"),
+                                                InstanceMethod<&RingFunctionObject::requestStop>("requestStop"),
+                                                InstanceMethod<&RingFunctionObject::tryStop>("tryStop"),
+                                                InstanceMethod<&RingFunctionObject::indices>("indices"),
+                                                InstanceMethod<&RingFunctionObject::failure>("failure"),
+                                                InstanceMethod<&RingFunctionObject::stats>("stats"),
+                                                InstanceMethod<&RingFunctionObject::close>("close"),
+                                            }));
+  }
+
+  explicit RingFunctionObject(const Napi::CallbackInfo& info) : ObjectWrap(info) {}
+
+ private:
+  Napi::Value text(const std::string& value) { return Napi::String::New(Env(), value); }
+  Napi::Value number(double value) { return Napi::Number::New(Env(), value); }
+
+  Napi::Value create(const Napi::CallbackInfo& info) {
+    std::string reason;
+    function_ = RingFunction::create(info[0].As<Napi::String>().Utf8Value(), parametersOf(info[1].As<Napi::Object>()),
+                                     queueIndex(info[2]), reason);
+    return text(reason);
+  }
+  Napi::Value doorbell(const Napi::CallbackInfo& info) { return number(function_->doorbell(queueIndex(info[0]))); }
+  Napi::Value events(const Napi::CallbackInfo&) { return number(function_->events()); }
+  Napi::Value map(const Napi::CallbackInfo& info) {
+    return number(function_->map(unsignedInteger(info[0]), unsignedInteger(info[1]), integer(info[2]),
+                                 unsignedInteger(info[3]), info[4].As<Napi::Boolean>().Value()));
+  }
+  Napi::Value unmap(const Napi::CallbackInfo& info) {
+    return number(function_->unmap(unsignedInteger(info[0]), unsignedInteger(info[1])));
+  }
+  void unmapAll(const Napi::CallbackInfo&) { function_->unmapAll(); }
+  Napi::Value check(const Napi::CallbackInfo& info) {
+    return text(function_->check(queueConfigOf(info[0].As<Napi::Object>())));
+  }
+  Napi::Value activate(const Napi::CallbackInfo& info) {
+    return text(function_->activate(queueIndex(info[0]), queueConfigOf(info[1].As<Napi::Object>()), word(info[2])));
+  }
+  Napi::Value start(const Napi::CallbackInfo& info) { return text(function_->start(word(info[0]))); }
+  Napi::Value setCall(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(Env(), function_->setCall(queueIndex(info[0]), integer(info[1])));
+  }
+  Napi::Value configure(const Napi::CallbackInfo& info) {
+    return text(function_->configure(parametersOf(info[0].As<Napi::Object>())));
+  }
+  void requestStop(const Napi::CallbackInfo& info) { function_->requestStop(info[0].As<Napi::Boolean>().Value()); }
+  Napi::Value tryStop(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(Env(), function_->tryStop(integer(info[0])));
+  }
+  Napi::Value indices(const Napi::CallbackInfo&) {
+    Napi::Array list = Napi::Array::New(Env());
+    for (const QueueIndices& entry : function_->indices()) {
+      Napi::Object object = Napi::Object::New(Env());
+      object.Set("queue", number(entry.queue));
+      object.Set("lastAvail", number(entry.lastAvail));
+      object.Set("lastUsed", number(entry.lastUsed));
+      list.Set(list.Length(), object);
+    }
+    return list;
+  }
+  Napi::Value failure(const Napi::CallbackInfo&) { return text(function_->failure()); }
+  Napi::Value stats(const Napi::CallbackInfo&) {
+    Napi::Array list = Napi::Array::New(Env());
+    for (uint16_t queue = 0; queue < function_->queues(); queue++) {
+      const QueueStats stats = function_->stats(queue);
+      Napi::Object object = Napi::Object::New(Env());
+      object.Set("requests", number(static_cast<double>(stats.requests)));
+      object.Set("bytes", number(static_cast<double>(stats.bytes)));
+      object.Set("errors", number(static_cast<double>(stats.errors)));
+      list.Set(queue, object);
+    }
+    return list;
+  }
+  void close(const Napi::CallbackInfo&) { function_.reset(); }
+
+  std::unique_ptr<RingFunction> function_;
+};
+
+}  // namespace
+}  // namespace vhostd::ring
+
+void InitRing(Napi::Env env, Napi::Object exports) {
+  vhostd::ring::RingFunctionObject::define(env, exports);
+}

@@ -1,0 +1,283 @@
+#include "split-queue.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../guard.h"
+
+namespace vhostd::ring {
+namespace {
+
+constexpr uint16_t kNext = 1;
+constexpr uint16_t kWrite = 2;
+constexpr uint16_t kIndirect = 4;
+constexpr uint16_t kNoInterrupt = 1;
+constexpr uint16_t kNoNotify = 1;
+constexpr uint32_t kLargestRing = 32768;
+/** Drivers fill indirect tables beyond the ring size (VIRTIO 1.2, 2.7.5.3.1 forbids it, Linux does it). */
+constexpr uint32_t kIndirectEntries = 1024;
+
+uint64_t descBytes(uint64_t entries) { return 16 * entries; }
+uint64_t availBytes(uint64_t entries) { return 6 + 2 * entries; }
+uint64_t usedBytes(uint64_t entries) { return 6 + 8 * entries; }
+
+std::string hex(uint64_t value) {
+  char text[24];
+  snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+/** vring_need_event (VIRTIO 1.2, 2.7.7.1). */
+bool passed(uint16_t event, uint16_t now, uint16_t before) {
+  return static_cast<uint16_t>(now - event - 1) < static_cast<uint16_t>(now - before);
+}
+
+bool overlaps(uint64_t one, uint64_t oneSize, uint64_t other, uint64_t otherSize) {
+  return one < other + otherSize && other < one + oneSize;
+}
+
+}  // namespace
+
+std::string SplitQueue::check(const QueueConfig& config, const DmaTable& dma) {
+  const uint32_t size = config.size;
+  if (size == 0 || size > kLargestRing || (size & (size - 1)) != 0) {
+    return "ring size " + std::to_string(size) + " is not a power of two up to 32768";
+  }
+  const struct {
+    const char* name;
+    uint64_t at, bytes, alignment;
+    bool writable;
+  } parts[] = {{"descriptor table", config.desc, descBytes(size), 16, false},
+               {"available ring", config.driver, availBytes(size), 2, false},
+               {"used ring", config.device, usedBytes(size), 4, true}};
+  for (const auto& part : parts) {
+    if (part.at % part.alignment != 0) {
+      return std::string(part.name) + " at " + hex(part.at) + " is not aligned to " + std::to_string(part.alignment);
+    }
+    if (dma.contiguous(part.at, part.bytes, part.writable) == nullptr) {
+      return std::string(part.name) + " at " + hex(part.at) + "+" + hex(part.bytes) + " is not in one mapped range";
+    }
+  }
+  return {};
+}
+
+void SplitQueue::activate(const QueueConfig& config, const DmaTable& dma, bool indirect, bool eventIdx) {
+  const uint32_t size = config.size;
+  config_ = config;
+  indirect_ = indirect;
+  eventIdx_ = eventIdx;
+  desc_ = reinterpret_cast<const Descriptor*>(dma.contiguous(config.desc, descBytes(size), false));
+  avail_ = reinterpret_cast<uint16_t*>(dma.contiguous(config.driver, availBytes(size), false));
+  usedHead_ = reinterpret_cast<uint16_t*>(dma.contiguous(config.device, usedBytes(size), true));
+  usedRing_ = reinterpret_cast<UsedElement*>(usedHead_ + 2);
+  availEvent_ = reinterpret_cast<uint16_t*>(usedRing_ + size);
+  lastAvail_ = availIndex_ = config.lastAvail;
+  lastUsed_ = published_ = config.lastUsed;
+  disarmed_ = false;
+  inFlight_.assign(size, 0);
+  direct_.resize(size);
+  indirectTable_.resize(std::max(size, kIndirectEntries));
+  active_ = true;
+}
+
+bool SplitQueue::uses(uint64_t iova, uint64_t size) const {
+  return active_ && (overlaps(iova, size, config_.desc, descBytes(config_.size)) ||
+                     overlaps(iova, size, config_.driver, availBytes(config_.size)) ||
+                     overlaps(iova, size, config_.device, usedBytes(config_.size)));
+}
+
+Pop SplitQueue::pop(const DmaTable& dma, Chain& chain, std::string& reason) {
+  uint16_t head = 0;
+  bool empty = false;
+  if (!takeHead(head, empty, reason)) return Pop::broken;
+  if (empty) return Pop::empty;
+  if (!readDirect(head, reason)) return Pop::broken;
+
+  chain.clear();
+  chain.head = head;
+  const auto add = [&chain](const Descriptor& descriptor) {
+    if (descriptor.length == 0) return;
+    if (descriptor.flags & kWrite) {
+      chain.writable.push_back({descriptor.address, descriptor.length});
+      chain.writableSize += descriptor.length;
+    } else {
+      if (chain.writableSize != 0) chain.misordered = true;
+      chain.readable.push_back({descriptor.address, descriptor.length});
+      chain.readableSize += descriptor.length;
+    }
+  };
+  const Descriptor& last = direct_[directCount_ - 1];
+  const bool viaTable = (last.flags & kIndirect) != 0;
+  for (size_t index = 0; index < directCount_ - (viaTable ? 1 : 0); index++) add(direct_[index]);
+  if (viaTable) {
+    if (!readIndirect(dma, last, chain, reason)) return Pop::broken;
+    const uint32_t entries = last.length / sizeof(Descriptor);
+    uint32_t at = 0;
+    for (uint32_t count = 1;; count++) {
+      const Descriptor& descriptor = indirectTable_[at];
+      if (descriptor.flags & kIndirect) {
+        reason = "chain " + std::to_string(head) + " has an indirect table inside an indirect table";
+        return Pop::broken;
+      }
+      add(descriptor);
+      if ((descriptor.flags & kNext) == 0) break;
+      at = descriptor.next;
+      if (at >= entries) {
+        reason = "indirect table of chain " + std::to_string(head) + " links to entry " + std::to_string(at) + " of " +
+                 std::to_string(entries);
+        return Pop::broken;
+      }
+      if (count == entries) {
+        reason = "indirect table of chain " + std::to_string(head) + " loops";
+        return Pop::broken;
+      }
+    }
+  }
+  inFlight_[head] = 1;
+  lastAvail_++;
+  return Pop::chain;
+}
+
+bool SplitQueue::takeHead(uint16_t& head, bool& empty, std::string& reason) {
+  const uint16_t size = config_.size;
+  const bool readable = guarded([&] {
+    if (availIndex_ == lastAvail_) availIndex_ = __atomic_load_n(avail_ + 1, __ATOMIC_ACQUIRE);
+    empty = availIndex_ == lastAvail_;
+    head = empty ? 0 : __atomic_load_n(avail_ + 2 + lastAvail_ % size, __ATOMIC_RELAXED);
+  });
+  if (!readable) {
+    reason = "memory of the available ring is gone";
+    return false;
+  }
+  const uint16_t ahead = availIndex_ - lastAvail_;
+  if (ahead > size) {
+    reason = "available index " + std::to_string(availIndex_) + " is " + std::to_string(ahead) + " ahead of " +
+             std::to_string(lastAvail_) + ", the ring has " + std::to_string(size);
+    return false;
+  }
+  if (head >= size) {
+    reason = "available head " + std::to_string(head) + " is outside the ring of " + std::to_string(size);
+    return false;
+  }
+  if (!empty && inFlight_[head]) {
+    reason = "available head " + std::to_string(head) + " has not been given back yet";
+    return false;
+  }
+  return true;
+}
+
+bool SplitQueue::readDirect(uint16_t head, std::string& reason) {
+  enum { done, outOfRange, loop } end = done;
+  const uint16_t size = config_.size;
+  size_t count = 0;
+  uint16_t at = head;
+  const bool readable = guarded([&] {
+    for (;;) {
+      if (at >= size) {
+        end = outOfRange;
+        return;
+      }
+      if (count == size) {
+        end = loop;
+        return;
+      }
+      Descriptor& copy = direct_[count++];
+      memcpy(&copy, const_cast<const Descriptor*>(desc_ + at), sizeof copy);
+      if ((copy.flags & kIndirect) || !(copy.flags & kNext)) return;
+      at = copy.next;
+    }
+  });
+  const std::string name = "chain " + std::to_string(head);
+  if (!readable) {
+    reason = "memory of the descriptor table is gone";
+  } else if (end == outOfRange) {
+    reason = name + " links to descriptor " + std::to_string(at) + " of " + std::to_string(size);
+  } else if (end == loop) {
+    reason = name + " loops";
+  } else {
+    directCount_ = count;
+    return true;
+  }
+  return false;
+}
+
+bool SplitQueue::readIndirect(const DmaTable& dma, const Descriptor& table, Chain& chain, std::string& reason) {
+  const std::string name = "chain " + std::to_string(chain.head);
+  if (!indirect_) {
+    reason = name + " is indirect, which was not negotiated";
+  } else if (table.flags & kNext) {
+    reason = name + " continues behind its indirect table";
+  } else if (table.length == 0 || table.length % sizeof(Descriptor) != 0 ||
+             table.length / sizeof(Descriptor) > indirectTable_.size()) {
+    reason = "indirect table of " + name + " has " + std::to_string(table.length) + " bytes; a multiple of 16 up to " +
+             std::to_string(16 * indirectTable_.size());
+  } else {
+    scratch_.clear();
+    if (!dma.translate(table.address, table.length, false, scratch_)) {
+      reason = "indirect table of " + name + " at " + hex(table.address) + " is not mapped";
+      return false;
+    }
+    uint8_t* to = reinterpret_cast<uint8_t*>(indirectTable_.data());
+    const bool readable = guarded([&] {
+      for (const iovec& part : scratch_) {
+        memcpy(to, part.iov_base, part.iov_len);
+        to += part.iov_len;
+      }
+    });
+    if (readable) return true;
+    reason = "memory of the indirect table of " + name + " is gone";
+  }
+  return false;
+}
+
+bool SplitQueue::push(uint16_t head, uint32_t written) {
+  forget(head);
+  UsedElement* element = usedRing_ + lastUsed_ % config_.size;
+  lastUsed_++;
+  return guarded([&] {
+    __atomic_store_n(&element->id, head, __ATOMIC_RELAXED);
+    __atomic_store_n(&element->length, written, __ATOMIC_RELAXED);
+  });
+}
+
+void SplitQueue::forget(uint16_t head) {
+  inFlight_[head] = 0;
+}
+
+bool SplitQueue::publish(bool& call) {
+  call = false;
+  if (published_ == lastUsed_) return true;
+  const uint16_t before = published_;
+  published_ = lastUsed_;
+  const uint16_t size = config_.size;
+  return guarded([&] {
+    __atomic_store_n(usedHead_ + 1, lastUsed_, __ATOMIC_RELEASE);
+    // The driver writes its event and then looks at the index: the index must be out before the event is read.
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    call = eventIdx_ ? passed(__atomic_load_n(avail_ + 2 + size, __ATOMIC_RELAXED), lastUsed_, before)
+                     : (__atomic_load_n(avail_, __ATOMIC_RELAXED) & kNoInterrupt) == 0;
+  });
+}
+
+bool SplitQueue::disarm() {
+  // With EVENT_IDX an event that stays behind has the same effect.
+  if (disarmed_ || eventIdx_) return true;
+  disarmed_ = true;
+  return guarded([&] { __atomic_store_n(usedHead_, kNoNotify, __ATOMIC_RELAXED); });
+}
+
+bool SplitQueue::arm(bool& more) {
+  disarmed_ = false;
+  return guarded([&] {
+    if (eventIdx_) {
+      __atomic_store_n(availEvent_, lastAvail_, __ATOMIC_RELAXED);
+    } else {
+      __atomic_store_n(usedHead_, uint16_t{0}, __ATOMIC_RELAXED);
+    }
+    // The driver publishes its index and then reads this: a chain added before it could see it must be seen here.
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    more = __atomic_load_n(avail_ + 1, __ATOMIC_ACQUIRE) != lastAvail_;
+  });
+}
+
+}  // namespace vhostd::ring

@@ -1,0 +1,90 @@
+import { join, resolve } from "node:path";
+import type { Static } from "typebox";
+import { Deadline } from "../base/deadline.ts";
+import { type CommandLine, type Option, parseCommandLine, UsageError } from "../command-line.ts";
+import { RpcClient } from "../rpc/client.ts";
+import { DEFAULT_SOFTVF_DIRECTORY } from "./config.ts";
+import type { FunctionInfo, FunctionStats } from "./control.ts";
+
+export type ControlCommand = "list" | "stats" | "set";
+
+const SUMMARIES: Readonly<Record<ControlCommand, string>> = {
+  list: "Lists the functions that a running vfe-softvf serves.",
+  stats: "Shows what each queue of each VF has done.",
+  set: "Changes options of a VF while it runs, for example size=2G or slow=50.",
+};
+const OPTIONS = {
+  "runtime-dir": { type: "string", value: "DIR", help: `of the running vfe-softvf (${DEFAULT_SOFTVF_DIRECTORY})` },
+  timeout: { type: "string", value: "MS", help: "milliseconds to wait for the answer (10000)" },
+} as const satisfies Record<string, Option>;
+const SETTING = /^[a-zA-Z][a-zA-Z-]*=/;
+
+/** Asks a running vfe-softvf. @returns the exit code. @throws UsageError, HelpRequest, VhostdError */
+export async function runControl(command: ControlCommand, args: readonly string[]): Promise<number> {
+  // Any number of them, which a command line's table of arguments does not know.
+  const settings = command === "set" ? args.filter((argument) => SETTING.test(argument)) : [];
+  const commandLine: CommandLine<typeof OPTIONS> = {
+    name: `vfe-softvf ${command}`,
+    summary: SUMMARIES[command],
+    options: OPTIONS,
+    positionals:
+      command === "set"
+        ? [
+            { name: "ADDRESS", help: "PCI address of the VF" },
+            { name: "OPTION=VALUE...", help: "live options; see docs/softvf.md" },
+          ]
+        : [],
+  };
+  const { values, positionals } = parseCommandLine(
+    commandLine,
+    args.filter((argument) => !settings.includes(argument)),
+  );
+  const params = command === "set" ? parseSettings(positionals, settings, commandLine) : {};
+  const timeout = Number(values.timeout ?? 10_000);
+  if (!Number.isInteger(timeout) || timeout <= 0) throw new UsageError("--timeout is no number", commandLine);
+  const path = join(resolve(values["runtime-dir"] ?? DEFAULT_SOFTVF_DIRECTORY), "control.sock");
+  const deadline = Deadline.after(timeout, `${command} at ${path}`);
+  using client = await RpcClient.connect(path, deadline);
+  const answer = await client.call(command, params, deadline);
+  if (command === "list") print((answer as Static<typeof FunctionInfo>[]).map(listRow));
+  if (command === "stats") print((answer as Static<typeof FunctionStats>[]).flatMap(statRows));
+  return 0;
+}
+
+function parseSettings(
+  [address, stray]: readonly string[],
+  settings: readonly string[],
+  commandLine: CommandLine<typeof OPTIONS>,
+) {
+  if (stray !== undefined) throw new UsageError(`"${stray}" is not OPTION=VALUE`, commandLine);
+  if (address === undefined || settings.length === 0) {
+    throw new UsageError("name a VF and at least one OPTION=VALUE", commandLine);
+  }
+  const options = settings.map((text) => {
+    const at = text.indexOf("=");
+    return [text.slice(0, at), text.slice(at + 1)] as const;
+  });
+  return { address, options: Object.fromEntries(options) };
+}
+
+function listRow(info: Static<typeof FunctionInfo>): string[] {
+  const kind = info.pf === undefined ? "pf" : "vf";
+  const status = `status 0x${info.status.toString(16).padStart(2, "0")}`;
+  return [info.address, kind, info.class, info.client ? "in use" : "free", status, `queues ${info.queues.join(",")}`];
+}
+
+function statRows({ address, queues }: Static<typeof FunctionStats>): string[][] {
+  return queues.map(({ requests, bytes, errors }, queue) => [
+    address,
+    `queue ${queue}`,
+    `${requests} requests`,
+    `${bytes} bytes`,
+    `${errors} errors`,
+  ]);
+}
+
+function print(rows: readonly (readonly string[])[]): void {
+  const widths = (rows[0] ?? []).map((_, column) => Math.max(...rows.map((row) => row[column]!.length)));
+  const lines = rows.map((row) => row.map((cell, column) => cell.padEnd(widths[column]!)).join("  "));
+  process.stdout.write(lines.map((line) => `${line.trimEnd()}\n`).join(""));
+}

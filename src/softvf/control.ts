@@ -1,0 +1,116 @@
+import Type from "typebox";
+import { asError, VhostdError } from "../base/errors.ts";
+import { parsePciAddress } from "../pci/address.ts";
+import { withDiscovery } from "../rpc/discover.ts";
+import { defineMethod, type Method } from "../rpc/method.ts";
+import { VERSION } from "../version.ts";
+import { describeFeatures } from "../virtio/features.ts";
+import { allOptions, optionByFlag, optionFlag, parseOption } from "./class-options.ts";
+import type { ServedFunction } from "./physical-function.ts";
+
+const exact = { additionalProperties: false } as const;
+const NoParams = Type.Object({}, exact);
+
+export const FunctionInfo = Type.Object({
+  address: Type.String(),
+  class: Type.String(),
+  /** Left out for a PF. */
+  pf: Type.Optional(Type.String()),
+  client: Type.Boolean({ description: "somebody has the function" }),
+  status: Type.Integer({ description: "device status" }),
+  features: Type.Array(Type.String(), { description: "negotiated features" }),
+  queues: Type.Array(Type.Integer(), { description: "queues in use" }),
+});
+
+export const FunctionStats = Type.Object({
+  address: Type.String(),
+  queues: Type.Array(
+    Type.Object({
+      requests: Type.Integer(),
+      bytes: Type.Integer({ description: "data moved" }),
+      errors: Type.Integer(),
+    }),
+  ),
+});
+
+/** The methods of the control socket. */
+export function controlMethods(functions: () => readonly ServedFunction[]): Method[] {
+  const find = (text: string): ServedFunction => {
+    const address = parsePciAddress(text);
+    const found = functions().find((served) => served.address === address);
+    if (found !== undefined) return found;
+    throw new VhostdError("vfNotFound", `${address} is not served here`, { fix: "see vfe-softvf list" });
+  };
+  return withDiscovery({ title: "vfe-softvf", version: VERSION }, [
+    defineMethod({
+      name: "list",
+      summary: "Lists all functions, each PF before its VFs.",
+      params: NoParams,
+      result: Type.Array(FunctionInfo),
+      handler: () => functions().map(describeFunction),
+    }),
+    defineMethod({
+      name: "stats",
+      summary: "Counts what the VFs have done since they were made.",
+      params: NoParams,
+      result: Type.Array(FunctionStats),
+      handler: () =>
+        functions()
+          .filter(({ pf }) => pf !== undefined)
+          .map(({ address, fn }) => ({ address, queues: fn.stats().map((queue) => ({ ...queue })) })),
+    }),
+    defineMethod({
+      name: "set",
+      summary: "Changes options of a VF while it runs.",
+      params: Type.Object(
+        {
+          address: Type.String({ description: "PCI address" }),
+          options: Type.Record(Type.String(), Type.Union([Type.String(), Type.Number(), Type.Boolean()])),
+        },
+        exact,
+      ),
+      result: Type.Object({}),
+      handler: ({ address, options }) => {
+        setOptions(find(address), options);
+        return {};
+      },
+    }),
+  ]);
+}
+
+/** All names and values are checked before the first is set. */
+function setOptions(served: ServedFunction, options: Readonly<Record<string, unknown>>): void {
+  if (served.pf === undefined) throw new VhostdError("badArguments", `${served.address} is a PF and has no options`);
+  const known = allOptions(served.deviceClass.softDevice);
+  const changes = Object.entries(options).map(([flag, text]) => {
+    const name = optionByFlag(known, flag);
+    const option = name === undefined ? undefined : known[name];
+    if (name === undefined || option?.live !== true) {
+      const live = Object.keys(known).filter((each) => known[each]!.live === true);
+      throw new VhostdError("badArguments", `option ${flag} cannot be set while the device runs`, {
+        fix: `these can: ${live.map(optionFlag).join(", ")}`,
+      });
+    }
+    return [name, parseOption(flag, option, text)] as const;
+  });
+  for (const [name, value] of changes) {
+    try {
+      served.fn.set(name, value);
+    } catch (error) {
+      throw new VhostdError("invalid", `${served.address}: ${asError(error).message}`, { cause: error });
+    }
+  }
+}
+
+function describeFunction({ address, pf, fn, server, deviceClass }: ServedFunction) {
+  const { status, driverFeatures, enabledQueues } = fn.virtio;
+  return {
+    address,
+    class: deviceClass.name,
+    ...(pf === undefined ? {} : { pf }),
+    client: server.busy,
+    status,
+    features: describeFeatures(driverFeatures, deviceClass.features.names),
+    queues: enabledQueues,
+  };
+}

@@ -1,0 +1,166 @@
+import type { Logger } from "../base/log.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { RingEngine, type RingStats } from "../native/ring-engine.ts";
+import type { PciAddress } from "../pci/address.ts";
+import type { SoftDevice, SoftOptionValue } from "../plugin.ts";
+import { InterruptRoutes } from "./interrupts.ts";
+import { type FunctionLayout, functionLayout, MSIX_BAR, NOTIFY_MULTIPLIER, VIRTIO_BAR, VirtioBlock } from "./layout.ts";
+import { CONFIG_SPACE_SIZE, PciConfigSpace, type PciIdentity } from "./pci-config-space.ts";
+import { VirtioDevice } from "./virtio-device.ts";
+
+export interface SoftFunctionOptions {
+  readonly address: PciAddress;
+  readonly identity: PciIdentity;
+  /** Largest size of each queue, entries. */
+  readonly ringSize: number;
+  /** MSI-X vectors; one for each queue and one for the configuration unless said. */
+  readonly vectors?: number;
+}
+
+/** Index of the region that is the PCI configuration space; 0 to 5 are the base address registers. */
+export const CONFIG_REGION = 7;
+
+/** One PCI function made of software: configuration space, registers, interrupts, memory, rings. */
+export class SoftFunction implements Disposable {
+  readonly address: PciAddress;
+  readonly identity: PciIdentity;
+  readonly layout: FunctionLayout;
+  readonly virtio: VirtioDevice;
+  readonly interrupts: InterruptRoutes;
+  private readonly config: PciConfigSpace;
+  private readonly msix: Uint8Array;
+  private readonly rings: RingEngine;
+  private readonly device: SoftDevice;
+  private readonly resources = new DisposableStack();
+
+  /** Takes the device. @throws VhostdError invalid where its worker does not exist or refuses its parameters */
+  constructor(options: SoftFunctionOptions, device: SoftDevice, log: Logger) {
+    using undo = new DisposableStack();
+    this.device = undo.use(device);
+    this.address = options.address;
+    this.identity = options.identity;
+    const vectors = options.vectors ?? device.queues + 1;
+    this.layout = functionLayout(device.queues, vectors, device.config().length);
+    this.config = new PciConfigSpace(options.identity, this.layout);
+    this.msix = new Uint8Array(this.layout.msixBarSize);
+    this.rings = undo.use(new RingEngine(device.worker, device.queues, (reason) => this.virtio.fail(reason)));
+    this.interrupts = undo.use(
+      new InterruptRoutes(this.layout.vectors, (vector) => this.virtio.onVectorRouted(vector)),
+    );
+    const isMaster = () => this.config.busMaster;
+    this.virtio = new VirtioDevice(device, this.rings, options.ringSize, {
+      vectors: this.layout.vectors,
+      vectorFd: (vector) => this.interrupts.fd(vector),
+      signal: (vector) => this.interrupts.signal(vector),
+      get busMaster() {
+        return isMaster();
+      },
+      log,
+    });
+    this.resources = undo.move();
+  }
+
+  /** Bytes; 0 where the function has no such region. */
+  regionSize(region: number): number {
+    if (region === CONFIG_REGION) return CONFIG_SPACE_SIZE;
+    if (region === VIRTIO_BAR) return this.layout.virtioBarSize;
+    return region === MSIX_BAR ? this.layout.msixBarSize : 0;
+  }
+
+  /** The range lies inside the region. */
+  read(region: number, offset: number, length: number): Uint8Array {
+    if (region === CONFIG_REGION) return this.config.read(offset, length);
+    if (region === MSIX_BAR) return this.msix.slice(offset, offset + length);
+    const { common, isr, device } = VirtioBlock;
+    const inside = (block: { readonly offset: number; readonly size: number }) =>
+      offset >= block.offset && offset + length <= block.offset + block.size;
+    if (inside(common)) return this.virtio.readCommon(offset, length);
+    if (inside(device)) return this.virtio.readConfig(offset - device.offset, length);
+    const bytes = new Uint8Array(length);
+    if (inside(isr) && offset === isr.offset) bytes[0] = this.virtio.readIsr();
+    return bytes;
+  }
+
+  /** The range lies inside the region. Resolves when the write has had its effect. */
+  async write(region: number, offset: number, data: Uint8Array): Promise<void> {
+    if (region === CONFIG_REGION) return this.writePciConfig(offset, data);
+    if (region === MSIX_BAR) {
+      // Pending bits are the device's (PCI 3.0, 6.8.2.10).
+      if (offset + data.length <= this.layout.pendingBits) this.msix.set(data, offset);
+      return;
+    }
+    const { common, device, notify } = VirtioBlock;
+    if (offset + data.length <= common.size) return this.virtio.writeCommon(offset, data);
+    if (offset >= device.offset && offset + data.length <= device.offset + device.size) {
+      this.virtio.writeConfig(offset - device.offset, data);
+      return;
+    }
+    const queue = (offset - notify.offset) / NOTIFY_MULTIPLIER;
+    if (Number.isInteger(queue) && queue >= 0 && queue < this.layout.queues) this.rings.notify(queue);
+  }
+
+  /** Borrowed: a signal is a write to the queue's place in the notification block. */
+  doorbell(queue: number): number {
+    return this.rings.doorbell(queue);
+  }
+
+  /** A vector goes to an eventfd, which is taken, or nowhere. */
+  route(vector: number, eventfd: OwnedFd | undefined): void {
+    this.interrupts.route(vector, eventfd);
+  }
+
+  /** @throws SystemError EEXIST where it overlaps, EINVAL where the file is shorter */
+  map(iova: number, size: number, fd: number, offset: number, writable: boolean): void {
+    this.rings.map(iova, size, fd, offset, writable);
+  }
+
+  /** @throws SystemError ENOENT unless exactly this range was mapped */
+  unmap(iova: number, size: number): void {
+    this.rings.unmap(iova, size);
+  }
+
+  unmapAll(): void {
+    this.rings.unmapAll();
+  }
+
+  /** Function-level reset; the PCI configuration space and the interrupt routes stay, as with the kernel's VFIO. */
+  async reset(): Promise<void> {
+    await this.virtio.reset();
+    this.msix.fill(0);
+  }
+
+  /** As if it had just been made: the client is gone. */
+  async release(): Promise<void> {
+    try {
+      await this.reset();
+    } finally {
+      this.rings.unmapAll();
+      this.interrupts.clear();
+      this.config.reset();
+    }
+  }
+
+  /** @throws Error of the class where the value does not fit */
+  set(option: string, value: SoftOptionValue): void {
+    this.virtio.set(option, value);
+  }
+
+  stats(): readonly RingStats[] {
+    return this.rings.stats();
+  }
+
+  /** Device configuration space as a driver reads it now. */
+  deviceConfig(): Uint8Array {
+    return this.device.config();
+  }
+
+  [Symbol.dispose](): void {
+    this.resources.dispose();
+  }
+
+  private async writePciConfig(offset: number, data: Uint8Array): Promise<void> {
+    const effect = this.config.write(offset, data);
+    if (effect === "functionReset") await this.reset();
+    if (effect === "busMaster") this.virtio.onBusMaster();
+  }
+}
