@@ -1,0 +1,103 @@
+import { join } from "node:path";
+import type { Accelerator } from "./accelerator.ts";
+import { Child } from "./child.ts";
+import { Qmp } from "./qmp.ts";
+
+/** A vhost-user-blk disk of a VM. QEMU listens on `socket`, and waits there until the back-end has connected. */
+export interface VhostDisk {
+  readonly socket: string;
+  readonly queues: number;
+  /** "listen": QEMU's side has server=on (the daemon's client mode); "connect": the daemon listens. */
+  readonly role?: "listen" | "connect";
+}
+
+export interface VmOptions {
+  /** Where its sockets and logs go. */
+  readonly directory: string;
+  /** Of its files, and in errors. */
+  readonly name: string;
+  readonly accelerator: Accelerator;
+  readonly processors?: number;
+  /** MiB, shared with the back-end as a memfd. */
+  readonly memory?: number;
+  /** MiB of hot-pluggable memory beside that. */
+  readonly hotplugMemory?: number;
+  readonly disks: readonly VhostDisk[];
+  /** Of QEMU, beside those of every VM. */
+  readonly arguments?: readonly string[];
+}
+
+/** A QEMU process with its QMP connection. */
+export class Vm implements AsyncDisposable {
+  readonly qemu: Child;
+  readonly qmp: Qmp;
+
+  private constructor(
+    readonly options: VmOptions,
+    qmp: Qmp,
+    private readonly consolePath: string,
+  ) {
+    this.qmp = qmp;
+    const path = join(options.directory, `${options.name}.log`);
+    this.qemu = new Child(["qemu-system-x86_64", ...this.commandLine()], { name: `QEMU ${options.name}`, log: path });
+    this.qemu.exited.then((how) => qmp.fail(new Error(`QEMU ended (${how}): ${this.qemu.tail()}`)));
+  }
+
+  /** Returns when the process runs; its disks may still be waiting for their back-end. */
+  static async start(options: VmOptions): Promise<Vm> {
+    const qmp = new Qmp(join(options.directory, `${options.name}.qmp`));
+    await qmp.listening();
+    return new Vm(options, qmp, join(options.directory, `${options.name}.console`));
+  }
+
+  /** What the guest wrote on its first serial port so far. */
+  async console(): Promise<string> {
+    const file = Bun.file(this.consolePath);
+    return (await file.exists()) ? await file.text() : "";
+  }
+
+  /** Plugs a memory module of `size` MiB in (needs `hotplugMemory`). */
+  async plugMemory(id: string, size: number): Promise<void> {
+    const backend = `${id}-backend`;
+    await this.qmp.execute("object-add", {
+      "qom-type": "memory-backend-memfd",
+      id: backend,
+      size: size * 2 ** 20,
+      share: true,
+    });
+    await this.qmp.execute("device_add", { driver: "pc-dimm", id, memdev: backend });
+  }
+
+  /** kill -9, as a VMM that crashes. */
+  async kill(): Promise<void> {
+    await this.qemu.kill();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.kill();
+    this.qmp[Symbol.dispose]();
+  }
+
+  private commandLine(): string[] {
+    const { name, directory, accelerator, processors = 1, memory = 256, hotplugMemory = 0, disks } = this.options;
+    const slots = hotplugMemory === 0 ? "" : `,slots=4,maxmem=${memory + hotplugMemory}M`;
+    return [
+      ...["-name", name, "-nodefaults", "-no-user-config", "-display", "none"],
+      ...["-M", "q35,memory-backend=memory", "-smp", `${processors}`, "-m", `${memory}M${slots}`],
+      ...["-object", `memory-backend-memfd,id=memory,size=${memory}M,share=on`],
+      ...(accelerator === "kvm" ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi", "-cpu", "max"]),
+      ...["-qmp", `unix:${join(directory, `${name}.qmp`)}`, "-serial", `file:${this.consolePath}`],
+      ...disks.flatMap(diskArguments),
+      ...(this.options.arguments ?? []),
+    ];
+  }
+}
+
+function diskArguments({ socket, queues, role }: VhostDisk, index: number): string[] {
+  const server = role === "connect" ? "" : ",server=on,wait=off";
+  return [
+    ...["-chardev", `socket,id=disk${index},path=${socket}${server}`],
+    "-device",
+    `vhost-user-blk-pci,chardev=disk${index},num-queues=${queues},page-per-vq=on,disable-legacy=on,disable-modern=off,bootindex=${index + 1}`,
+  ];
+}

@@ -1,0 +1,101 @@
+import { truncate, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { findAccelerator } from "../test/kit/guest/accelerator.ts";
+import { imageChecksum } from "../test/kit/guest/disk-checks.ts";
+import { Guest } from "../test/kit/guest/guest.ts";
+import { buildGuestImage } from "../test/kit/guest/image.ts";
+import { Stack } from "../test/kit/guest/stack.ts";
+
+const MIB = 2 ** 20;
+const DISK_SIZE = 256;
+/** MiB that the guest writes and reads for the table. */
+const TRANSFER = 64;
+const QUEUES = 2;
+
+const started = performance.now();
+
+function say(text: string): void {
+  console.log(`${((performance.now() - started) / 1000).toFixed(1).padStart(6)} s  ${text}`);
+}
+
+/**
+ * The whole way of a guest's block: QEMU, the daemon, the software VF, a disk image, and back.
+ * @param home an empty folder for all its files
+ * @returns the exit code
+ */
+export async function runDemo(home: string): Promise<number> {
+  const image = await buildGuestImage();
+  const accelerator = await findAccelerator(image);
+  const disk = join(home, "disk.img");
+  const socket = join(home, "vhost-blk0");
+  await writeFile(disk, "");
+  await truncate(disk, DISK_SIZE * MIB);
+
+  say(`a disk image of ${DISK_SIZE} MiB, and vfe-softvf: a software PF with one virtio-blk VF on it`);
+  await using stack = await Stack.start({ directory: home, disk, queues: QUEUES });
+  say("vfe-vhostd");
+  await stack.startDaemon();
+  say(`vfe-vhost-cli mgmtpf -a ${stack.pf}`);
+  await stack.command("mgmtpf", "-a", stack.pf);
+  say(`vfe-vhost-cli vf -a ${stack.vf} -v ${socket}`);
+  await stack.command("vf", "-a", stack.vf, "-v", socket);
+
+  say(`QEMU (${accelerator}) with a vhost-user-blk disk; it listens on the socket and the daemon connects`);
+  const start = performance.now();
+  await using guest = await Guest.boot({
+    directory: home,
+    name: "guest",
+    accelerator,
+    image,
+    processors: 2,
+    disks: [{ socket, queues: QUEUES }],
+  });
+  const bootTime = (performance.now() - start) / 1000;
+  say(
+    `Linux ${await guest.run("uname -r")} is up and sees /dev/vda, ${await guest.run("cat /sys/block/vda/size")} sectors`,
+  );
+
+  say("the guest makes an ext4 file system, writes a file, unmounts, mounts again and reads it");
+  const fileSums = await guest.run(`mkfs.ext4 -q -F /dev/vda ${DISK_SIZE / 2}M && mount /dev/vda /mnt
+    dd if=/dev/urandom of=/mnt/file bs=1M count=16 2> /dev/null; sha256sum < /mnt/file
+    umount /mnt && mount /dev/vda /mnt && sha256sum < /mnt/file && umount /mnt`);
+  const [before, after] = fileSums.split("\n");
+
+  say(`the guest writes ${TRANSFER} MiB behind it and reads them back, past its cache`);
+  const first = DISK_SIZE / 2;
+  await guest.run("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2> /dev/null");
+  const repeat = `for i in $(seq ${first / 16} ${(first + TRANSFER) / 16 - 1})`;
+  const writeTime = await timed(
+    guest,
+    `${repeat}; do dd if=/tmp/data of=/dev/vda bs=1M seek=$((i * 16)) oflag=direct 2> /dev/null; done`,
+  );
+  const readTime = await timed(
+    guest,
+    `dd if=/dev/vda of=/dev/null bs=1M skip=${first} count=${TRANSFER} iflag=direct 2> /dev/null`,
+  );
+  const guestSum = await guest.run(
+    `dd if=/dev/vda bs=1M skip=${first} count=${TRANSFER} iflag=direct 2> /dev/null | sha256sum`,
+  );
+  const hostSum = await imageChecksum(disk, first * MIB, TRANSFER * MIB);
+  say("the same blocks, read out of the disk image on the host");
+
+  const good = before !== undefined && before === after && guestSum.startsWith(hostSum);
+  console.log(`
+  accelerator        ${accelerator}
+  guest up after     ${bootTime.toFixed(1)} s
+  file checksum      ${before === after ? "same after remount" : "DIFFERENT after remount"}
+  block checksum     ${hostSum.slice(0, 16)}… ${guestSum.startsWith(hostSum) ? "in guest and image" : `but the guest read ${guestSum.slice(0, 16)}…`}
+  sequential write   ${(TRANSFER / writeTime).toFixed(0)} MiB/s
+  sequential read    ${(TRANSFER / readTime).toFixed(0)} MiB/s
+  whole demo         ${((performance.now() - started) / 1000).toFixed(1)} s
+`);
+  console.log(good ? "The guest's data went through the VF and is right." : "The data is WRONG.");
+  return good ? 0 : 1;
+}
+
+/** Seconds that a script takes in the guest. */
+async function timed(guest: Guest, script: string): Promise<number> {
+  const start = performance.now();
+  await guest.run(script);
+  return (performance.now() - start) / 1000;
+}

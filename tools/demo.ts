@@ -1,0 +1,29 @@
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { defineCommand } from "citty";
+import { exitWith } from "./command.ts";
+import { prepare } from "./preparation.ts";
+
+export default defineCommand({
+  meta: {
+    name: "demo",
+    description: "A Linux guest uses its disk through a software VF, step by step; three minutes at most",
+  },
+  run: () =>
+    exitWith(async () => {
+      await prepare("native", "guest");
+      const { runDemo } = await import("./demo-steps.ts");
+      const home = await mkdtemp(join(tmpdir(), "vhostd-demo-"));
+      const stop = Promise.withResolvers<number>();
+      for (const signal of ["SIGINT", "SIGTERM"] as const) {
+        process.once(signal, () => stop.resolve(signal === "SIGINT" ? 130 : 143));
+      }
+      // The processes of the demo die with this one; what is left to remove is the folder.
+      try {
+        return await Promise.race([runDemo(home), stop.promise]);
+      } finally {
+        await rm(home, { recursive: true, force: true });
+      }
+    }),
+});

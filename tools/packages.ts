@@ -1,0 +1,55 @@
+import { Failure, runQuietly } from "./command.ts";
+
+interface SystemProgram {
+  /** The Debian package that has it. */
+  readonly package: string;
+  readonly why: string;
+}
+
+/** What the project needs of the system, by the program that is looked for. */
+const PROGRAMS: Readonly<Record<string, SystemProgram>> = {
+  "g++": { package: "g++", why: "compiles native/; its binutils assemble the boot sector of the guest tests" },
+  make: { package: "make", why: "builds native/" },
+  "qemu-system-x86_64": { package: "qemu-system-x86", why: "the VMM of ./dev demo and of the guest tests" },
+  mke2fs: { package: "e2fsprogs", why: "makes the guest's file system; its tools check the disk image from outside" },
+};
+
+/** Programs of the packages above that only administrators have on their PATH. */
+const SEARCH_PATH = `${process.env["PATH"]}:/usr/sbin:/sbin`;
+const PAUSES = [2, 5, 10];
+
+/** Installs the Debian packages that are missing; nothing happens when none is. @throws Failure */
+export async function installPackages(): Promise<void> {
+  const missing = Object.entries(PROGRAMS).filter(([program]) => !Bun.which(program, { PATH: SEARCH_PATH }));
+  if (missing.length === 0) return;
+  const names = missing.map(([, program]) => program.package);
+  const install = ["apt-get", "install", "-y", "--no-install-recommends", ...names];
+  const reasons = missing.map(([, program]) => `  ${program.package.padEnd(16)} ${program.why}`).join("\n");
+  if (!Bun.which("apt-get")) throw new Failure(`these Debian packages, or what your system has for them:\n${reasons}`);
+  if (process.getuid?.() !== 0) {
+    throw new Failure(`missing packages:\n${reasons}\ninstall them with\n  sudo ${install.join(" ")}`);
+  }
+  console.error(`installing Debian packages:\n${reasons}`);
+  await updatePackageLists();
+  await withRetries(() =>
+    runQuietly([...install, "-o", "DPkg::Lock::Timeout=120"], { DEBIAN_FRONTEND: "noninteractive" }),
+  );
+}
+
+/** Refreshes apt's lists, where we may. A mirror that fails once is asked again. */
+export async function updatePackageLists(): Promise<void> {
+  if (process.getuid?.() !== 0) return;
+  await withRetries(() => runQuietly(["apt-get", "update", "-q", "-o", "DPkg::Lock::Timeout=120"]));
+}
+
+async function withRetries(action: () => Promise<void>): Promise<void> {
+  for (const pause of PAUSES) {
+    try {
+      return await action();
+    } catch (error) {
+      console.error(`failed, once more in ${pause} s: ${error instanceof Error ? error.message : error}`);
+      await Bun.sleep(pause * 1000);
+    }
+  }
+  await action();
+}

@@ -1,0 +1,149 @@
+import { existsSync } from "node:fs";
+import { mkdtemp, readdir, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { defineCommand } from "citty";
+import { exitWith, ROOT } from "./command.ts";
+import { runNativeTests } from "./native-tests.ts";
+import { type Part, prepare } from "./preparation.ts";
+import { type FileResult, runTestFile, skipReason } from "./test-file.ts";
+
+interface Tier {
+  readonly description: string;
+  readonly needs: readonly Part[];
+}
+
+/** In the order of a full run: the quickest answer first. A tier is the folder of its name under test/, but for "native". */
+const TIERS = {
+  unit: { description: "parts on their own", needs: ["native"] },
+  fuzz: { description: "random input, briefly", needs: ["native"] },
+  loopback: { description: "our own front-end against the daemon", needs: ["native"] },
+  native: { description: "native/ under the sanitizers", needs: ["native"] },
+  guest: { description: "Linux guests in QEMU", needs: ["native", "guest"] },
+} as const satisfies Record<string, Tier>;
+type TierName = keyof typeof TIERS;
+
+/** Test processes at a time. More than the processors only makes the guests slower. */
+const WORKERS = Math.min(navigator.hardwareConcurrency, 4);
+
+/** Milliseconds after which a file is ended, whatever its tests think. */
+const FILE_TIMEOUT = 300_000;
+
+/** What all files of a run have in common. */
+interface RunOptions {
+  readonly scratch: string;
+  readonly environment: Readonly<Record<string, string>>;
+  readonly timeout: number;
+}
+
+interface Totals {
+  passed: number;
+  failed: number;
+  skipped: number;
+}
+
+export default defineCommand({
+  meta: {
+    name: "test",
+    description: `Run tests; tiers: ${Object.entries(TIERS)
+      .map(([name, tier]) => `${name} (${tier.description})`)
+      .join(", ")}`,
+  },
+  args: {
+    tiers: {
+      type: "positional",
+      required: false,
+      description: "Tiers to run, or parts of file names; all tiers unless given",
+    },
+  },
+  run: ({ args }) => exitWith(() => runTests(args._)),
+});
+
+/**
+ * Runs tests and prints what they came to; the last line is "N passed, N failed, N skipped".
+ * @param words names of tiers and parts of file names
+ * @param environment for the test processes
+ * @param timeout milliseconds for each file
+ * @returns the exit code
+ */
+export async function runTests(
+  words: readonly string[],
+  environment: Readonly<Record<string, string>> = {},
+  timeout = FILE_TIMEOUT,
+): Promise<number> {
+  const { tiers, filters } = understand(words);
+  await prepare(...new Set(tiers.flatMap((tier) => TIERS[tier].needs)));
+  const totals: Totals = { passed: 0, failed: 0, skipped: 0 };
+  const notes: string[] = [];
+  const scratch = await mkdtemp(join(tmpdir(), "vt-"));
+  try {
+    for (const tier of tiers) {
+      const started = performance.now();
+      const results =
+        tier === "native" ? await runNativeTests() : await runFolder(tier, filters, { scratch, environment, timeout });
+      for (const result of results) count(result, totals, notes);
+      console.log(`${tier}: ${results.length} files in ${((performance.now() - started) / 1000).toFixed(1)} s`);
+    }
+  } finally {
+    await rm(scratch, { recursive: true, force: true });
+  }
+  for (const note of notes) console.log(note);
+  console.log(`${totals.passed} passed, ${totals.failed} failed, ${totals.skipped} skipped`);
+  return totals.failed === 0 && totals.passed > 0 ? 0 : 1;
+}
+
+/** Splits the command line into names of tiers and parts of file names. Native tests are a tier, never a file. */
+function understand(words: readonly string[]): { tiers: TierName[]; filters: string[] } {
+  const names = Object.keys(TIERS) as TierName[];
+  const tiers = names.filter((name) => words.includes(name));
+  const filters = words.filter((word) => !(names as string[]).includes(word));
+  if (tiers.length > 0) return { tiers, filters };
+  return { tiers: filters.length > 0 ? names.filter((name) => name !== "native") : names, filters };
+}
+
+async function runFolder(tier: TierName, filters: readonly string[], options: RunOptions): Promise<FileResult[]> {
+  const folder = join("test", tier);
+  const names = existsSync(join(ROOT, folder)) ? await readdir(join(ROOT, folder), { recursive: true }) : [];
+  const present = names.filter((name) => name.endsWith(".test.ts")).map((name) => join(folder, name));
+  if (present.length === 0) return [noTests(folder)];
+  const files = present.filter((file) => filters.length === 0 || filters.some((part) => file.includes(part))).sort();
+  const results: FileResult[] = [];
+  const queue = files.entries();
+  const worker = async () => {
+    for (const [index, file] of queue) {
+      const result = await runTestFile(file, {
+        scratch: join(options.scratch, `${tier[0]}${index}`),
+        environment: options.environment,
+        timeout: options.timeout,
+      });
+      show(result);
+      results.push(result);
+    }
+  };
+  await Promise.all(Array.from({ length: WORKERS }, worker));
+  return results;
+}
+
+/** A tier without files is a failure: it would pass for ever. */
+function noTests(folder: string): FileResult {
+  return { file: folder, seconds: 0, output: "", cases: [], problems: ["has no test files"] };
+}
+
+/** One line for a file that went well, all its output for one that did not. */
+function show(result: FileResult): void {
+  const failed = result.problems.length > 0 || result.cases.some((test) => test.outcome === "failed");
+  const line = `${failed ? "FAIL" : "ok  "} ${result.file} (${result.cases.length} tests, ${result.seconds.toFixed(1)} s)`;
+  console.log(failed ? `${result.output.trimEnd()}\n${line}` : line);
+  for (const problem of result.problems) console.log(`  problem: ${problem}`);
+}
+
+function count(result: FileResult, totals: Totals, notes: string[]): void {
+  for (const test of result.cases) {
+    totals[test.outcome]++;
+    if (test.outcome === "failed") notes.push(`failed: ${result.file}: ${test.name}`);
+    if (test.outcome === "skipped")
+      notes.push(`skipped: ${result.file}: ${test.name} (${skipReason(test.name) ?? "no reason given"})`);
+  }
+  totals.failed += result.problems.length;
+  for (const problem of result.problems) notes.push(`failed: ${result.file}: ${problem}`);
+}
