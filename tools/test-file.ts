@@ -34,15 +34,17 @@ export async function runTestFile(file: string, options: TestFileOptions): Promi
   const report = join(scratch, "junit.xml");
   await mkdir(temporary, { recursive: true });
   const started = performance.now();
+  // A file, not a pipe: a process that the tests leave behind would keep a pipe open.
+  const log = join(scratch, "output");
   const child = Bun.spawn([process.execPath, "test", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`], {
     cwd: ROOT,
     // CI makes bun refuse test.only, which would silently leave out the rest of the file.
     env: { ...process.env, ...environment, CI: "1", TMPDIR: temporary, [RUN_MARK]: mark },
-    stdio: ["ignore", "pipe", "pipe"],
+    stdio: ["ignore", Bun.file(log), Bun.file(log)],
     timeout,
     killSignal: "SIGKILL",
   });
-  const [text, errors] = await Promise.all([child.stdout.text(), child.stderr.text(), child.exited]);
+  await child.exited;
   const seconds = (performance.now() - started) / 1000;
   const cases = (await Bun.file(report).exists()) ? parseReport(await Bun.file(report).text()) : [];
   const problems = [
@@ -51,8 +53,9 @@ export async function runTestFile(file: string, options: TestFileOptions): Promi
     ...(await endLeftoverProcesses(mark)),
     ...(await readdir(temporary)).map((name) => `left behind in its temporary directory: ${name}`),
   ];
+  const output = await Bun.file(log).text();
   await rm(scratch, { recursive: true, force: true });
-  return { file, seconds, output: text + errors, cases, problems };
+  return { file, seconds, output, cases, problems };
 }
 
 function runnerProblems(child: Bun.Subprocess, cases: readonly TestCase[], timeout: number): string[] {

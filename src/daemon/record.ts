@@ -1,7 +1,6 @@
-import Type, { type TSchema } from "typebox";
-import Value from "typebox/value";
-import { VhostdError } from "../base/errors.ts";
+import Type from "typebox";
 import type { Json } from "../base/json.ts";
+import { parseStored } from "../base/stored.ts";
 
 /**
  * Everything that is needed, beside named fds, to go on after this process has died: plain data. The parts belong to
@@ -70,31 +69,19 @@ const VfSchema = Type.Object({
   session: Type.Unknown(),
 });
 
-/** @throws VhostdError stateSave where it is not a record of this version; an earlier daemon is not trusted */
+/** @throws VhostdError invalid where it is not a record of this version; an earlier daemon is not trusted */
 export function parsePfRecord(value: Json): PfRecord {
-  return parse<PfRecord>("PF", PfSchema, value);
+  return parseStored(PfSchema, value, "the record of a PF") as PfRecord;
 }
 
-/** @throws VhostdError stateSave */
+/** @throws VhostdError invalid */
 export function parseDomainRecord(value: Json): DomainRecord {
-  return parse<DomainRecord>("DMA domain", DomainSchema, value);
+  return parseStored(DomainSchema, value, "the record of a DMA domain") as DomainRecord;
 }
 
-/** @throws VhostdError stateSave */
+/** @throws VhostdError invalid */
 export function parseVfRecord(value: Json): VfRecord {
-  return parse<VfRecord>("VF", VfSchema, value);
-}
-
-function parse<T>(what: string, schema: TSchema, value: Json): T {
-  const [problem] = Value.Errors(schema, value);
-  if (problem === undefined) return value as T;
-  throw new VhostdError(
-    "stateSave",
-    `the record of a ${what} does not fit: ${problem.instancePath} ${problem.message}`,
-    {
-      fix: "remove the VF and add it again",
-    },
-  );
+  return parseStored(VfSchema, value, "the record of a VF") as VfRecord;
 }
 
 /** A part of a live object's state: plain data beside named fds that are borrowed from it. */

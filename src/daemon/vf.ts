@@ -303,7 +303,12 @@ export class Vf implements SessionTarget {
     return this.operations.run(async () => {
       if (this.current.name === "failed") return;
       if (this.current.name === "running") this.become({ name: "stopping" });
-      await this.parts.dataPath.reset(Deadline.after(DEADLINES.reset, `reset of ${this.address}`));
+      try {
+        await this.parts.dataPath.reset(Deadline.after(DEADLINES.reset, `reset of ${this.address}`));
+      } catch (error) {
+        this.fail(asError(error));
+        throw error;
+      }
       this.trouble = undefined;
       if (this.current.name === "stopping") this.become({ name: "idle" });
     });

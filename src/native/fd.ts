@@ -31,7 +31,7 @@ export class OwnedFd implements Disposable {
 
   /** A second fd of the same open file, close-on-exec. @throws SystemError */
   dup(): OwnedFd {
-    return new OwnedFd(check(c.vhostd_dup(this.number), "dup"));
+    return duplicate(this.number);
   }
 
   /** Gives the number to the caller, who closes it from now on. @throws VhostdError invalid when closed */
@@ -48,4 +48,9 @@ export class OwnedFd implements Disposable {
     // The result says how writing back went (network file systems); the fd is gone in any case.
     c.vhostd_close(this.release());
   }
+}
+
+/** A descriptor of our own for a file that was lent to us. @throws SystemError */
+export function duplicate(fd: number): OwnedFd {
+  return new OwnedFd(check(c.vhostd_dup(checkFd(fd)), "dup"));
 }

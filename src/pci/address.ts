@@ -19,13 +19,3 @@ export function parsePciAddress(text: string): PciAddress {
   const [, domain = "0000", bus, device, fn] = match;
   return `${domain}:${bus}:${device}.${fn}` as PciAddress;
 }
-
-/** The same without the exception. */
-export function isPciAddress(text: string): text is PciAddress {
-  return PATTERN.exec(text)?.[1] !== undefined;
-}
-
-/** Without the domain where it is 0: "af:04.5", for tables. */
-export function shortPciAddress(address: PciAddress): string {
-  return address.startsWith("0000:") ? address.slice(5) : address;
-}

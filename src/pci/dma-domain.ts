@@ -2,12 +2,11 @@ import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
-import type { OwnedFd } from "../native/fd.ts";
+import { duplicate, type OwnedFd } from "../native/fd.ts";
 import { slowClose } from "../native/slow.ts";
 import { fileInfo } from "../native/sys.ts";
 import type { AddressSpace, DmaRange } from "./address-space.ts";
 import { parseDomainRecord } from "./dma-record.ts";
-import { duplicate } from "./duplicate.ts";
 import type { FunctionSnapshot, PciFunction } from "./function.ts";
 import { describe, extentOf, overlaps, sameBacking, sameRange, slice, subtract } from "./ranges.ts";
 

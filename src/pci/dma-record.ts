@@ -1,6 +1,6 @@
 import Type, { type Static } from "typebox";
 import type { Json } from "../base/json.ts";
-import { parseStored } from "./stored.ts";
+import { parseStored } from "../base/stored.ts";
 
 /** A DMA domain as plain data. Beside it go the files of `mapped` by name: "memory.N" (position in the list). */
 

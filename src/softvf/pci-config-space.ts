@@ -1,3 +1,4 @@
+import { struct } from "../base/layout.ts";
 import {
   PCI_STATUS_CAPABILITIES,
   PciCapability,
@@ -38,8 +39,19 @@ const DEVICE_CONTROL_MASK = 0x7fff;
 const MSIX_SIZE = 12;
 const MSIX_CONTROL_MASK = 0xc000;
 
+/** Where a driver without access to the address registers reaches into them (VIRTIO 1.2, 4.1.4.9). */
+const WINDOW_CAP = struct("virtio_pci_cfg_cap", 20, { ...VIRTIO_CAP.fields, data: [16, "u32"] });
+
 /** What a write means beyond the bytes. */
-export type ConfigEffect = "none" | "functionReset" | "busMaster";
+export type ConfigEffect = "none" | "functionReset" | "busMaster" | "windowWrite";
+
+/** What the window shows now; `length` may be anything that a driver wrote. */
+export interface Window {
+  readonly bar: number;
+  readonly offset: number;
+  readonly length: number;
+  readonly data: number;
+}
 
 /** The PCI configuration space of a soft function: contents and which bits a driver may change. */
 export class PciConfigSpace {
@@ -48,6 +60,7 @@ export class PciConfigSpace {
   private readonly view = new DataView(this.bytes.buffer);
   private readonly initial: Uint8Array;
   private readonly deviceControl: number;
+  private readonly windowCap: number;
 
   constructor(identity: PciIdentity, layout: FunctionLayout) {
     const { view } = this;
@@ -66,7 +79,9 @@ export class PciConfigSpace {
     this.allow32(Header.bar + 4 * VIRTIO_BAR, -layout.virtioBarSize);
     this.allow32(Header.bar + 4 * (VIRTIO_BAR + 1), -1);
 
-    this.deviceControl = this.addCapabilities(layout) + Express.deviceControl;
+    const places = this.addCapabilities(layout);
+    this.deviceControl = places.express + Express.deviceControl;
+    this.windowCap = places.window;
     this.initial = this.bytes.slice();
   }
 
@@ -88,7 +103,24 @@ export class PciConfigSpace {
     }
     const high = data[this.deviceControl + 1 - offset] ?? 0;
     if ((high & (INITIATE_FUNCTION_RESET >> 8)) !== 0) return "functionReset";
+    if (this.touchesWindow(offset, data.length)) return "windowWrite";
     return !wasMaster && this.busMaster ? "busMaster" : "none";
+  }
+
+  get window(): Window {
+    const { bar, offset, size, data } = WINDOW_CAP.read(this.bytes, this.windowCap);
+    return { bar, offset, length: size, data };
+  }
+
+  /** The access reaches through the window. */
+  touchesWindow(offset: number, length: number): boolean {
+    const at = this.windowCap + WINDOW_CAP.fields.data[0];
+    return offset < at + 4 && offset + length > at;
+  }
+
+  /** What is seen through the window. */
+  showInWindow(data: Uint8Array): void {
+    this.bytes.set(data, this.windowCap + WINDOW_CAP.fields.data[0]);
   }
 
   /** As it was when the function was made. */
@@ -96,8 +128,8 @@ export class PciConfigSpace {
     this.bytes.set(this.initial);
   }
 
-  /** @returns where the PCI Express capability is */
-  private addCapabilities(layout: FunctionLayout): number {
+  /** @returns where two of them are */
+  private addCapabilities(layout: FunctionLayout): { readonly express: number; readonly window: number } {
     const { view } = this;
     let at = 0x40;
     let link: number = PciConfig.capabilities;
@@ -149,7 +181,13 @@ export class PciConfigSpace {
       },
       here,
     );
-    return express;
+
+    const window = place(PciCapability.vendor, WINDOW_CAP.size);
+    const type = VirtioCapType.pciAccess;
+    WINDOW_CAP.write(this.bytes, { id: PciCapability.vendor, length: WINDOW_CAP.size, type, bar: VIRTIO_BAR }, window);
+    this.writable[window + VIRTIO_CAP.fields.bar[0]] = 0xff;
+    for (const field of ["offset", "size", "data"] as const) this.allow32(window + WINDOW_CAP.fields[field][0], -1);
+    return { express, window };
   }
 
   private allow16(offset: number, mask: number): void {

@@ -69,7 +69,7 @@ export class SoftFunction implements Disposable {
 
   /** The range lies inside the region. */
   read(region: number, offset: number, length: number): Uint8Array {
-    if (region === CONFIG_REGION) return this.config.read(offset, length);
+    if (region === CONFIG_REGION) return this.readPciConfig(offset, length);
     if (region === MSIX_BAR) return this.msix.slice(offset, offset + length);
     const { common, isr, device } = VirtioBlock;
     const inside = (block: { readonly offset: number; readonly size: number }) =>
@@ -158,9 +158,27 @@ export class SoftFunction implements Disposable {
     this.resources.dispose();
   }
 
+  private readPciConfig(offset: number, length: number): Uint8Array {
+    const target = this.config.touchesWindow(offset, length) ? this.windowTarget() : undefined;
+    if (target !== undefined) this.config.showInWindow(this.read(target.bar, target.offset, target.length));
+    return this.config.read(offset, length);
+  }
+
+  /** What a driver reaches through the configuration space: one register (VIRTIO 1.2, 4.1.4.9.1). */
+  private windowTarget() {
+    const { window } = this.config;
+    const { bar, offset, length } = window;
+    const fits = [1, 2, 4].includes(length) && offset % length === 0 && bar < CONFIG_REGION;
+    return fits && offset + length <= this.regionSize(bar) ? window : undefined;
+  }
+
   private async writePciConfig(offset: number, data: Uint8Array): Promise<void> {
     const effect = this.config.write(offset, data);
     if (effect === "functionReset") await this.reset();
     if (effect === "busMaster") this.virtio.onBusMaster();
+    const target = effect === "windowWrite" ? this.windowTarget() : undefined;
+    if (target === undefined) return;
+    const value = new Uint8Array(Uint32Array.of(target.data).buffer, 0, target.length);
+    await this.write(target.bar, target.offset, value);
   }
 }

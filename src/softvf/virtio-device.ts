@@ -312,17 +312,21 @@ export class VirtioDevice {
 
   private enable(index: number, queue: QueueRegisters): void {
     if (queue.enabled) return;
-    if ((this.state.status & Status.featuresOk) === 0) {
-      return this.fail(`queue ${index} was enabled before FEATURES_OK`);
-    }
-    if (queue.size > this.ringSize) {
-      return this.fail(`queue ${index}: ring size ${queue.size} is above the device's ${this.ringSize}`);
-    }
     const ring: RingConfig = { ...queue, lastAvail: 0, lastUsed: 0 };
-    const problem = this.engine.findProblem(ring);
-    if (problem !== undefined) return this.fail(`queue ${index}: ${problem}`);
+    const problem = this.findQueueProblem(ring);
+    if (problem !== undefined) {
+      this.fail(`queue ${index}: ${problem}`);
+      return;
+    }
     this.engine.activate(index, ring, this.state.driverFeatures);
     queue.enabled = true;
+  }
+
+  /** Why a queue cannot be enabled now (4.1.4.3.2), or undefined. */
+  private findQueueProblem(ring: RingConfig): string | undefined {
+    if ((this.state.status & Status.featuresOk) === 0) return "enabled before FEATURES_OK";
+    if (ring.size > this.ringSize) return `ring size ${ring.size} is above the device's ${this.ringSize}`;
+    return this.engine.findProblem(ring);
   }
 
   private serve(): void {

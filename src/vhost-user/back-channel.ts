@@ -51,11 +51,6 @@ export class BackChannel implements Disposable {
     this.enqueue(() => this.ask(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]));
   }
 
-  /** Idle: whatever was asked is answered. For tests and for whoever must wait. */
-  async settled(): Promise<void> {
-    await this.requests.run(async () => {});
-  }
-
   [Symbol.dispose](): void {
     this.open = false;
     this.answered?.(0n);

@@ -69,6 +69,7 @@ export class Backend {
     for (const ring of record.rings) {
       this.ring(ring.index).revive(ring, (which) => takeFd(`${which}.${ring.index}`));
     }
+    if (this.state.kind === "running") for (const index of this.state.queues) this.ring(index).ready(this.memory);
     const channel = takeFd("backend");
     if (channel !== undefined) this.setBackChannel(channel);
   }

@@ -13,6 +13,8 @@ export interface EndpointOptions {
   readonly retryInterval?: number;
   /** Permissions of the socket in server mode. */
   readonly socketMode?: number;
+  /** Server mode: for how long a second connection may wait for the first one to be undone. Milliseconds; 1 s. */
+  readonly patience?: number;
 }
 
 type EndpointState = "new" | "waiting" | "taken" | "closed";
@@ -21,6 +23,7 @@ type EndpointState = "new" | "waiting" | "taken" | "closed";
 export class Endpoint implements Disposable {
   private state: EndpointState = "new";
   private retry: ReturnType<typeof setTimeout> | undefined;
+  private refusal: ReturnType<typeof setTimeout> | undefined;
   private listener: { fd: OwnedFd; watch: Watch } | undefined;
   /** The failure that was logged last; the same one is not logged again. */
   private lastFailure: string | undefined;
@@ -51,12 +54,15 @@ export class Endpoint implements Disposable {
   markFree(): void {
     if (this.state !== "taken") return;
     this.state = "waiting";
+    clearTimeout(this.refusal);
     if (this.options.mode === "client") this.connectLater();
+    else this.listener?.watch.rearm();
   }
 
   [Symbol.dispose](): void {
     this.state = "closed";
     clearTimeout(this.retry);
+    clearTimeout(this.refusal);
     if (this.listener === undefined) return;
     this.listener.watch[Symbol.dispose]();
     this.listener.fd[Symbol.dispose]();
@@ -91,23 +97,32 @@ export class Endpoint implements Disposable {
 
   private listen(): void {
     const fd = listenUnix(this.options.path, this.options.socketMode ?? 0o660);
-    this.listener = { fd, watch: watch(fd.number, "in", () => this.acceptAll(fd)) };
+    this.listener = { fd, watch: watch(fd.number, "in", () => this.onReadable(fd)) };
   }
 
-  private acceptAll(listener: OwnedFd): void {
+  /** While a VMM that died is being cleaned up after, the next one waits; while one is served, the next is refused. */
+  private onReadable(listener: OwnedFd): void {
+    if (this.state === "waiting") {
+      this.acceptOne(listener, (fd) => this.take(fd));
+      this.listener?.watch.rearm();
+      return;
+    }
+    this.refusal = setTimeout(() => {
+      this.acceptOne(listener, (fd) => {
+        fd[Symbol.dispose]();
+        this.log.warn(`a second connection to ${this.options.path} was refused, one is in use`);
+      });
+      this.listener?.watch.rearm();
+    }, this.options.patience ?? 1000);
+  }
+
+  private acceptOne(listener: OwnedFd, use: (fd: OwnedFd) => void): void {
     try {
-      for (let fd = accept(listener.number); fd !== undefined; fd = accept(listener.number)) {
-        if (this.state === "waiting") {
-          this.take(fd);
-        } else {
-          this.log.warn(`a second connection to ${this.options.path} was refused, one is in use`);
-          fd[Symbol.dispose]();
-        }
-      }
+      const fd = accept(listener.number);
+      if (fd !== undefined) use(fd);
     } catch (error) {
       this.log.error(`${this.options.path} cannot accept a connection`, asError(error));
     }
-    this.listener?.watch.rearm();
   }
 
   private take(fd: OwnedFd): void {

@@ -1,7 +1,6 @@
 import Type from "typebox";
-import { Value } from "typebox/value";
-import { VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
+import { parseStored } from "../base/stored.ts";
 
 /**
  * A session as plain data. Beside it go its fds by name: "connection", "backend", "region.N" (position in `regions`),
@@ -50,11 +49,5 @@ export type SessionRecord = Type.Static<typeof SessionSchema>;
 
 /** @throws VhostdError invalid: the record may be of another version, or damaged */
 export function parseSessionRecord(data: Json): SessionRecord {
-  if (Value.Check(SessionSchema, data)) return data;
-  const [first] = Value.Errors(SessionSchema, data);
-  throw new VhostdError(
-    "invalid",
-    `the stored session is not understood: ${first?.instancePath ?? ""} ${first?.message ?? ""}`,
-    { fix: "remove the VF and add it again" },
-  );
+  return parseStored(SessionSchema, data, "the stored session");
 }

@@ -1,6 +1,5 @@
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { fileInfo } from "../native/sys.ts";
 import type { Backend } from "./backend.ts";
 import {
   type PayloadOf,
@@ -10,7 +9,7 @@ import {
   VRING_NO_FD,
   type VRING_STATE,
 } from "./messages.ts";
-import type { Ring, RingFd } from "./rings.ts";
+import { checkEventfd, type Ring, type RingFd } from "./rings.ts";
 
 /** Handlers of the messages about one ring. */
 
@@ -69,11 +68,6 @@ export function setRingFd(which: RingFd) {
     if (fd !== undefined) checkEventfd(fd, `${which} fd of ring ${ring.index}`);
     await backend.setRingFd(ring, which, fds.shift());
   };
-}
-
-function checkEventfd(fd: OwnedFd, what: string): void {
-  const { kind } = fileInfo(fd.number);
-  if (kind !== "eventfd") throw new VhostdError("protocol", `${what} is of kind ${kind}, must be an eventfd`);
 }
 
 function unchanged(ring: Ring, what: string, before: number, now: number): void {

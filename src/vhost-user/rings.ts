@@ -1,5 +1,6 @@
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
+import { fileInfo } from "../native/sys.ts";
 import type { QueueState } from "../virtio/device-state.ts";
 import { descSize, deviceSize, driverSize, isRingSize, RING_ALIGNMENT, RING_SIZE_MAX } from "../virtio/split-ring.ts";
 import { type GuestMemory, regionOf } from "./guest-memory.ts";
@@ -125,7 +126,11 @@ export class Ring {
     this.started = record.started;
     this.enabled = record.enabled;
     this.addresses = record.addresses;
-    for (const which of RING_FDS) this.swapFd(which, takeFd(which));
+    for (const which of RING_FDS) {
+      const fd = takeFd(which);
+      if (fd !== undefined) checkEventfd(fd, `${which} fd of ring ${this.index}`);
+      this.swapFd(which, fd);
+    }
   }
 
   private checkAlignment(name: string, gpa: number, alignment: number): void {
@@ -135,6 +140,12 @@ export class Ring {
       `${name} of ring ${this.index} at 0x${gpa.toString(16)} is not a multiple of ${alignment}`,
     );
   }
+}
+
+/** @throws VhostdError protocol: any other file of a peer could block whoever waits for it */
+export function checkEventfd(fd: OwnedFd, what: string): void {
+  const { kind } = fileInfo(fd.number);
+  if (kind !== "eventfd") throw new VhostdError("protocol", `${what} is of kind ${kind}, must be an eventfd`);
 }
 
 /** @throws VhostdError protocol where a part of the ring is not wholly inside one of `regions` */

@@ -1,6 +1,6 @@
 import Type, { type Static } from "typebox";
 import type { Json } from "../base/json.ts";
-import { parseStored } from "../pci/stored.ts";
+import { parseStored } from "../base/stored.ts";
 import { DeviceStateSchema } from "./device-state-codec.ts";
 
 /**

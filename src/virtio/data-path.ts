@@ -1,10 +1,9 @@
-import type { Deadline } from "../base/deadline.ts";
+import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
-import type { OwnedFd } from "../native/fd.ts";
+import { duplicate, type OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
 import { drainEventfd, eventfd, signalEventfd } from "../native/sys.ts";
-import { duplicate } from "../pci/duplicate.ts";
 import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts";
 import { parseDataPathRecord } from "./data-path-record.ts";
 import type { DeviceState } from "./device-state.ts";
@@ -19,6 +18,9 @@ const CONFIG_VECTOR = 0;
 const CONFIG_INTERRUPT = "config-interrupt";
 /** Bits that only the vhost-user protocol knows. */
 const VHOST_BITS = featureBits(FeatureBit.vhostLogAll, FeatureBit.vhostUserProtocolFeatures);
+
+/** Milliseconds to bring the device to rest after a start that failed. */
+const CLEAN_UP_TIMEOUT = 5000;
 
 /** Makes the mover of a device, from the snapshot of an earlier one or { kind: "reset" }. */
 export type MoverFactory = (
@@ -170,9 +172,11 @@ export class DataPath {
    * Configures the device and lets it run. Every doorbell and every call is rung once at the end: a signal may have
    * been lost before. Vectors are assigned here, whatever `wanted` says.
    * @param eventfds by queue, borrowed for the call
-   * @throws VhostdError; the device is reset and nothing is connected then
+   * @throws VhostdError; the device is reset and nothing is connected then. With resetTimedOut
+   *   the device did not come to rest
    */
   async start(wanted: DeviceState, eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
+    if (this.running) throw new VhostdError("invalid", `${this.device.fn.address} is running already`);
     const state = this.complete(wanted);
     const queues = state.queues.map(({ index }) => ({ index, ...eventfds.get(index) }));
     this.active = new Set(queues.map(({ index }) => index));
@@ -183,7 +187,13 @@ export class DataPath {
       await deadline.race(Promise.all(queues.map(({ index }) => this.doorbell(index).ring(index))));
       for (const { call } of queues) if (call !== undefined) signalEventfd(call);
     } catch (error) {
-      await this.reset(deadline).catch(() => {});
+      // The caller's deadline may have passed, but a device that has not come to rest must not be taken for one that has.
+      const { address } = this.device.fn;
+      const deadline = Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${address}, which did not start`);
+      const second = await this.reset(deadline).then(() => undefined, asError);
+      if (second instanceof VhostdError && second.code === "resetTimedOut") {
+        throw new VhostdError("resetTimedOut", `${asError(error).message}; ${second.message}`, { cause: error });
+      }
       throw error;
     }
   }

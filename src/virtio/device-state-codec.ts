@@ -1,5 +1,5 @@
 import Type, { type Static } from "typebox";
-import { parseStored } from "../pci/stored.ts";
+import { parseStored } from "../base/stored.ts";
 import type { DeviceState, QueueState } from "./device-state.ts";
 import type { EncodedDeviceState } from "./mover.ts";
 import { RING_SIZE_MAX } from "./split-ring.ts";

@@ -1,7 +1,6 @@
 import type { Json } from "../../src/base/json.ts";
 import type { Keeper } from "../../src/daemon/keeper.ts";
-import type { OwnedFd } from "../../src/native/fd.ts";
-import { duplicate } from "../../src/pci/duplicate.ts";
+import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
 
 interface Entry {
   record: string;

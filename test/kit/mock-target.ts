@@ -24,7 +24,7 @@ export const mockDeviceClass: DeviceClass = {
   queues: () => 4,
 };
 
-export const MOCK_FEATURES = featureBits(
+const MOCK_FEATURES = featureBits(
   0,
   1,
   FeatureBit.ringIndirectDesc,

@@ -67,17 +67,7 @@ async function serve(vf: number): Promise<void> {
   await writeAndVerify(frontend.queues[0]!, 0);
 }
 
-/** A connection that the daemon takes up: while an earlier one is not undone it hangs up at once. */
 async function connected(vf: number): Promise<VhostUserFrontend> {
   await machine.idle(vf);
-  for (;;) {
-    const frontend = VhostUserFrontend.connect(machine.socket(vf));
-    try {
-      await frontend.askU64(1);
-      return frontend;
-    } catch {
-      frontend[Symbol.dispose]();
-      await Bun.sleep(20);
-    }
-  }
+  return VhostUserFrontend.connect(machine.socket(vf));
 }

@@ -192,3 +192,31 @@ test("features that were not offered, or no VERSION_1, leave FEATURES_OK clear",
     await expect(driver.device.negotiate(features)).rejects.toThrow("does not accept");
   }
 });
+
+test("registers can be reached through the PCI configuration space", async () => {
+  await using vfs = await TestVfs.serve(1);
+  await using driver = await TestDriver.connect(vfs.vf(0));
+  const { config } = driver.fn;
+  let window = await config.read(0x34, 1);
+  while ((await config.read(window + 3, 1)) !== 5) window = await config.read(window + 1, 1);
+  const access = async (offset: number, length: number) => {
+    await config.write(window + 8, 4, offset);
+    await config.write(window + 12, 4, length);
+    return await config.read(window + 16, 4);
+  };
+  const { acknowledge, driver: known, featuresOk } = Status;
+  expect((await access(20, 1)) & 0xff).toBe(acknowledge | known | featuresOk);
+  await config.write(window + 16, 4, 0);
+  expect(await driver.device.status()).toBe(0);
+  // Nothing is there, or it is no register: nothing happens.
+  for (const [offset, length] of [
+    [0xffff_fff0, 4],
+    [2, 4],
+    [0, 3],
+    [0, 0],
+  ] as const) {
+    await access(offset, length);
+    await config.write(window + 16, 4, 1);
+  }
+  expect(await driver.device.status()).toBe(0);
+});

@@ -8,7 +8,7 @@ import { Command, type CommandNumber, commandName, HEADER, HeaderFlag } from "..
 import { type Capabilities, decodeVersion, encodeVersion, PROTOCOL_VERSION } from "../../vfio-user/version.ts";
 
 /** What this client takes. The kernel carries at most 253 descriptors in a message. */
-export const CLIENT_CAPABILITIES: Capabilities = {
+const CLIENT_CAPABILITIES: Capabilities = {
   maxMsgFds: 253,
   maxDataTransfer: 1 << 20,
   maxDmaMaps: 65535,
@@ -49,7 +49,7 @@ interface Pending {
  * they were made, and answers are matched by message id. A server that breaks the protocol is hung up on.
  */
 export class VfioUserClient implements Disposable {
-  /** Resolves with the reason when the connection has ended, whoever ended it. */
+  /** Resolves with the reason when the server is gone or was hung up on; not when this side is done with it. */
   readonly lost: Promise<Error>;
   private end: Error | undefined;
   private resolveLost: (reason: Error) => void = () => {};
@@ -161,11 +161,12 @@ export class VfioUserClient implements Disposable {
     }
   }
 
-  /** Ends the connection: the server lets go of everything it was given. */
+  /** Ends the connection because the server is of no use any more; it lets go of everything it was given. */
   hangUp(reason: Error): void {
     if (this.end !== undefined) return;
     this.finish(reason);
     this.socket[Symbol.dispose]();
+    this.resolveLost(reason);
   }
 
   /** Leaves the connection to whoever holds a duplicate of its fd. */
@@ -176,14 +177,15 @@ export class VfioUserClient implements Disposable {
   }
 
   [Symbol.dispose](): void {
-    this.hangUp(new VhostdError("cancelled", `the connection to ${this.peer} was closed by this side`));
+    if (this.end !== undefined) return;
+    this.finish(new VhostdError("cancelled", `the connection to ${this.peer} was closed by this side`));
+    this.socket[Symbol.dispose]();
   }
 
   private finish(reason: Error): void {
     this.end = reason;
     for (const { reject } of this.pending.values()) reject(this.connectionLost());
     this.pending.clear();
-    this.resolveLost(reason);
   }
 
   private connectionLost(): VhostdError {

@@ -10,6 +10,9 @@ import type { IoEventfd, RegionInfo } from "./replies.ts";
 /** A doorbell is a register of 16 bits (VIRTIO 1.2, 4.1.5.2). */
 const WIDTH = 2;
 
+/** Of x86-64; on a machine with larger pages a server's areas must be aligned to those. */
+export const PAGE_SIZE = 4096;
+
 /** Where the server lets a region be written without a message; the fds belong to the function. */
 export interface FastPaths {
   readonly eventfds: readonly (IoEventfd & { readonly owned: OwnedFd })[];
@@ -50,20 +53,19 @@ export class VfioUserDoorbell implements Doorbell {
     }
     using undo = new DisposableStack();
     const mapping = undo.use(Mapping.map(page.fd, page.offset, page.size, "read-write"));
-    const offset = this.offset - page.start;
+    const offset = this.offset % PAGE_SIZE;
     // Disposed of in reverse: the relay lets go before the mapping does.
     undo.use(relayKick(kick, { mapping, offset, width: WIDTH, value }));
     return undo.move();
   }
 
-  share(): { readonly fd: number; readonly offset: number; readonly size: number; readonly start: number } | undefined {
+  /** The page around the doorbell, no more: what else can be mapped is not the front-end's. */
+  share(): { readonly fd: number; readonly offset: number; readonly size: number } | undefined {
     const { mappable, file } = this.paths;
     if (mappable === null || file === undefined) return undefined;
-    const area = mappable.areas.find(
-      ({ offset, size }) => this.offset >= offset && this.offset + WIDTH <= offset + size,
-    );
-    if (area === undefined) return undefined;
-    return { fd: file.number, offset: mappable.fileOffset + area.offset, size: area.size, start: area.offset };
+    const page = this.offset - (this.offset % PAGE_SIZE);
+    const whole = mappable.areas.some(({ offset, size }) => page >= offset && page + PAGE_SIZE <= offset + size);
+    return whole ? { fd: file.number, offset: mappable.fileOffset + page, size: PAGE_SIZE } : undefined;
   }
 
   private eventfd(value: number): number | undefined {

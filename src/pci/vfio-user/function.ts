@@ -21,7 +21,7 @@ import type { PciAddress } from "../address.ts";
 import type { DmaRange } from "../address-space.ts";
 import type { Doorbell, FunctionSnapshot, Interrupts, PciFunction } from "../function.ts";
 import { VfioUserClient } from "./client.ts";
-import { VfioUserDoorbell } from "./doorbell.ts";
+import { PAGE_SIZE, VfioUserDoorbell } from "./doorbell.ts";
 import { type FunctionRecord, parseFunctionRecord } from "./record.ts";
 import { VfioUserRegion } from "./region.ts";
 import {
@@ -33,8 +33,6 @@ import {
   type RegionInfo,
 } from "./replies.ts";
 
-/** The page size of x86-64; on a machine with larger pages a server's areas must be aligned to those. */
-const PAGE_SIZE = 4096;
 /** Sub-regions asked for at first: as many doorbells as most devices have. */
 const SUB_REGIONS_ASKED = 128;
 const BARS = [0, 1, 2, 3, 4, 5] as const;

@@ -1,6 +1,6 @@
 import Type from "typebox";
 import type { Json } from "../../base/json.ts";
-import { parseStored } from "../stored.ts";
+import { parseStored } from "../../base/stored.ts";
 import type { ClientSnapshot } from "./client.ts";
 import type { IoEventfd, RegionInfo } from "./replies.ts";
 

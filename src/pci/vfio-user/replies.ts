@@ -31,7 +31,7 @@ const REGIONS_MAX = 256;
 const REGION_SIZE_MAX = 2 ** 46;
 /** MSI-X table size (PCI 3.0, 6.8.2.3). */
 const VECTORS_MAX = 2048;
-export const SUB_REGIONS_MAX = 4096;
+const SUB_REGIONS_MAX = 4096;
 const AREAS_MAX = 64;
 
 export type Span = { readonly offset: number; readonly size: number };

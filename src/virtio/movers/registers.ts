@@ -1,4 +1,4 @@
-import type { Deadline } from "../../base/deadline.ts";
+import { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import type { DeviceState, QueueState } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
@@ -9,6 +9,9 @@ import { availIndex, type RingMemory, usedIndex } from "../split-ring.ts";
 
 /** Milliseconds between two looks at a ring that drains. */
 const DRAIN_INTERVAL = 1;
+
+/** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
+const CLEAN_UP_TIMEOUT = 5000;
 
 /** `frozen`: drained and left configured, with no doorbell rung any more. */
 type State =
@@ -48,7 +51,7 @@ export class RegistersMover implements StateMover {
     try {
       await deadline.race(this.program(wanted));
     } catch (error) {
-      await this.reset(deadline);
+      await this.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
       throw error;
     }
     this.current = { kind: "running", state: wanted };

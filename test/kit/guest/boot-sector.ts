@@ -3,7 +3,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 
 /** Where the counter of boot-sector.S is on the disk, and how many copies of it. */
-export const COUNTER = { offset: 16 * 512, copies: (16 * 512) / 4 } as const;
+const COUNTER = { offset: 16 * 512, copies: (16 * 512) / 4 } as const;
 
 /** The 512 bytes of boot-sector.S, made by the assembler of this machine. */
 export async function assembleBootSector(): Promise<Uint8Array> {

@@ -1,7 +1,7 @@
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
-import { basename, join } from "node:path";
+import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
 import { type ArchiveEntry, cpioArchive } from "./cpio.ts";
 import { moduleOrder } from "./modules.ts";
 
@@ -33,23 +33,33 @@ export async function buildGuestImage(): Promise<GuestImage> {
   const folder = join(CACHE, `image-${await sourcesKey()}`);
   const work = await mkdtemp(join(CACHE, "build-"));
   try {
-    const [busybox, kernel] = await Promise.all([unpack("busybox-static"), unpack(await kernelPackage())]);
-    const release = (await readdir(join(kernel, "lib/modules")))[0];
-    if (!release) throw new Error(`${kernel} has no kernel modules`);
-    const entries = new Map<string, ArchiveEntry>();
-    await addBusybox(entries, busybox);
-    await addModules(entries, join(kernel, "lib/modules", release));
-    await addProgram(entries, await which("mke2fs"), "sbin/mkfs.ext4");
-    entries.set("init", await file(join(import.meta.dir, "initramfs/init"), true));
-    entries.set("bin/verify-load", await file(join(import.meta.dir, "initramfs/verify-load"), true));
-    for (const directory of ["proc", "sys", "dev", "tmp", "mnt"]) entries.set(directory, { kind: "directory" });
-    await writeFile(join(work, "initramfs"), cpioArchive(entries));
-    await writeFile(join(work, "vmlinuz"), await readFile(join(kernel, "boot", `vmlinuz-${release}`)));
-    await rename(work, folder);
+    const [busybox, kernel] = await Promise.all([
+      unpack("busybox-static", join(work, "busybox")),
+      unpack(await kernelPackage(), join(work, "kernel")),
+    ]);
+    const made = join(work, "image");
+    await mkdir(made);
+    await makeImage(busybox, kernel, imageIn(made));
+    // Two builds at once make the same; the later one is dropped with its folder.
+    if (!existsSync(folder)) await rename(made, folder);
   } finally {
     await rm(work, { recursive: true, force: true });
   }
   return imageIn(folder);
+}
+
+async function makeImage(busybox: string, kernel: string, image: GuestImage): Promise<void> {
+  const release = (await readdir(join(kernel, "lib/modules")))[0];
+  if (!release) throw new Error(`${kernel} has no kernel modules`);
+  const entries = new Map<string, ArchiveEntry>();
+  await addBusybox(entries, busybox);
+  await addModules(entries, join(kernel, "lib/modules", release));
+  await addProgram(entries, await which("mke2fs"), "sbin/mkfs.ext4");
+  entries.set("init", await file(join(import.meta.dir, "initramfs/init"), true));
+  entries.set("bin/verify-load", await file(join(import.meta.dir, "initramfs/verify-load"), true));
+  for (const directory of ["proc", "sys", "dev", "tmp", "mnt"]) entries.set(directory, { kind: "directory" });
+  await writeFile(image.initramfs, cpioArchive(entries));
+  await copyFile(join(kernel, "boot", `vmlinuz-${release}`), image.kernel);
 }
 
 function imageIn(folder: string): GuestImage {
@@ -70,24 +80,28 @@ async function kernelPackage(): Promise<string> {
   return name;
 }
 
-/** Downloads a package and unpacks it beside the image, without installing it. @returns the folder */
-async function unpack(name: string): Promise<string> {
+/** Downloads a package, unless it was before, and unpacks it into `folder` without installing it. @returns `folder` */
+async function unpack(name: string, folder: string): Promise<string> {
   const uri = (await output(["apt-get", "download", "--print-uris", name])).trim();
-  const archive = /^'[^']+' (\S+)_amd64\.deb /.exec(uri)?.[1];
+  const archive = /^'[^']+' (\S+\.deb) /.exec(uri)?.[1];
   if (!archive) throw new Error(`apt cannot download ${name}: ${uri || "no address"}`);
-  const folder = join(CACHE, archive);
-  if (existsSync(folder)) return folder;
+  const path = join(CACHE, archive);
+  if (!existsSync(path)) await download(name, path);
+  await output(["dpkg-deb", "--extract", path, folder]);
+  return folder;
+}
+
+/** A package appears under its name only when it is whole. */
+async function download(name: string, path: string): Promise<void> {
   const work = await mkdtemp(join(CACHE, "download-"));
   try {
     await output(["apt-get", "download", "-q", "-o", "Acquire::Retries=3", name], work);
-    const deb = (await readdir(work)).find((entry) => entry.endsWith(".deb"));
-    if (!deb) throw new Error(`apt-get download ${name} left no package`);
-    await output(["dpkg-deb", "--extract", join(work, deb), join(work, "root")]);
-    await rename(join(work, "root"), folder);
+    const archive = (await readdir(work)).find((entry) => entry.endsWith(".deb"));
+    if (!archive) throw new Error(`apt-get download ${name} left no package`);
+    await rename(join(work, archive), path);
   } finally {
     await rm(work, { recursive: true, force: true });
   }
-  return folder;
 }
 
 async function addBusybox(entries: Map<string, ArchiveEntry>, root: string): Promise<void> {
@@ -119,7 +133,7 @@ async function file(path: string, executable = false): Promise<ArchiveEntry> {
 
 async function which(program: string): Promise<string> {
   const path = Bun.which(program, { PATH: `${process.env["PATH"]}:/usr/sbin:/sbin` });
-  if (!path) throw new Error(`${basename(program)} is not on this machine`);
+  if (!path) throw new Error(`${program} is not on this machine`);
   return path;
 }
 

@@ -1,9 +1,8 @@
 import { afterEach, describe, expect, test } from "bun:test";
-import { liveFds, type OwnedFd } from "../../../src/native/fd.ts";
+import { duplicate, liveFds, type OwnedFd } from "../../../src/native/fd.ts";
 import { fileInfo, memfd } from "../../../src/native/sys.ts";
 import type { AddressSpace, DmaRange } from "../../../src/pci/address-space.ts";
 import { DmaDomain } from "../../../src/pci/dma-domain.ts";
-import { duplicate } from "../../../src/pci/duplicate.ts";
 import type { PciFunction } from "../../../src/pci/function.ts";
 import { FakeFunction } from "../../kit/fake-function.ts";
 

@@ -1,8 +1,8 @@
 import { afterEach, describe, expect, test } from "bun:test";
+import fc from "fast-check";
 import { Deadline } from "../../../src/base/deadline.ts";
-import { liveFds } from "../../../src/native/fd.ts";
+import { duplicate, liveFds } from "../../../src/native/fd.ts";
 import { memfd, socketPair } from "../../../src/native/sys.ts";
-import { duplicate } from "../../../src/pci/duplicate.ts";
 import { VfioUserClient } from "../../../src/pci/vfio-user/client.ts";
 import { encodeMessage } from "../../../src/vfio-user/framing.ts";
 import { Command, HEADER, HeaderFlag, VERSION } from "../../../src/vfio-user/messages.ts";
@@ -166,6 +166,25 @@ describe("a server that breaks the protocol is hung up on", () => {
     await server.send(HEADER.encode({ id: 0, command: 1, size: 15, flags: 1 }));
     expect((await client.lost).message).toMatch(/15 bytes/);
   });
+});
+
+test("whatever a server sends, the client ends or goes on, and keeps no descriptor", async () => {
+  const property = fc.asyncProperty(
+    fc.array(fc.uint8Array({ minLength: 1, maxLength: 64 }), { maxLength: 8 }),
+    async (blobs) => {
+      const { client, server } = await connect();
+      const asked = client.request(Command.reset, EMPTY, { deadline: soon(50) }).then(
+        (reply) => reply[Symbol.dispose](),
+        () => {},
+      );
+      for (const blob of blobs) await server.send(blob, [server.doorbells[0]!.number]).catch(() => {});
+      server[Symbol.dispose]();
+      await asked;
+      await client.lost;
+      expect(client.ended).toBeInstanceOf(Error);
+    },
+  );
+  await fc.assert(property, { numRuns: 40 });
 });
 
 describe("handing over", () => {

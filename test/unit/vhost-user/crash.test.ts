@@ -1,7 +1,7 @@
 import { describe, expect, test } from "bun:test";
 import { silentLogger } from "../../../src/base/log.ts";
 import { OwnedFd } from "../../../src/native/fd.ts";
-import { eventfd, socketPair } from "../../../src/native/sys.ts";
+import { eventfd, memfd, socketPair } from "../../../src/native/sys.ts";
 import { encodeMessage, PROTOCOL_VERSION, Request, VRING_ADDR, VRING_STATE } from "../../../src/vhost-user/messages.ts";
 import { Session } from "../../../src/vhost-user/session.ts";
 import { featureBits } from "../../../src/virtio/features.ts";
@@ -136,7 +136,14 @@ describe("a session as plain data and fds", () => {
       (data) => {
         data["state"] = { kind: "negotiated", features: "0xffffffffffffffff" };
       },
+      (data) => {
+        data["rings"] = [];
+      },
       (_data, fds) => fds.delete("connection"),
+      (_data, fds) => {
+        fds.get("kick.0")?.[Symbol.dispose]();
+        fds.set("kick.0", memfd("no eventfd", 4096));
+      },
       (_data, fds) => {
         fds.get("region.0")?.[Symbol.dispose]();
         fds.set("region.0", eventfd());

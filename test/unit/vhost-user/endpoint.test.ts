@@ -58,7 +58,7 @@ test("client: retries quietly until the front-end listens, and again after it is
 
 test("server: one connection at a time, the next when it is free", async () => {
   const lines: string[] = [];
-  const { path, endpoint, next, arrived } = make({ mode: "server", socketMode: 0o600 }, lines);
+  const { path, endpoint, next, arrived } = make({ mode: "server", socketMode: 0o600, patience: 5 }, lines);
   endpoint.start();
   expect(statSync(path).mode & 0o777).toBe(0o600);
   using first = VhostUserFrontend.connect(path);
@@ -74,6 +74,21 @@ test("server: one connection at a time, the next when it is free", async () => {
   expect(served.number).not.toBe(servedNext.number);
   endpoint[Symbol.dispose]();
   expect(existsSync(path)).toBe(false);
+});
+
+test("server: a connection that comes before the last one is undone waits for that", async () => {
+  const { path, endpoint, next } = make({ mode: "server", patience: 60_000 });
+  using _endpoint = endpoint;
+  endpoint.start();
+  using first = VhostUserFrontend.connect(path);
+  using served = await next();
+  using second = VhostUserFrontend.connect(path);
+  first[Symbol.dispose]();
+  await Bun.sleep(10);
+  endpoint.markFree();
+  using servedNext = await next();
+  expect(servedNext.number).not.toBe(served.number);
+  expect(second.channel.fd).toBeGreaterThanOrEqual(0);
 });
 
 test("server: a socket that somebody else serves is an error", () => {

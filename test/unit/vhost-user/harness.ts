@@ -19,7 +19,9 @@ export interface Pair extends AsyncDisposable {
 /** Long enough that only the tests about it see a start after it. Milliseconds. */
 export const LONG_QUIET = 600_000;
 
+/** Disposing of it ends the session and holds that no fd is left. */
 export function connect(options: MockTargetOptions & { quietPeriod?: number } = {}): Pair {
+  const before = liveFds();
   const [ours, theirs] = socketPair();
   const target = new MockTarget(options);
   const lines: string[] = [];
@@ -36,6 +38,7 @@ export function connect(options: MockTargetOptions & { quietPeriod?: number } = 
     async [Symbol.asyncDispose]() {
       frontend[Symbol.dispose]();
       await ended;
+      if (liveFds() !== before) throw new Error(`${liveFds() - before} fds are left`);
     },
   };
 }

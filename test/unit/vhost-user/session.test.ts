@@ -4,7 +4,7 @@ import { eventfd, fileInfo, memfd, truncate } from "../../../src/native/sys.ts";
 import type { DeviceClass } from "../../../src/plugin.ts";
 import { FLAG_NEED_REPLY, ProtocolFeature, Request, U64, VRING_AREA } from "../../../src/vhost-user/messages.ts";
 import { FeatureBit, featureBits, Status } from "../../../src/virtio/features.ts";
-import { u64, withoutFd } from "../../kit/frontend/frontend.ts";
+import { config, u64, withoutFd } from "../../kit/frontend/frontend.ts";
 import { FrontendMemory } from "../../kit/frontend/memory.ts";
 import { mockDeviceClass } from "../../kit/mock-target.ts";
 import { connect, ONE_MEGABYTE, REGIONS, startRunning } from "./harness.ts";
@@ -165,6 +165,8 @@ describe("configuration space", () => {
     await frontend.negotiate();
     expect(await frontend.getConfig(8, 5)).toEqual(Uint8Array.of(9, 10, 0, 0, 0));
     expect(await frontend.getConfig(8, 6)).toBeUndefined();
+    const garbage = await frontend.ask(Request.GET_CONFIG, config(8, new Uint8Array(5).fill(0xff)));
+    expect(garbage.subarray(12)).toEqual(Uint8Array.of(9, 10, 0, 0, 0));
     expect(await frontend.getConfig(0, 0)).toEqual(new Uint8Array());
     expect(await frontend.getConfig(0xffff_ffff, 1)).toBeUndefined();
   });
@@ -176,6 +178,7 @@ describe("configuration space", () => {
     expect(await frontend.setConfig(12, Uint8Array.of(7))).toBe(0n);
     expect(await frontend.setConfig(8, Uint8Array.of(1, 2, 3, 4, 5))).toBe(1n);
     expect(await frontend.setConfig(0, new Uint8Array(13).fill(9), 1)).toBe(0n);
+    expect(await frontend.setConfig(0, new Uint8Array(8), 1)).toBe(0n);
     expect(target.calls).toEqual(["writeConfig 12 07", "writeConfig 12 09"]);
     expect(pair.lines.at(-1)).toContain("SET_CONFIG of 5 bytes at 8 reaches beyond the writable fields (mode 12..12)");
   });
@@ -189,6 +192,7 @@ describe("configuration space", () => {
     await requests.wait(1);
     target.changeConfig(Uint8Array.of(9));
     await requests.wait(2);
+    await Bun.sleep(10);
     expect(requests.received).toMatchObject([
       { request: 2, flags: 1 | FLAG_NEED_REPLY },
       { request: 2, flags: 1 | FLAG_NEED_REPLY },
@@ -298,9 +302,10 @@ test("close ends the session from our side, after the operation under way", asyn
   const starting = startRunning(frontend, 1).catch(() => {});
   await entered.promise;
   session.close("the VF is removed");
+  await Bun.sleep(5);
+  expect(target.calls).not.toContain("reset");
   gate.resolve();
   expect(await pair.ended).toEqual({ reason: "the VF is removed" });
-  expect(target.calls.slice(-4)[0]).toBe("reset");
   expect(target.running).toBeUndefined();
   await starting;
 });

@@ -155,6 +155,43 @@ describe("a front-end without STATUS", () => {
     expect(await frontend.stop({ order: "old" })).toEqual([0, 0]);
   });
 
+  test("fewer rings than before are waited for after a stop", async () => {
+    await using pair = connect({ quietPeriod: SHORT });
+    const { frontend, target } = pair;
+    let started = Promise.withResolvers<void>();
+    target.onStart = () => started.resolve();
+    await frontend.negotiate({ protocolFeatures: withoutStatus });
+    await frontend.setupMemory(REGIONS);
+    await frontend.startQueues(2, { size: 64 });
+    await started.promise;
+    await frontend.stop({ order: "old" });
+    started = Promise.withResolvers<void>();
+    await frontend.startQueues(1, { size: 64 });
+    await started.promise;
+    expect(target.calls.at(-1)).toBe("start 0@0");
+  });
+
+  test("a message that comes during the start waits for it", async () => {
+    await using pair = connect({ quietPeriod: SHORT });
+    const { frontend, target } = pair;
+    const entered = Promise.withResolvers<void>();
+    const gate = Promise.withResolvers<void>();
+    target.before = async (operation) => {
+      if (operation !== "start") return;
+      entered.resolve();
+      await gate.promise;
+    };
+    await frontend.negotiate({ protocolFeatures: withoutStatus });
+    await frontend.setupMemory(REGIONS);
+    await frontend.startQueues(1, { size: 64 });
+    await entered.promise;
+    const base = frontend.getBase(0);
+    await Bun.sleep(SHORT);
+    gate.resolve();
+    expect(await base).toBe(0);
+    expect(target.calls.slice(-2)).toEqual(["start 0@0", "stop"]);
+  });
+
   test("rings are enabled from the start where bit 30 is not acknowledged", async () => {
     await using pair = connect({ quietPeriod: SHORT });
     const { frontend, target } = pair;
@@ -188,13 +225,28 @@ describe("a front-end without STATUS", () => {
   });
 });
 
-test("39(0) without any 11, then a new set-up: the old run is reset", async () => {
-  await using pair = connect();
-  const { frontend, target } = pair;
-  await startRunning(frontend, 2);
-  await frontend.setStatus(0);
-  await frontend.startQueues(1, { size: 32 });
-  expect(target.calls.slice(-2)).toEqual(["reset", "start 0@0"]);
+describe("39(0) without any 11: the old run is reset by", () => {
+  const first: Record<string, (frontend: VhostUserFrontend) => Promise<unknown>> = {
+    SET_FEATURES: (frontend) => frontend.setFeatures(),
+    SET_STATUS: (frontend) => frontend.setStatus(Status.featuresOk),
+    SET_VRING_NUM: (frontend) => frontend.command(Request.SET_VRING_NUM, VRING_STATE.encode({ index: 0, num: 16 })),
+    SET_VRING_BASE: (frontend) => frontend.command(Request.SET_VRING_BASE, VRING_STATE.encode({ index: 0, num: 5 })),
+    SET_VRING_ADDR: (frontend) => frontend.setAddresses(frontend.queues[1]!),
+    SET_VRING_KICK: (frontend) => frontend.command(Request.SET_VRING_KICK, u64(0n), [frontend.queues[0]!.kick.number]),
+  };
+  for (const [name, message] of Object.entries(first)) {
+    test(name, async () => {
+      await using pair = connect();
+      const { frontend, target } = pair;
+      await startRunning(frontend, 2);
+      await frontend.setStatus(0);
+      expect(target.running).toBeDefined();
+      await message(frontend);
+      expect(target.calls.at(-1)).toBe("reset");
+      await frontend.startQueues(1, { size: 32 });
+      expect(target.calls.at(-1)).toBe("start 0@0");
+    });
+  }
 });
 
 test("11 for a ring that was never set up answers its base and stops nothing", async () => {

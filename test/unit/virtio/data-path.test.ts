@@ -44,11 +44,11 @@ describe("a data path", () => {
   });
 
   test("starts: calls routed, kicks connected, every doorbell and every call rung once", async () => {
-    const offered = featureBits(6, FeatureBit.accessPlatform, FeatureBit.ringReset);
-    const { fn, path, eventfds } = await open({ features: offered });
+    const own = featureBits(6, FeatureBit.accessPlatform, FeatureBit.ringReset);
+    const { fn, path, eventfds } = await open({ features: own | featureBits(5, FeatureBit.vhostLogAll) });
     const wanted = { ...wantedState(2), features: featureBits(6, 9, FeatureBit.vhostLogAll, FeatureBit.version1) };
     await path.start(wanted, eventfds, soon());
-    expect(fn.driverFeatures).toBe(offered | featureBits(FeatureBit.version1));
+    expect(fn.driverFeatures).toBe(own | featureBits(FeatureBit.version1));
     expect(fn.status).toBe(0x0f);
     expect([...fn.connected]).toEqual([0, 1]);
     expect(fn.rung).toEqual([0, 1]);
@@ -84,6 +84,13 @@ describe("a data path", () => {
     expect(fn.connected.size).toBe(0);
     expect([...fn.routes.keys()]).toEqual([0]);
     expect(fn.status).toBe(0);
+  });
+
+  test("is not started twice", async () => {
+    const { fn, path, eventfds } = await open();
+    await path.start(wantedState(2), eventfds, soon());
+    await expect(path.start(wantedState(2), eventfds, soon())).rejects.toThrow(/running already/);
+    expect(fn.connected.size).toBe(2);
   });
 
   test("says how many vectors are needed before it touches the device", async () => {

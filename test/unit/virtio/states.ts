@@ -18,7 +18,7 @@ export class FakeRings implements RingMemory {
   }
 }
 
-export function queueState(index: number, base = 0) {
+function queueState(index: number, base = 0) {
   const desc = 0x1_0000_0000 + index * 0x10000;
   return {
     index,

@@ -1,6 +1,6 @@
 import type { Static, TSchema } from "typebox";
 import { Value } from "typebox/value";
-import { VhostdError } from "../base/errors.ts";
+import { VhostdError } from "./errors.ts";
 
 /**
  * Takes plain data of an earlier process for what it should be. Records are not trusted: they may be damaged, or of
