@@ -1,3 +1,4 @@
+import { closeSync, openSync } from "node:fs";
 import { mkdir, readdir, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { ROOT } from "./command.ts";
@@ -36,14 +37,16 @@ export async function runTestFile(file: string, options: TestFileOptions): Promi
   const started = performance.now();
   // A file, not a pipe: a process that the tests leave behind would keep a pipe open.
   const log = join(scratch, "output");
+  const output = openSync(log, "a");
   const child = Bun.spawn([process.execPath, "test", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`], {
     cwd: ROOT,
     // CI makes bun refuse test.only, which would silently leave out the rest of the file.
     env: { ...process.env, ...environment, CI: "1", TMPDIR: temporary, [RUN_MARK]: mark },
-    stdio: ["ignore", Bun.file(log), Bun.file(log)],
+    stdio: ["ignore", output, output],
     timeout,
     killSignal: "SIGKILL",
   });
+  closeSync(output);
   await child.exited;
   const seconds = (performance.now() - started) / 1000;
   const cases = (await Bun.file(report).exists()) ? parseReport(await Bun.file(report).text()) : [];
@@ -53,9 +56,9 @@ export async function runTestFile(file: string, options: TestFileOptions): Promi
     ...(await endLeftoverProcesses(mark)),
     ...(await readdir(temporary)).map((name) => `left behind in its temporary directory: ${name}`),
   ];
-  const output = await Bun.file(log).text();
+  const result = { file, seconds, output: await Bun.file(log).text(), cases, problems };
   await rm(scratch, { recursive: true, force: true });
-  return { file, seconds, output, cases, problems };
+  return result;
 }
 
 function runnerProblems(child: Bun.Subprocess, cases: readonly TestCase[], timeout: number): string[] {

@@ -45,7 +45,7 @@ export async function runSoftvf(args: readonly string[]): Promise<number> {
     if (command === "list" || command === "stats" || command === "set") return await runControl(command, args.slice(1));
     return await serve(args);
   } catch (error) {
-    if (!(error instanceof VhostdError)) throw error;
+    if (!(error instanceof VhostdError) && !isFileError(error)) throw error;
     process.stderr.write(`${NAME}: ${sentence(error)}\n`);
     return 1;
   }
@@ -159,6 +159,12 @@ function stopSignal(): Promise<string> {
   return promise;
 }
 
-function sentence(error: VhostdError): string {
-  return error.fix === undefined ? error.message : `${error.message}; ${error.fix}`;
+/** A directory that cannot be made, and the like: the text names the call and the path. */
+function isFileError(error: unknown): error is NodeJS.ErrnoException {
+  return error instanceof Error && "syscall" in error && "path" in error;
+}
+
+function sentence(error: Error): string {
+  const fix = error instanceof VhostdError ? error.fix : undefined;
+  return fix === undefined ? error.message : `${error.message}; ${fix}`;
 }

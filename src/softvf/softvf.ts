@@ -1,7 +1,7 @@
 import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "../base/log.ts";
-import { peerCredentials } from "../native/sys.ts";
+import { peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
 import { BusDirectory } from "./bus-directory.ts";
@@ -43,6 +43,8 @@ export class Softvf {
       this.log,
     );
     const asked = pfs.map((request) => resolvePf(request, registry));
+    // Every queue has an eventfd, every function a socket.
+    raiseOpenFileLimit();
     await mkdir(runtimeDirectory, { recursive: true, mode: 0o755 });
     // First of all: two processes in one directory would take each other's sockets away.
     await this.control.listenUnix(controlSocket(runtimeDirectory), SOCKET_MODE);

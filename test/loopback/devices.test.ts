@@ -36,7 +36,8 @@ test("what an operator gets wrong is refused by its number, and leaves nothing b
   const adds = await Promise.allSettled([add(), add(), add(vf, "b.sock")]);
   expect(adds.filter(({ status }) => status === "fulfilled")).toHaveLength(1);
   expect(await failure(add())).toBe(1014);
-  expect(await failure(add(vf2))).toBe(1038); // the socket is taken
+  const taken = registry.vfInfo(vf).socket_file;
+  expect(await failure(registry.addVf({ address: vf2, socket: taken, mode: "client" }))).toBe(1038);
   expect(await failure(registry.removePf(pf))).toBe(1013);
   expect(await failure(registry.removeVf(vf2))).toBe(1003);
   await registry.removeVf(vf);
