@@ -40,8 +40,8 @@ export interface DeviceClass {
   readonly protocolFeatures?: readonly number[];
   /** Messages of this class, by request number: they are added to the session's table or replace a row of it. */
   readonly messages?: Readonly<Record<number, ClassMessage>>;
-  /** What `vf -i` shows of the configuration space, in this order. */
-  describe?(config: ConfigValues): Readonly<Record<string, string>>;
+  /** What `vf -i` shows of the configuration space and the features that the function offers, in this order. */
+  describe?(config: ConfigValues, features: bigint): Readonly<Record<string, string>>;
   /** A software implementation, for vfe-softvf. */
   readonly softDevice?: SoftDeviceClass;
 }

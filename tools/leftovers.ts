@@ -4,10 +4,14 @@ import { readdir, readFile } from "node:fs/promises";
 export const RUN_MARK = "VHOSTD_TEST_RUN";
 /** Milliseconds in which the processes of a file that has ended must be gone. */
 const GRACE = 1000;
+/** Milliseconds within which a process that was forked has become its program. */
+const EXEC_TIME = 20;
 
 /** Ends the processes that still carry the mark `run`. @returns their names, for the report */
 export async function endLeftoverProcesses(run: string): Promise<string[]> {
   const end = performance.now() + GRACE;
+  // One that is just being started shows no environment for a moment: a look at once could miss it.
+  await Bun.sleep(EXEC_TIME);
   let left = await marked(run);
   while (left.length > 0 && performance.now() < end) {
     await Bun.sleep(50);

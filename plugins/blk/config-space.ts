@@ -38,14 +38,14 @@ export function queues(config: ConfigValues, features: bigint): number {
 }
 
 /** @param features of the function; without them nothing is said about what they decide */
-export function describe(config: ConfigValues, features?: bigint): Record<string, string> {
+export function describe(config: ConfigValues, features: bigint): Record<string, string> {
   const bytes = BigInt(config["capacity"] ?? 0) * SECTOR;
-  const columns: Record<string, string> = {
+  return {
     capacity: `${bytes} (${humanSize(bytes)})`,
     block_size: `${config["blkSize"] || SECTOR}`,
+    queues: `${queues(config, features)}`,
+    read_only: has(features, Feature.ro) ? "yes" : "no",
   };
-  if (features === undefined) return columns;
-  return { ...columns, queues: `${queues(config, features)}`, read_only: has(features, Feature.ro) ? "yes" : "no" };
 }
 
 /** Binary units, one decimal where it tells something: "1.5 GiB". */

@@ -195,7 +195,8 @@ export class Vf implements SessionTarget {
 
   /** What the class shows of the configuration space. */
   get columns(): Readonly<Record<string, string>> {
-    return this.deviceClass.describe?.(configValues(this.deviceClass.configSpace, this.parts.config)) ?? {};
+    const config = configValues(this.deviceClass.configSpace, this.parts.config);
+    return this.deviceClass.describe?.(config, this.deviceFeatures) ?? {};
   }
 
   /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */

@@ -3,7 +3,7 @@ import type { SoftDeviceClass, SoftOption, SoftOptionValue, SoftOptionValues } f
 import { isRingSize, RING_SIZE_MAX } from "../virtio/split-ring.ts";
 
 /** Options that every soft device has. */
-export const COMMON_OPTIONS = {
+const COMMON_OPTIONS = {
   queues: { type: "number", description: "virtqueues (a class may add some of its own)", default: 1 },
   ringSize: { type: "number", description: "largest size of each ring, entries; a power of two", default: 256 },
   vectors: { type: "number", description: "MSI-X vectors; one for each queue and one for the configuration" },

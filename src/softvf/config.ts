@@ -1,4 +1,4 @@
-import { dirname, resolve } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import Type, { type Static } from "typebox";
 import { asError, VhostdError } from "../base/errors.ts";
 import { LOG_LEVELS, type LogLevel } from "../base/log.ts";
@@ -10,6 +10,11 @@ import { allOptions, optionByFlag, optionFlag, optionsOfVf, parseOption } from "
 import type { PfOptions } from "./physical-function.ts";
 
 export const DEFAULT_SOFTVF_DIRECTORY = "/run/vfe-softvf";
+
+/** The control socket of the softvf that runs in this directory. */
+export function controlSocket(runtimeDirectory: string): string {
+  return join(runtimeDirectory, "control.sock");
+}
 
 /** One PF as it was asked for; whether its class has these options is not known yet. */
 export interface PfRequest {

@@ -1,9 +1,9 @@
-import { join, resolve } from "node:path";
+import { resolve } from "node:path";
 import type { Static } from "typebox";
 import { Deadline } from "../base/deadline.ts";
 import { type CommandLine, type Option, parseCommandLine, UsageError } from "../command-line.ts";
 import { RpcClient } from "../rpc/client.ts";
-import { DEFAULT_SOFTVF_DIRECTORY } from "./config.ts";
+import { controlSocket, DEFAULT_SOFTVF_DIRECTORY } from "./config.ts";
 import type { FunctionInfo, FunctionStats } from "./control.ts";
 
 export type ControlCommand = "list" | "stats" | "set";
@@ -42,7 +42,7 @@ export async function runControl(command: ControlCommand, args: readonly string[
   const params = command === "set" ? parseSettings(positionals, settings, commandLine) : {};
   const timeout = Number(values.timeout ?? 10_000);
   if (!Number.isInteger(timeout) || timeout <= 0) throw new UsageError("--timeout is no number", commandLine);
-  const path = join(resolve(values["runtime-dir"] ?? DEFAULT_SOFTVF_DIRECTORY), "control.sock");
+  const path = controlSocket(resolve(values["runtime-dir"] ?? DEFAULT_SOFTVF_DIRECTORY));
   const deadline = Deadline.after(timeout, `${command} at ${path}`);
   using client = await RpcClient.connect(path, deadline);
   const answer = await client.call(command, params, deadline);

@@ -18,7 +18,7 @@ export interface SoftFunctionOptions {
 }
 
 /** Index of the region that is the PCI configuration space; 0 to 5 are the base address registers. */
-export const CONFIG_REGION = 7;
+const CONFIG_REGION = 7;
 
 /** One PCI function made of software: configuration space, registers, interrupts, memory, rings. */
 export class SoftFunction implements Disposable {

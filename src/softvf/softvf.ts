@@ -5,16 +5,11 @@ import { peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
 import { BusDirectory } from "./bus-directory.ts";
-import { resolvePf, type SoftvfConfig } from "./config.ts";
+import { controlSocket, resolvePf, type SoftvfConfig } from "./config.ts";
 import { controlMethods } from "./control.ts";
 import { PhysicalFunction } from "./physical-function.ts";
 
 const SOCKET_MODE = 0o600;
-
-/** The control socket of the softvf that runs in this directory. */
-export function controlSocket(runtimeDirectory: string): string {
-  return join(runtimeDirectory, "control.sock");
-}
 
 /** All PFs of one process, their bus directory and the control socket. */
 export class Softvf {

@@ -3,7 +3,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { softDevice } from "../../plugins/blk/soft-device.ts";
 import { Deadline } from "../../src/base/deadline.ts";
-import { silentLogger } from "../../src/base/log.ts";
+import { type Logger, silentLogger } from "../../src/base/log.ts";
 import { watch } from "../../src/native/poller.ts";
 import { eventfd, fileInfo } from "../../src/native/sys.ts";
 import { parsePciAddress } from "../../src/pci/address.ts";
@@ -48,6 +48,8 @@ export class TestVfs implements AsyncDisposable {
     private readonly directory: string,
     private readonly bus: BusDirectory,
     private readonly pf: PhysicalFunction,
+    /** What the functions have warned of, oldest first. */
+    readonly warnings: readonly string[],
   ) {}
 
   static async serve(count: number, options: SoftOptionValues = {}): Promise<TestVfs> {
@@ -59,13 +61,14 @@ export class TestVfs implements AsyncDisposable {
     const bus = new BusDirectory(join(directory, "devices"));
     await bus.prepare();
     const address = parsePciAddress("0000:5a:00.0");
+    const warnings: string[] = [];
     const given = { disk: join(directory, "disk{vf}"), queues: 4, ...options };
     const pf = await PhysicalFunction.serve(
       { address, deviceClass: BLK, vfs: count, options: given },
       bus,
-      silentLogger,
+      collect(warnings),
     );
-    return new TestVfs(directory, bus, pf);
+    return new TestVfs(directory, bus, pf, warnings);
   }
 
   vf(index: number): ServedFunction {
@@ -181,6 +184,10 @@ export class TestDriver implements AsyncDisposable {
     await this.fn[Symbol.asyncDispose]();
     this.resources.dispose();
   }
+}
+
+function collect(warnings: string[]): Logger {
+  return { ...silentLogger, warn: (message) => void warnings.push(message), child: () => collect(warnings) };
 }
 
 /** Bytes that differ from sector to sector and from seed to seed. */

@@ -92,6 +92,25 @@ const BROKEN_RINGS: Readonly<Record<string, (ring: DriverRing, driver: TestDrive
   "a memory file that was cut to nothing": (_, { memory }) => truncateSync(`/proc/self/fd/${memory.file.number}`, 0),
 };
 
+/** What the log says of each. */
+const REASONS: Readonly<Record<string, string>> = {
+  "a chain that loops": "chain 0 loops",
+  "a link out of the table": "chain 0 links to descriptor 64 of 64",
+  "a head out of the table": "available head 64 is outside the ring of 64",
+  "an available index that jumps": "available index 65 is 65 ahead of 0, the ring has 64",
+  "an indirect table in an indirect table": "chain 0 has an indirect table inside an indirect table",
+  "an indirect table that loops": "indirect table of chain 0 loops",
+  "an indirect table of no whole entries": "indirect table of chain 0 has 17 bytes",
+  "an indirect table of no entries": "indirect table of chain 0 has 0 bytes",
+  "an indirect table in unmapped memory": "indirect table of chain 0 at 0x70000000 is not mapped",
+  "a chain that goes on behind its indirect table": "chain 0 continues behind its indirect table",
+  "a chain that is in flight already": "available head 0 has not been given back yet",
+  "a request without a status byte": "request 0 of queue 0 has no place for the status byte",
+  "a request of empty buffers": "request 0 of queue 0 has no place for the status byte",
+  "a status byte in unmapped memory": "status byte of request 0 of queue 0 is not in mapped memory",
+  "a memory file that was cut to nothing": "is gone",
+};
+
 test("broken rings end the service of their VF, with another VF at work", async () => {
   await using vfs = await TestVfs.serve(2);
   await using neighbour = await TestDriver.start(vfs.vf(1));
@@ -106,6 +125,7 @@ test("broken rings end the service of their VF, with another VF at work", async 
       throw new Error(name, { cause });
     });
     expect((await driver.device.status()) & Status.needsReset).toBe(Status.needsReset);
+    expect(vfs.warnings.at(-1)).toContain(REASONS[name]!);
   }
   expect(await stop()).toBeGreaterThan(0);
   vfs.vf(0).fn.set("slow", 0);

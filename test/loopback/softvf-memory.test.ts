@@ -8,7 +8,7 @@ import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
 import { vfioUserFraming } from "../../src/vfio-user/framing.ts";
 import { Status } from "../../src/virtio/features.ts";
 import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
-import { BlkStatus, header, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
+import { BlkStatus, BlkType, header, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
 import { GuestMemoryFile } from "../kit/guest-memory-file.ts";
 import { GUEST_BASE, pattern, TestDriver, TestVfs } from "./softvf-driver.ts";
 
@@ -26,7 +26,7 @@ test("buffers may lie across mappings that touch", async () => {
   const { ring } = driver.queues[0]!;
   const headerAt = ring.arena.take(16);
   const statusAt = ring.arena.take(1);
-  driver.memory.write(headerAt, header(0, 0));
+  driver.memory.write(headerAt, header(BlkType.in));
   const { write } = DescriptorFlag;
   await driver.queues[0]!.requestRaw([
     { address: headerAt, length: 16, flags: 0 },

@@ -48,9 +48,18 @@ describe("the block class", () => {
   test("describes itself, and names its features", () => {
     const blkClass = deviceClass();
     const values = configValues(blkClass.configSpace, config());
-    expect(blkClass.describe?.(values)).toMatchObject({ capacity: "3221225472 (3 GiB)", block_size: "4096" });
+    expect(blkClass.describe?.(values, features)).toEqual({
+      capacity: "3221225472 (3 GiB)",
+      block_size: "4096",
+      queues: "4",
+      read_only: "no",
+    });
     const empty = configValues(blkClass.configSpace, new Uint8Array());
-    expect(blkClass.describe?.(empty)).toMatchObject({ capacity: "0 (0 B)", block_size: "512" });
+    expect(blkClass.describe?.(empty, 1n << 5n)).toMatchObject({
+      capacity: "0 (0 B)",
+      block_size: "512",
+      read_only: "yes",
+    });
     expect(describeFeatures(features, blkClass.features.names)).toEqual([
       ...["BLK_SIZE", "FLUSH", "CONFIG_WCE", "MQ", "VERSION_1"],
     ]);
