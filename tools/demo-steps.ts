@@ -21,9 +21,10 @@ function say(text: string): void {
 /**
  * The whole way of a guest's block: QEMU, the daemon, the software VF, a disk image, and back.
  * @param home an empty folder for all its files
+ * @param resources takes its processes; disposing of it ends the demo wherever it is
  * @returns the exit code
  */
-export async function runDemo(home: string): Promise<number> {
+export async function runDemo(home: string, resources: AsyncDisposableStack): Promise<number> {
   const image = await buildGuestImage();
   const accelerator = await findAccelerator(image);
   const disk = join(home, "disk.img");
@@ -32,7 +33,7 @@ export async function runDemo(home: string): Promise<number> {
   await truncate(disk, DISK_SIZE * MIB);
 
   say(`a disk image of ${DISK_SIZE} MiB, and vfe-softvf: a software PF with one virtio-blk VF on it`);
-  await using stack = await Stack.start({ directory: home, disk, queues: QUEUES });
+  const stack = resources.use(await Stack.start({ directory: home, disk, queues: QUEUES }));
   say("vfe-vhostd");
   await stack.startDaemon();
   say(`vfe-vhost-cli mgmtpf -a ${stack.pf}`);
@@ -42,14 +43,17 @@ export async function runDemo(home: string): Promise<number> {
 
   say(`QEMU (${accelerator}) with a vhost-user-blk disk; it listens on the socket and the daemon connects`);
   const start = performance.now();
-  await using guest = await Guest.boot({
-    directory: home,
-    name: "guest",
-    accelerator,
-    image,
-    processors: 2,
-    disks: [{ socket, queues: QUEUES }],
-  });
+  const guest = resources.use(
+    await Guest.start({
+      directory: home,
+      name: "guest",
+      accelerator,
+      image,
+      processors: 2,
+      disks: [{ socket, queues: QUEUES }],
+    }),
+  );
+  await guest.booted(1);
   const bootTime = (performance.now() - start) / 1000;
   say(
     `Linux ${await guest.run("uname -r")} is up and sees /dev/vda, ${await guest.run("cat /sys/block/vda/size")} sectors`,

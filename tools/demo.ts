@@ -19,10 +19,14 @@ export default defineCommand({
       for (const signal of ["SIGINT", "SIGTERM"] as const) {
         process.once(signal, () => stop.resolve(signal === "SIGINT" ? 130 : 143));
       }
-      // The processes of the demo die with this one; what is left to remove is the folder.
+      const resources = new AsyncDisposableStack();
+      const steps = runDemo(home, resources);
       try {
-        return await Promise.race([runDemo(home), stop.promise]);
+        return await Promise.race([steps, stop.promise]);
       } finally {
+        await resources.disposeAsync();
+        // Whatever it was waiting for when it was interrupted has ended now.
+        await steps.catch(() => {});
         await rm(home, { recursive: true, force: true });
       }
     }),

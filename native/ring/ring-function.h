@@ -67,7 +67,6 @@ class RingFunction final : private ServiceContext {
   void requestStop(bool drain);
   /** True when the worker has ended, all rings are inactive and a failure is forgotten; waits that long at most. */
   bool tryStop(int milliseconds);
-  bool running() const { return threadStarted_; }
 
   /** Of the rings that were active when the worker was stopped last. */
   const std::vector<QueueIndices>& indices() const { return indices_; }

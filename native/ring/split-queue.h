@@ -54,10 +54,8 @@ class SplitQueue {
   /** Asks for a notification of the next chain; `more` where one is there already. False where the memory is gone. */
   bool arm(bool& more);
 
-  uint16_t size() const { return config_.size; }
   uint16_t lastAvail() const { return lastAvail_; }
   uint16_t lastUsed() const { return lastUsed_; }
-  const QueueConfig& config() const { return config_; }
 
  private:
   struct Descriptor {

@@ -175,6 +175,24 @@ TEST(ring_data_in_a_cut_file_is_an_io_error) {
   close(extra);
 }
 
+TEST(ring_does_not_write_to_memory_that_was_mapped_to_be_read) {
+  Rig rig;
+  rig.start();
+  const int extra = sizedMemfd(1 << 20);
+  CHECK(rig.function->map(kExtra, 1 << 20, extra, 0, false) == 0);
+  rig.put(0, 0, 0, kExtra);
+  rig.put(1, 1, 0, kExtra);
+  CHECK(rig.awaitUsed(2));
+  CHECK(rig.status(0) == 1 && rig.status(1) == 0);
+  QueueConfig config = Rig::config();
+  config.desc = kExtra;
+  config.driver = kExtra + 4096;
+  CHECK(rig.function->check(config).empty());
+  config.device = kExtra + 8192;
+  CHECK(!rig.function->check(config).empty());
+  close(extra);
+}
+
 TEST(ring_stops_although_the_call_eventfd_of_a_peer_blocks) {
   Rig rig;
   const int full = eventfd(0, EFD_CLOEXEC);
