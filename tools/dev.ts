@@ -12,6 +12,7 @@ await runMain(
       fuzz: () => import("./fuzz.ts").then((module) => module.default),
       fmt: () => import("./fmt.ts").then((module) => module.default),
       lint: () => import("./lint.ts").then((module) => module.default),
+      package: () => import("./package.ts").then((module) => module.default),
     },
   }),
 );

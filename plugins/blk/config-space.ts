@@ -37,7 +37,7 @@ export function queues(config: ConfigValues, features: bigint): number {
   return has(features, Feature.mq) ? Math.max(1, Number(config["numQueues"])) : 1;
 }
 
-/** @param features of the function; without them nothing is said about what they decide */
+/** What `vf -i` shows. @param features that the function offers */
 export function describe(config: ConfigValues, features: bigint): Record<string, string> {
   const bytes = BigInt(config["capacity"] ?? 0) * SECTOR;
   return {

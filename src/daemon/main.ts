@@ -1,6 +1,7 @@
-import { asError, VhostdError } from "../base/errors.ts";
-import { createLogger, LOG_LEVELS, type Logger } from "../base/log.ts";
+import { asError } from "../base/errors.ts";
+import { createLogger, LOG_LEVELS } from "../base/log.ts";
 import { type CommandLine, type Option, parseCommandLine } from "../command-line.ts";
+import { dieOfUnhandled, exitSoon, sentence, stopSignal } from "../process.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { VERSION } from "../version.ts";
 import { type DaemonConfig, DEFAULT_BUS_DIRECTORIES, loadConfig } from "./config.ts";
@@ -25,9 +26,6 @@ const COMMAND_LINE: CommandLine<typeof OPTIONS> = {
   options: OPTIONS,
   notes: 'Prints "ready DIR" when the control interface is served. SIGTERM and SIGINT stop it.',
 };
-
-/** For what still holds the process after everything was stopped, milliseconds. */
-const LEFTOVERS = 2000;
 
 /**
  * The daemon as a process: runs until SIGTERM or SIGINT.
@@ -70,36 +68,6 @@ export async function runDaemon(args: readonly string[]): Promise<number> {
   } finally {
     await daemon.stop();
     stopNative();
-    // Does not fire where nothing holds the process any more, as it should be.
-    setTimeout(() => process.exit(), LEFTOVERS).unref();
+    exitSoon();
   }
-}
-
-/** The first signal asks, the second does not wait. */
-function stopSignal(): Promise<string> {
-  const { promise, resolve } = Promise.withResolvers<string>();
-  let asked = false;
-  for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    process.on(signal, () => {
-      if (asked) process.exit(1);
-      asked = true;
-      resolve(signal);
-    });
-  }
-  return promise;
-}
-
-/** A defect: nothing is known about the state of this process any more, so it ends (and the keeper's copy goes on). */
-function dieOfUnhandled(log: Logger): void {
-  for (const event of ["uncaughtException", "unhandledRejection"] as const) {
-    process.on(event, (thrown: unknown) => {
-      log.error(`unexpected error, please report it: ${asError(thrown).stack ?? String(thrown)}`);
-      process.exit(1);
-    });
-  }
-}
-
-function sentence(error: Error): string {
-  const fix = error instanceof VhostdError && error.fix !== undefined ? `; ${error.fix}` : "";
-  return `${error.message}${fix}`;
 }

@@ -162,5 +162,8 @@ async function makeWay(path: string): Promise<void> {
   if (await isSocketAlive(path)) {
     throw new VhostdError(98, `another process listens at ${path}`, { fix: "stop it, or choose another directory" });
   }
-  await unlink(path);
+  // Another process may have made way at the same moment; who binds is decided by the kernel.
+  await unlink(path).catch((error: NodeJS.ErrnoException) => {
+    if (error.code !== "ENOENT") throw error;
+  });
 }

@@ -7,6 +7,7 @@ import { type CommandLine, type Option, parseCommandLine, UsageError } from "../
 import { parsePciAddress } from "../pci/address.ts";
 import type { SoftOption } from "../plugin.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
+import { dieOfUnhandled, exitSoon, sentence, stopSignal } from "../process.ts";
 import { VERSION } from "../version.ts";
 import { allOptions, optionFlag } from "./class-options.ts";
 import { DEFAULT_SOFTVF_DIRECTORY, findClass, parseVfCount, readConfigFile, type SoftvfConfig } from "./config.ts";
@@ -35,9 +36,6 @@ const COMMAND_LINE: CommandLine<typeof OPTIONS> = {
   ].join("\n"),
 };
 
-/** For what still holds the process after everything was stopped, milliseconds. */
-const LEFTOVERS = 2000;
-
 /** @returns the exit code. @throws UsageError, HelpRequest */
 export async function runSoftvf(args: readonly string[]): Promise<number> {
   try {
@@ -58,6 +56,7 @@ async function serve(args: readonly string[]): Promise<number> {
     return 0;
   }
   const log = createLogger(config.logLevel);
+  dieOfUnhandled(log);
   const asked = stopSignal();
   // Not before: --help and mistakes on the command line are answered where native/ is not built, too.
   const [{ Softvf }, { stopNative }] = await Promise.all([import("./softvf.ts"), import("../native/stop.ts")]);
@@ -70,8 +69,7 @@ async function serve(args: readonly string[]): Promise<number> {
   } finally {
     await softvf.stop();
     stopNative();
-    // Does not fire where nothing holds the process any more, as it should be.
-    setTimeout(() => process.exit(), LEFTOVERS).unref();
+    exitSoon();
   }
 }
 
@@ -145,26 +143,7 @@ function pluginPath(path: string): string {
   return /^[./]/.test(path) ? resolve(path) : path;
 }
 
-/** The first signal asks, the second does not wait. */
-function stopSignal(): Promise<string> {
-  const { promise, resolve } = Promise.withResolvers<string>();
-  let asked = false;
-  for (const signal of ["SIGTERM", "SIGINT"] as const) {
-    process.on(signal, () => {
-      if (asked) process.exit(1);
-      asked = true;
-      resolve(signal);
-    });
-  }
-  return promise;
-}
-
 /** A directory that cannot be made, and the like: the text names the call and the path. */
 function isFileError(error: unknown): error is NodeJS.ErrnoException {
   return error instanceof Error && "syscall" in error && "path" in error;
-}
-
-function sentence(error: Error): string {
-  const fix = error instanceof VhostdError ? error.fix : undefined;
-  return fix === undefined ? error.message : `${error.message}; ${fix}`;
 }

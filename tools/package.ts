@@ -1,0 +1,70 @@
+import { cp, mkdir, mkdtemp, rm, truncate, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { defineCommand } from "citty";
+import { Child } from "../test/kit/guest/child.ts";
+import { exitWith, Failure, ROOT, runQuietly } from "./command.ts";
+import { prepare } from "./preparation.ts";
+
+const DIST = join(ROOT, "dist");
+/** Name of the executable, by its program in bin/. */
+const PROGRAMS = {
+  "vhostd.ts": "vfe-vhostd",
+  "vhostd-ha.ts": "vfe-vhostd-ha",
+  "vfe-softvf.ts": "vfe-softvf",
+  "vfe-vhost-cli.ts": "vfe-vhost-cli",
+};
+const START_TIMEOUT = 15_000;
+
+export default defineCommand({
+  meta: {
+    name: "package",
+    description: "Executables that need neither Bun nor node_modules, with their plugins, in dist/",
+  },
+  run: () =>
+    exitWith(async () => {
+      await prepare("native");
+      await rm(DIST, { recursive: true, force: true });
+      await mkdir(DIST);
+      for (const [program, name] of Object.entries(PROGRAMS)) await compile(join("bin", program), join(DIST, name));
+      await cp(join(ROOT, "plugins"), join(DIST, "plugins"), { recursive: true });
+      await tryOut();
+      console.log(`package: ${Object.values(PROGRAMS).join(", ")} and plugins/ are in ${DIST}`);
+      return 0;
+    }),
+});
+
+/** A root daemon must not take settings from files that lie where it is started. */
+async function compile(program: string, executable: string): Promise<void> {
+  const settings = ["--no-compile-autoload-dotenv", "--no-compile-autoload-bunfig"];
+  await runQuietly([process.execPath, "build", "--compile", ...settings, program, "--outfile", executable]);
+}
+
+/** The executables, away from the checkout: native module, plugins, vfio-user and the control interface. */
+async function tryOut(): Promise<void> {
+  const home = await mkdtemp(join(tmpdir(), "vhostd-package-"));
+  const start = async (name: string, ...options: string[]) => {
+    const child = new Child([join(DIST, name), ...options], { name, log: join(home, `${name}.log`) });
+    await child.line(/^ready /m, START_TIMEOUT).catch((error: Error) => {
+      throw new Failure(`the executable ${name} does not start: ${error.message}`);
+    });
+    return child;
+  };
+  const cli = (...words: string[]) =>
+    runQuietly([join(DIST, "vfe-vhost-cli"), ...words], { VFE_VHOSTD_RUNTIME_DIR: join(home, "vhostd") });
+  try {
+    await writeFile(join(home, "disk.img"), "");
+    await truncate(join(home, "disk.img"), 2 ** 20);
+    await mkdir(join(home, "vhostd"));
+    const pf = "0000:5a:00.0";
+    const disk = ["--class", "blk", "--disk", join(home, "disk.img")];
+    await using _softvf = await start("vfe-softvf", "--pf", pf, ...disk, "--runtime-dir", join(home, "softvf"));
+    const bus = join(home, "softvf/devices");
+    await using _daemon = await start("vfe-vhostd", "--runtime-dir", join(home, "vhostd"), "--bus", bus);
+    await cli("mgmtpf", "-a", pf);
+    await cli("vf", "-a", "0000:5a:00.1", "-v", join(home, "vhost.sock"));
+    await runQuietly([join(DIST, "vfe-vhostd-ha"), "--help"]);
+  } finally {
+    await rm(home, { recursive: true, force: true });
+  }
+}
