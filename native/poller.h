@@ -1,11 +1,12 @@
 #pragma once
 
-#include <pthread.h>
 #include <stdint.h>
 
 #include <mutex>
 #include <unordered_map>
 #include <vector>
+
+#include "epoll-thread.h"
 
 namespace vhostd {
 
@@ -46,9 +47,7 @@ class Poller {
 
   void (*const wake)(void*);
   void* const context;
-  pthread_t thread;
-  int epoll = -1;
-  int stopFd = -1;
+  EpollThread thread;
   std::mutex mutex;
   std::unordered_map<uint64_t, Watch> watches;
   std::vector<uint64_t> reported;

@@ -2,8 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -14,8 +12,6 @@
 namespace vhostd {
 namespace {
 
-constexpr uint64_t STOP = 0;
-
 /** One write of exactly this width. */
 template <typename Word>
 void store(uintptr_t address, uint32_t value) {
@@ -24,31 +20,11 @@ void store(uintptr_t address, uint32_t value) {
 
 }  // namespace
 
-int Relay::start() {
-  if (epoll >= 0) return 0;
-  epoll = epoll_create1(EPOLL_CLOEXEC);
-  stopFd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  epoll_event stopping = {};
-  stopping.events = EPOLLIN;
-  stopping.data.u64 = STOP;
-  int result = 0;
-  if (epoll < 0 || stopFd < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, stopFd, &stopping) < 0) result = -errno;
-  if (result == 0) result = startThread(&thread, run, this);
-  if (result == 0) return 0;
-  if (epoll >= 0) close(epoll);
-  if (stopFd >= 0) close(stopFd);
-  epoll = stopFd = -1;
-  return result;
-}
+int Relay::start() { return thread.start(run, this); }
 
 void Relay::stop() {
-  if (epoll < 0) return;
-  eventfd_write(stopFd, 1);
-  pthread_join(thread, nullptr);
+  thread.stop();
   while (!connections.empty()) remove(connections.begin());
-  close(stopFd);
-  close(epoll);
-  epoll = stopFd = -1;
 }
 
 int64_t Relay::connect(int kick, int doorbell) {
@@ -65,20 +41,11 @@ int64_t Relay::connect(int kick, uintptr_t address, int width, uint32_t value) {
 }
 
 int64_t Relay::add(const Connection& connection) {
-  if (epoll < 0) return -ESRCH;
   Connection own = connection;
-  own.kick = fcntl(connection.kick, F_DUPFD_CLOEXEC, 3);
-  if (own.kick < 0) return -errno;
   std::lock_guard<std::mutex> lock(mutex);
   uint64_t number = ++lastNumber;
-  epoll_event event = {};
-  event.events = EPOLLIN | EPOLLET;
-  event.data.u64 = number;
-  if (epoll_ctl(epoll, EPOLL_CTL_ADD, own.kick, &event) < 0) {
-    int error = errno;
-    close(own.kick);
-    return -error;
-  }
+  own.kick = thread.watch(connection.kick, EPOLLIN | EPOLLET, number);
+  if (own.kick < 0) return own.kick;
   connections[number] = own;
   return static_cast<int64_t>(number);
 }
@@ -90,9 +57,7 @@ void Relay::disconnect(uint64_t number) {
 }
 
 void Relay::remove(std::unordered_map<uint64_t, Connection>::iterator which) {
-  // Explicitly: the file lives on behind the fd that was duplicated, and epoll would keep reporting it.
-  epoll_ctl(epoll, EPOLL_CTL_DEL, which->second.kick, nullptr);
-  close(which->second.kick);
+  thread.drop(which->second.kick);
   if (which->second.doorbell >= 0) close(which->second.doorbell);
   connections.erase(which);
 }
@@ -116,9 +81,9 @@ void* Relay::run(void* self) {
 void Relay::loop() {
   epoll_event events[64];
   for (;;) {
-    int count = epoll_wait(epoll, events, 64, -1);
+    int count = thread.wait(events, 64);
     for (int index = 0; index < count; index++) {
-      if (events[index].data.u64 == STOP) return;
+      if (events[index].data.u64 == EpollThread::STOP) return;
       std::lock_guard<std::mutex> lock(mutex);
       // An event of a connection that was cut after epoll_wait finds nobody: numbers are not used again.
       auto found = connections.find(events[index].data.u64);

@@ -1,11 +1,11 @@
 #pragma once
 
-#include <pthread.h>
 #include <stdint.h>
 
 #include <mutex>
 #include <unordered_map>
 
+#include "epoll-thread.h"
 #include "eventfd-signal.h"
 
 namespace vhostd {
@@ -53,9 +53,7 @@ class Relay {
   /** False when the doorbell is gone. */
   bool ring(const Connection& connection);
 
-  pthread_t thread;
-  int epoll = -1;
-  int stopFd = -1;
+  EpollThread thread;
   /** Held while a doorbell rings: who holds it otherwise knows that the thread touches no connection. */
   std::mutex mutex;
   std::unordered_map<uint64_t, Connection> connections;

@@ -63,7 +63,6 @@ async function tryOut(): Promise<void> {
     await using _daemon = await start("vfe-vhostd", "--runtime-dir", join(home, "vhostd"), "--bus", bus);
     await cli("mgmtpf", "-a", pf);
     await cli("vf", "-a", "0000:5a:00.1", "-v", join(home, "vhost.sock"));
-    await runQuietly([join(DIST, "vfe-vhostd-ha"), "--help"]);
   } finally {
     await rm(home, { recursive: true, force: true });
   }
