@@ -1,5 +1,5 @@
 import { readdir } from "node:fs/promises";
-import { isAbsolute, join } from "node:path";
+import { dirname, isAbsolute, join } from "node:path";
 import Type, { type TSchema } from "typebox";
 import { asError, VhostdError } from "./base/errors.ts";
 import type { Logger } from "./base/log.ts";
@@ -18,8 +18,11 @@ export interface PluginSources {
   readonly directory?: string;
 }
 
-/** The plugins of the checkout or package that this program belongs to. */
-export const BUILT_IN_PLUGINS = join(import.meta.dir, "..", "plugins");
+/** The plugins of the checkout or package that this program belongs to; a compiled program has them beside it. */
+export const BUILT_IN_PLUGINS = join(
+  import.meta.dir.startsWith("/$bunfs") ? dirname(process.execPath) : join(import.meta.dir, ".."),
+  "plugins",
+);
 
 /** The device classes that this process knows, by who brought them. */
 export class PluginRegistry {
