@@ -8,11 +8,6 @@ const SIZES = { u8: 1, u16: 2, u32: 4, u64: 8, addr: 8 } as const;
 /** `u64` is a bigint; `addr` is a u64 that holds an address, offset or size and must fit a safe integer. */
 export type FieldType = keyof typeof SIZES;
 
-export interface Field {
-  readonly offset: number;
-  readonly type: FieldType;
-}
-
 type ValueOf<T extends FieldType> = T extends "u64" ? bigint : number;
 type Fields = Readonly<Record<string, readonly [offset: number, type: FieldType]>>;
 
@@ -100,7 +95,7 @@ export function readField(data: DataView, offset: number, type: FieldType): numb
   }
 }
 
-export function writeField(data: DataView, offset: number, type: FieldType, value: number | bigint): void {
+function writeField(data: DataView, offset: number, type: FieldType, value: number | bigint): void {
   switch (type) {
     case "u8":
       data.setUint8(offset, Number(value));

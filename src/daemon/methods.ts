@@ -44,6 +44,7 @@ const Vf = Type.Object({
   vm_uuid: Type.String({ description: "VM UUID, empty if none was given" }),
   socket_file: Type.String({ description: "vhost-user socket" }),
   mode: Mode,
+  connected: Type.Boolean({ description: "a front-end is connected, or what it left is being undone" }),
   configured: Type.Boolean({ description: "the guest's driver runs it" }),
   state: Type.String({ description: "where it is in its life cycle" }),
   reason: Type.Union([Type.String(), Type.Null()], { description: "why it failed" }),
@@ -178,7 +179,7 @@ function processMethods(devices: Devices): Method[] {
         return {
           pfs: devices.listPfs().length,
           vfs: vfs.length,
-          sessions: vfs.filter(({ configured }) => configured).length,
+          sessions: vfs.filter(({ connected }) => connected).length,
           // The directory being read is one of them.
           fds: readdirSync("/proc/self/fd").length - 1,
           rss: process.memoryUsage.rss(),

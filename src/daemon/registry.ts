@@ -44,6 +44,8 @@ export interface VfInfo {
   readonly vm_uuid: string;
   readonly socket_file: string;
   readonly mode: "client" | "server";
+  /** A front-end is connected, or what it left is being undone. */
+  readonly connected: boolean;
   /** The guest's driver has set DRIVER_OK. */
   readonly configured: boolean;
   readonly state: string;
@@ -343,6 +345,7 @@ export class DeviceRegistry {
       vm_uuid: options.uuid ?? "",
       socket_file: options.socket,
       mode: options.mode,
+      connected: vf.connected,
       configured: state.name === "running",
       state: state.name,
       reason: vf.reason,

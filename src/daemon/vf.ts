@@ -174,6 +174,11 @@ export class Vf implements SessionTarget {
     return this.current;
   }
 
+  /** A front-end is connected, or what it left is being undone. */
+  get connected(): boolean {
+    return this.session !== undefined;
+  }
+
   /** What is wrong with the function, or null. */
   get reason(): string | null {
     return this.current.name === "failed" ? this.current.reason : (this.trouble ?? null);

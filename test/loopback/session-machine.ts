@@ -13,7 +13,7 @@ const START_TIMEOUT = 15_000;
 
 /** Bytes of each disk. */
 export const DISK_SIZE = 8 << 20;
-export const MEMORY = [
+const MEMORY = [
   { gpa: 0, size: 0xa0000 },
   { gpa: 0x10_0000, size: 16 << 20 },
 ];
@@ -76,8 +76,8 @@ export class Machine implements AsyncDisposable {
   /** Waits until no session of this VF is left. */
   async idle(vf: number): Promise<void> {
     await Deadline.after(10_000, `end of the session of ${this.address(vf)}`).poll(async () => {
-      const { state } = (await this.call("vf.info", { device: this.address(vf) })) as { state: string };
-      return state === "idle" ? true : undefined;
+      const info = (await this.call("vf.info", { device: this.address(vf) })) as { state: string; connected: boolean };
+      return info.state === "idle" && !info.connected ? true : undefined;
     }, 10);
   }
 

@@ -87,6 +87,7 @@ export function vfInfo(vf: PciAddress, pf: PciAddress, more: Partial<VfInfo> = {
     vm_uuid: "",
     socket_file: `/tmp/vf-${vf}`,
     mode: "client",
+    connected: false,
     configured: false,
     state: "idle",
     reason: null,
