@@ -65,6 +65,19 @@ export class DomainTable {
     this.domains.set(DomainTable.key(vm, transport), { domain: DmaDomain.revive(space, domain, fds), users: 0 });
   }
 
+  /** After an adoption: memory of owners that could not be taken up is let go, and domains that nobody uses. */
+  async prune(owners: ReadonlySet<string>): Promise<void> {
+    for (const [key, { domain, users }] of [...this.domains]) {
+      if (users === 0) {
+        this.domains.delete(key);
+        domain.abandon();
+        await this.keeper.delete(`domain/${key}`);
+      } else {
+        for (const owner of domain.owners) if (!owners.has(owner)) await domain.releaseAll(owner);
+      }
+    }
+  }
+
   /** Lets go of all domains without an unmap. */
   abandon(): void {
     for (const { domain } of this.domains.values()) domain.abandon();

@@ -10,6 +10,7 @@ import { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
 import { Pf } from "./pf.ts";
 import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
+import { parseVmUuid } from "./uuid.ts";
 import { Vf, type VfOptions, type VfSurroundings } from "./vf.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
@@ -101,8 +102,11 @@ export class DeviceRegistry {
     try {
       const entry = await this.find(address, "pfNotFound");
       const pf = await Pf.attach(address, entry, this.options.plugins, this.options.log);
+      await using undo = new AsyncDisposableStack();
+      undo.use(pf);
       const { record, fds } = pf.snapshot();
       await this.options.keeper.put(`pf/${address}`, record, fds);
+      undo.move();
       this.pfs.set(address, { live: pf });
     } catch (error) {
       this.pfs.delete(address);
@@ -143,7 +147,13 @@ export class DeviceRegistry {
   async addVf(wanted: AddVf): Promise<VfInfo> {
     const { address } = wanted;
     if (this.vfs.has(address)) throw new VhostdError("vfExists", `VF ${address} has been added already`);
-    const options: VfOptions = { ...wanted, socket: this.checkSocket(wanted.socket) };
+    const uuid = parseVmUuid(wanted.uuid);
+    const options: VfOptions = {
+      address,
+      socket: this.checkSocket(wanted.socket),
+      mode: wanted.mode,
+      ...(uuid === undefined ? {} : { uuid }),
+    };
     if (this.vfs.size >= MOST_VFS)
       throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
     const entry = await this.find(address, "vfNotFound");
@@ -205,14 +215,17 @@ export class DeviceRegistry {
       for (const key of keys.filter((key) => key.startsWith(`${kind}/`))) {
         const stored = await keeper.get(key);
         if (stored === undefined) continue;
-        using _fds = closing(stored.fds);
         try {
           await reviveOne(stored.record, stored.fds);
         } catch (error) {
+          closing(stored.fds)[Symbol.dispose]();
+          // As long as the keeper has the fds, function and front-end believe that somebody is there.
+          await keeper.delete(key);
           log.error(`${key} could not be taken up again`, error);
         }
       }
     }
+    await this.domains.prune(new Set(this.vfs.keys()));
   }
 
   /** Removes all VFs, then all PFs. */

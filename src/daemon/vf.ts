@@ -1,5 +1,5 @@
 import { Deadline } from "../base/deadline.ts";
-import { asError, VhostdError } from "../base/errors.ts";
+import { asError, errnoText, SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -53,6 +53,7 @@ interface VfParts {
   readonly config: Uint8Array;
 }
 
+const EADDRINUSE = 98;
 /** After a connection that never got to run, the next one is taken up later and later, up to this many ms. */
 const LONGEST_BACKOFF = 8_000;
 
@@ -123,9 +124,11 @@ export class Vf implements SessionTarget {
     await domain.attach(fn);
     undo.defer(() => domain.detach(fn));
     const vf = new Vf(options, { entry, fn, dataPath, domain, deviceClass, config }, around, { name: "attaching" });
-    vf.become({ name: "idle" });
+    undo.defer(() => vf.vanish());
+    undo.defer(() => around.keeper.delete(vf.key));
     await vf.checkpoint();
-    vf.endpoint.start();
+    vf.become({ name: "idle" });
+    vf.open();
     undo.move();
     return vf;
   }
@@ -154,12 +157,10 @@ export class Vf implements SessionTarget {
     domain.adopt(fn);
     const vf = new Vf(options, { entry, fn, dataPath, domain, deviceClass, config }, around, { name: "adopting" });
     vf.become({ name: dataPath.running ? "running" : "idle" });
-    if (record.session === null) {
-      vf.endpoint.start();
-    } else {
-      const { session } = record;
+    const { session } = record;
+    vf.open(session !== null);
+    if (session !== null) {
       const own = takeFds(fds, "session");
-      vf.endpoint.start(true);
       vf.serve((target, log) => Session.revive(target, session, own, { log }));
     }
     undo.move();
@@ -271,8 +272,11 @@ export class Vf implements SessionTarget {
   }
 
   async mapMemory(range: DmaRange, fd: number): Promise<void> {
+    await using undo = new AsyncDisposableStack();
     await this.parts.domain.claim(this.address, range, fd);
+    undo.defer(() => this.parts.domain.release(this.address, range));
     await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
+    undo.move();
   }
 
   async unmapMemory(range: DmaRange): Promise<void> {
@@ -282,12 +286,15 @@ export class Vf implements SessionTarget {
 
   start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
     return this.operations.run(async () => {
+      this.checkUsable();
       this.become({ name: "configuring" });
       try {
         await this.parts.dataPath.start(wanted, eventfds, Deadline.after(DEADLINES.start, `start of ${this.address}`));
         this.become({ name: "running" });
         this.backoff = 0;
+        this.trouble = undefined;
       } catch (error) {
+        this.checkUsable();
         this.become({ name: "stopping" });
         this.become({ name: "idle" });
         throw error;
@@ -297,9 +304,11 @@ export class Vf implements SessionTarget {
 
   stop(memory: RingMemory): Promise<DeviceState> {
     return this.operations.run(async () => {
+      this.checkUsable();
       this.become({ name: "stopping" });
       const deadline = Deadline.after(DEADLINES.drain, `${this.address} writing back what it has taken`);
       const state = await this.parts.dataPath.stop(memory, deadline);
+      this.checkUsable();
       this.become({ name: "idle" });
       return state;
     });
@@ -337,6 +346,19 @@ export class Vf implements SessionTarget {
     await this.around.keeper.put(this.key, record, fds);
   }
 
+  private async releaseMemory(): Promise<void> {
+    await this.parts.domain.releaseAll(this.address);
+    await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
+  }
+
+  /** @throws VhostdError noDevice where the function failed, with the reason of that */
+  private checkUsable(): void {
+    if (this.current.name !== "failed") return;
+    throw new VhostdError("noDevice", `the VF has failed: ${this.current.reason}`, {
+      fix: "remove it and add it again",
+    });
+  }
+
   private get key(): string {
     return `vf/${this.address}`;
   }
@@ -347,8 +369,39 @@ export class Vf implements SessionTarget {
     this.around.onState(this);
   }
 
+  /** Begins to look for the front-end. @throws VhostdError socketInUse, socketPath */
+  private open(connected = false): void {
+    const { socket } = this.options;
+    try {
+      this.endpoint.start(connected);
+    } catch (cause) {
+      if (!(cause instanceof SystemError)) throw cause;
+      if (cause.errno === EADDRINUSE) {
+        throw new VhostdError("socketInUse", `another process listens at ${socket}`, { cause });
+      }
+      throw new VhostdError("socketPath", `${socket} cannot be made: ${errnoText(cause.errno)}`, {
+        fix: "check that the directory is there and that this user may write to it",
+        cause,
+      });
+    }
+  }
+
+  /** What was begun is undone: the VF is not there. */
+  private vanish(): void {
+    this.endpoint[Symbol.dispose]();
+    this.current = { name: "absent" };
+    this.around.onState(this);
+  }
+
   private serve(begin: (target: SessionTarget, log: Logger) => Session): void {
-    this.serving = this.runSession(begin).catch((error) => this.fail(asError(error)));
+    this.serving = this.runSession(begin).catch(async (thrown: unknown) => {
+      const error = asError(thrown);
+      // Nobody is left who would undo what the function still holds.
+      await this.reset().catch(() => {});
+      await this.releaseMemory().catch((cause) => this.log.error("guest memory stays mapped", cause));
+      this.fail(error);
+      await this.around.keeper.delete(this.key);
+    });
   }
 
   private async runSession(begin: (target: SessionTarget, log: Logger) => Session): Promise<void> {
@@ -381,6 +434,7 @@ export class Vf implements SessionTarget {
     this.log.error("failed; remove it and add it again", error);
     this.become({ name: "failed", reason: error.message });
     this.endpoint[Symbol.dispose]();
+    this.parts.dataPath.abandon();
   }
 }
 

@@ -132,6 +132,11 @@ export class DmaDomain {
     });
   }
 
+  /** Who holds guest memory here. */
+  get owners(): string[] {
+    return [...this.claims.keys()];
+  }
+
   /** Plain data and the files of what is mapped (borrowed). */
   snapshot(): FunctionSnapshot {
     const fds = new Map(this.mapped.map(({ fd }, i) => [`memory.${i}`, fd.number]));

@@ -238,10 +238,13 @@ export class Backend {
    * that none comes (the side that would be signalled polls).
    */
   async setRingFd(ring: Ring, which: RingFd, fd: OwnedFd | undefined): Promise<void> {
+    using undo = new DisposableStack();
+    undo.use(fd);
     if (which === "kick") {
       await this.beginSetUp();
       ring.started = true;
     }
+    undo.move();
     using _before = ring.swapFd(which, fd);
     if (!this.runs(ring)) return;
     if (which === "kick") await this.target.setKick(ring.index, ring.liveKick ?? null);

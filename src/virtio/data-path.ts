@@ -94,8 +94,9 @@ export class DataPath {
     using undo = new DisposableStack();
     const interrupt = undo.use(eventfd());
     await deadline.race(fn.interrupts.route(CONFIG_VECTOR, interrupt.number));
+    const path = new DataPath(device, features, limits, interrupt, makeMover, { kind: "reset" });
     undo.move();
-    return new DataPath(device, features, limits, interrupt, makeMover, { kind: "reset" });
+    return path;
   }
 
   /**
@@ -184,7 +185,8 @@ export class DataPath {
       await deadline.race(Promise.all(queues.map(({ index, call }) => this.routeCall(index, call ?? null))));
       await this.mover.configure(state, deadline);
       for (const { index, kick } of queues) if (kick !== undefined) this.connectKick(index, kick);
-      await deadline.race(Promise.all(queues.map(({ index }) => this.doorbell(index).ring(index))));
+      // async, so that a doorbell that cannot be found rejects like one that cannot be rung.
+      await deadline.race(Promise.all(queues.map(async ({ index }) => this.doorbell(index).ring(index))));
       for (const { call } of queues) if (call !== undefined) signalEventfd(call);
     } catch (error) {
       // The caller's deadline may have passed, but a device that has not come to rest must not be taken for one that has.

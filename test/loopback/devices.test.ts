@@ -2,6 +2,7 @@ import { expect, test } from "bun:test";
 import { VhostdError } from "../../src/base/errors.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { parsePciAddress } from "../../src/pci/address.ts";
+import { FrontendListener } from "../kit/frontend/frontend.ts";
 import { RegistryLab } from "../kit/registry-lab.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
 
@@ -47,6 +48,38 @@ test("what an operator gets wrong is refused by its number, and leaves nothing b
   expect(registry.listPfs()).toEqual([]);
 }, 30_000);
 
+test("VFs without a VM UUID never share memory, an empty one is none, and nothing else is taken for one", async () => {
+  await using lab = await RegistryLab.create();
+  const { registry, pf, vf, vf2 } = lab;
+  await registry.addPf(pf);
+  const add = (address: typeof vf, uuid: string) =>
+    registry.addVf({ address, socket: lab.socket(address), mode: "client", uuid });
+  expect(await failure(add(vf, "vm-1"))).toBe(1007);
+  await add(vf, "");
+  await add(vf2, "");
+  expect(registry.vfInfo(vf).vm_uuid).toBe("");
+  using listener = new FrontendListener(lab.socket(vf));
+  using frontend = await listener.accept();
+  await lab.run(frontend);
+  expect((await lab.keeper.list()).filter((key) => key.startsWith("domain/"))).toEqual([`domain/vfio-user/${vf}`]);
+}, 30_000);
+
+test("a socket that cannot be made refuses the VF and leaves nothing behind", async () => {
+  await using lab = await RegistryLab.create();
+  const { registry, pf, vf } = lab;
+  await registry.addPf(pf);
+  const events: unknown[] = [];
+  using _handler = registry.onEvent(({ state }) => events.push(state));
+  const add = (socket: string) => registry.addVf({ address: vf, socket, mode: "server" });
+  expect(await failure(add(lab.socket("no/such/directory.sock")))).toBe(1030);
+  using _taken = new FrontendListener(lab.socket("taken.sock"));
+  expect(await failure(add(lab.socket("taken.sock")))).toBe(1038);
+  expect(await lab.keeper.list()).toEqual([`pf/${pf}`]);
+  expect(events.at(-1)).toBe("absent");
+  await add(lab.socket("fine.sock"));
+  expect(registry.vfInfo(vf).state).toBe("idle");
+}, 30_000);
+
 test("the function's process dies: that VF fails and says so, can be removed, and added again", async () => {
   const lab = await RegistryLab.create();
   await using other = await RegistryLab.create();
@@ -73,7 +106,6 @@ test("the function's process dies: that VF fails and says so, can be removed, an
 
 test("a front-end that vanishes frees everything, and the next one begins anew, twenty times", async () => {
   await using lab = await RegistryLab.create();
-  const { FrontendListener } = await import("../kit/frontend/frontend.ts");
   await lab.registry.addPf(lab.pf);
   using listener = new FrontendListener(lab.socket("vhost.sock"));
   await lab.registry.addVf({ address: lab.vf, socket: lab.socket("vhost.sock"), mode: "client" });

@@ -1,4 +1,6 @@
 import { expect, test } from "bun:test";
+import { Deadline } from "../../src/base/deadline.ts";
+import type { Json } from "../../src/base/json.ts";
 import { parseVfRecord, type VfRecord } from "../../src/daemon/record.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { RegistryLab } from "../kit/registry-lab.ts";
@@ -31,6 +33,9 @@ test("a running VF goes on from its record and fds: no reset, no reconnect, veri
     }
     expect(await load.stop()).toBeGreaterThanOrEqual(100);
 
+    // Memory can still be plugged: the domain's record came back with its files.
+    expect(await frontend.addRegion(frontend.memory.add(8 * 2 ** 32, 2 << 20))).toBe(0n);
+
     // The session goes on too: a stop gives the indices that the rings have come to.
     const bases = await frontend.stop({ order: "old" });
     expect(bases[0]).toBe(disk.verified & 0xffff);
@@ -39,6 +44,55 @@ test("a running VF goes on from its record and fds: no reset, no reconnect, veri
   }
   expect(liveFds()).toBe(before);
 }, 60_000);
+
+/** The keeper's record of the VF with a change, and what the registry makes of it. */
+async function rebuildFrom(lab: RegistryLab, change: (record: VfRecord) => Json): Promise<void> {
+  const key = `vf/${lab.vf}`;
+  const stored = await lab.keeper.get(key);
+  if (stored === undefined) throw new Error("the VF has no record");
+  const borrowed = new Map([...stored.fds].map(([name, fd]) => [name, fd.number] as const));
+  await lab.keeper.put(key, change(parseVfRecord(stored.record)), borrowed);
+  for (const fd of stored.fds.values()) fd[Symbol.dispose]();
+  await rebuild(lab);
+}
+
+test("a session that cannot be rebuilt ends: nothing stays reachable, the VF says why, others go on", async () => {
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  using frontend = await lab.connect();
+  using other = await lab.connect(lab.vf2, "other.sock");
+  await lab.run(frontend);
+  await lab.run(other);
+  const io = new VerifiedDisk(512).runOn(other.queues[0]!.driver);
+
+  await rebuildFrom(lab, (record) => ({ ...record, session: { state: "what?" } }));
+  await frontend.hungUp();
+  await Deadline.after(5_000, "failure of the VF").poll(
+    () => lab.registry.vfInfo(lab.vf).state === "failed" || undefined,
+    1,
+  );
+  expect(lab.registry.vfInfo(lab.vf).reason).toContain("the stored session is not understood");
+  const memory = await lab.keeper.get(`domain/vfio-user/${lab.vf}`);
+  expect(memory?.fds.size ?? 0).toBe(0);
+  await lab.registry.removeVf(lab.vf);
+  const before = io.done;
+  await Deadline.after(5_000, "I/O of the other VF").poll(() => io.done > before || undefined, 1);
+  await io.stop();
+}, 30_000);
+
+test("a VF whose record is not understood is left out, and can be added again", async () => {
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  using frontend = await lab.connect();
+  await lab.run(frontend);
+  await rebuildFrom(lab, (record) => ({ ...record, version: 99 }) as unknown as Json);
+  await frontend.hungUp();
+  expect(lab.registry.listVfs(lab.pf)).toEqual([]);
+  expect((await lab.keeper.list()).toSorted()).toEqual([`pf/${lab.pf}`]);
+  using again = await lab.connect(lab.vf, "again.sock");
+  await lab.run(again);
+  await new VerifiedDisk().steps(again.queues[0]!.driver, 5);
+}, 30_000);
 
 test("kicks and calls that come while nobody is there are not lost", async () => {
   await using lab = await RegistryLab.create();

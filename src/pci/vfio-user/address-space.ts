@@ -50,14 +50,24 @@ export class VfioUserAddressSpace implements AddressSpace {
     await this.unmapOrHangUp(listener, mapped, deadline);
   }
 
+  /**
+   * A server that does not take what others of the VM took is of no use any more and is hung up on: one VF's server
+   * never decides about the memory of another VF.
+   */
   async map(range: DmaRange, fd: number, deadline: Deadline): Promise<void> {
     const asked = this.present();
     const results = await Promise.allSettled(asked.map((listener) => listener.dmaMap(range, fd, deadline)));
-    const failed = results.find((result, i) => result.status === "rejected" && asked[i]!.gone === undefined);
-    if (failed?.status !== "rejected") return;
-    const taken = asked.filter((_, i) => mayHold(results[i]!));
-    await Promise.all(taken.map((listener) => this.unmapOrHangUp(listener, [range], deadline)));
-    throw failed.reason;
+    const taken = results.some(({ status }) => status === "fulfilled");
+    let failure: unknown;
+    for (const [i, result] of results.entries()) {
+      const listener = asked[i]!;
+      if (result.status === "fulfilled" || listener.gone !== undefined) continue;
+      failure ??= result.reason;
+      // A refusal is certain; after a timeout the range may still become mapped.
+      const refused = result.reason instanceof VhostdError && result.reason.code === "system";
+      if (taken || !refused) listener.hangUp(unwilling(listener, "take", result.reason));
+    }
+    if (failure !== undefined && !taken) throw failure;
   }
 
   async unmap(range: DmaRange, deadline: Deadline): Promise<void> {
@@ -77,17 +87,14 @@ export class VfioUserAddressSpace implements AddressSpace {
     try {
       await settleAll(ranges.map((range) => listener.dmaUnmap(range, deadline)));
     } catch (cause) {
-      const why = asError(cause).message;
-      listener.hangUp(
-        new VhostdError("iommuDomain", `${listener.address} would not let go of memory: ${why}`, { cause }),
-      );
+      listener.hangUp(unwilling(listener, "let go of", cause));
     }
   }
 }
 
-/** A refusal is certain; after a timeout the range may still become mapped. */
-function mayHold(result: PromiseSettledResult<void>): boolean {
-  return result.status === "fulfilled" || !(result.reason instanceof VhostdError && result.reason.code === "system");
+function unwilling(listener: DmaListener, what: string, cause: unknown): VhostdError {
+  const why = asError(cause).message;
+  return new VhostdError("iommuDomain", `${listener.address} would not ${what} guest memory: ${why}`, { cause });
 }
 
 /** Like Promise.all, but nothing is under way any more when it settles. */

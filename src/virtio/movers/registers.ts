@@ -130,8 +130,10 @@ export class RegistersMover implements StateMover {
       throw new VhostdError("io", `${this.name} stopped by itself: ${describeStatus(status)}`);
     }
     for (const queue of state.queues) {
-      const available = availIndex(memory, queue);
       const used = usedIndex(memory, queue);
+      const available = availIndex(memory, queue);
+      // The device goes on meanwhile: only indices of one moment can be compared.
+      if (usedIndex(memory, queue) !== used) return `queue ${queue.index} is still being used`;
       const left = (available - used) & 0xffff;
       if (left > queue.size) {
         throw new VhostdError("io", `queue ${queue.index} has ${left} entries in use, of ${queue.size}: a broken ring`);

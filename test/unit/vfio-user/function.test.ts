@@ -291,17 +291,33 @@ describe("memory", () => {
     expect(DMA_UNMAP.read(a.server.requests[2]!.body)).toEqual({ argsz: 24, flags: 0, address: 0, size: 4096 });
   });
 
-  test("that one function refuses is taken back from the others", async () => {
-    const [a, b] = [await open(), await open()];
+  test("that no function takes is refused, and nobody is hung up on", async () => {
+    const { fn, server } = await open();
     const space = new VfioUserAddressSpace();
-    for (const { fn } of [a, b]) await space.attach(fn, [], soon());
-    b.server.script.set(Command.dmaMap, () => ({ errno: 12 }));
+    await space.attach(fn, [], soon());
+    server.script.set(Command.dmaMap, () => ({ errno: 12 }));
     using file = memfd("memory", 65536);
     await expect(space.map(range(0, file.number), file.number, soon())).rejects.toMatchObject({ errno: 12 });
-    expect(a.server.commands).toEqual(["dmaMap", "dmaUnmap"]);
-    expect(b.server.commands).toEqual(["dmaMap"]);
-    expect([a.fn.gone, b.fn.gone]).toEqual([undefined, undefined]);
+    expect(server.commands).toEqual(["dmaMap"]);
+    expect(fn.gone).toBeUndefined();
   });
+
+  for (const [how, answer] of [
+    ["refuses", { errno: 12 }],
+    ["never answers for", { silent: true }],
+  ] as const) {
+    test(`that one function ${how} costs that function, not the others`, async () => {
+      const [a, b] = [await open(), await open()];
+      const space = new VfioUserAddressSpace();
+      for (const { fn } of [a, b]) await space.attach(fn, [], soon());
+      b.server.script.set(Command.dmaMap, () => answer);
+      using file = memfd("memory", 65536);
+      await space.map(range(0, file.number), file.number, soon(100));
+      expect(a.server.commands).toEqual(["dmaMap"]);
+      expect(a.fn.gone).toBeUndefined();
+      expect((await b.fn.lost).message).toMatch(/would not take guest memory/);
+    });
+  }
 
   test("that a function will not let go of costs that function, not the others", async () => {
     const [a, b] = [await open(), await open()];
@@ -312,7 +328,7 @@ describe("memory", () => {
     await space.map(one, file.number, soon());
     a.server.script.set(Command.dmaUnmap, () => ({ errno: 16 }));
     await space.unmap(one, soon());
-    expect((await a.fn.lost).message).toMatch(/would not let go of memory/);
+    expect((await a.fn.lost).message).toMatch(/would not let go of guest memory/);
     expect(b.fn.gone).toBeUndefined();
     await space.map(one, file.number, soon());
     await space.detach(a.fn, [one], soon());

@@ -289,6 +289,19 @@ test("a device that does not start ends the session with its reason", async () =
   expect(pair.target.mapped).toEqual([]);
 });
 
+test("an eventfd that comes with a set-up that fails is closed", async () => {
+  await using pair = connect();
+  const { frontend, target } = pair;
+  await startRunning(frontend, 1);
+  await frontend.send(Request.SET_STATUS, u64(0n));
+  target.before = (operation) => {
+    if (operation === "reset") throw new VhostdError("resetTimedOut", "status stays 4");
+  };
+  using kick = eventfd();
+  await frontend.send(Request.SET_VRING_KICK, u64(0n), [kick.number]);
+  expect((await pair.ended).reason).toBe("status stays 4");
+});
+
 test("close ends the session from our side, after the operation under way", async () => {
   await using pair = connect();
   const { frontend, target, session } = pair;

@@ -33,6 +33,20 @@ async function until(condition: () => boolean): Promise<void> {
 }
 
 describe("a data path", () => {
+  test("says which doorbell cannot be found, also while another one is being rung", async () => {
+    const { fn, path, eventfds } = await open({ queues: 2 });
+    const doorbell = fn.doorbell.bind(fn);
+    fn.doorbell = (bar, offset) => {
+      if (fn.rung.length > 0) throw new Error("it lies outside its BAR");
+      fn.rung.push(-1);
+      return { ...doorbell(bar, offset), ring: () => Bun.sleep(1).then(() => Promise.reject(new Error("no answer"))) };
+    };
+    const unconnected = new Map([...eventfds.keys()].map((queue) => [queue, { kick: undefined, call: undefined }]));
+    await expect(path.start(wantedState(2), unconnected, soon())).rejects.toThrow(/outside its BAR/);
+    // The other one's failure comes later and must not be nobody's: that would end the process.
+    await Bun.sleep(5);
+  });
+
   test("opens a reset device and knows its limits", async () => {
     const { fn, path } = await open({ queues: 2, queueSize: 64, features: featureBits(FeatureBit.ringReset) });
     expect(path.virtioId).toBe(2);

@@ -93,6 +93,22 @@ describe("freeze", () => {
     expect(mover.snapshot().kind).toBe("running");
   });
 
+  test("takes a device that goes on while it is looked at for what it is", async () => {
+    const { mover, rings } = await setUp(1);
+    await mover.configure(wantedState(1), soon());
+    rings.set(0, { available: 5, used: 4 });
+    let reads = 0;
+    const busy = {
+      read(gpa: number, length: number) {
+        const bytes = rings.read(gpa, length);
+        if (reads++ === 0) rings.set(0, { available: 6, used: 6 });
+        return bytes;
+      },
+    };
+    const { queues } = await mover.freeze(busy, soon());
+    expect(queues[0]).toMatchObject({ lastAvail: 6, lastUsed: 6 });
+  });
+
   test("does not wait for a device that needs a reset, nor for a broken ring", async () => {
     const { fn, mover, rings } = await setUp();
     await mover.configure(wantedState(1), soon());
