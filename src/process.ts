@@ -1,4 +1,4 @@
-import { asError, VhostdError } from "./base/errors.ts";
+import { asError } from "./base/errors.ts";
 import type { Logger } from "./base/log.ts";
 
 /** What the programs that run until they are told to stop have in common. */
@@ -33,10 +33,4 @@ export function dieOfUnhandled(log: Logger): void {
 /** Ends the process even where something was forgotten that holds it. */
 export function exitSoon(): void {
   setTimeout(() => process.exit(), LEFTOVERS).unref();
-}
-
-/** What was wrong and what to do about it, in one line. */
-export function sentence(error: Error): string {
-  const fix = error instanceof VhostdError && error.fix !== undefined ? `; ${error.fix}` : "";
-  return `${error.message}${fix}`;
 }

@@ -142,6 +142,12 @@ export function asError(value: unknown): Error {
   return value instanceof Error ? value : new Error(String(value));
 }
 
+/** What was wrong and what to do about it, in one line. */
+export function sentence(error: Error): string {
+  const fix = error instanceof VhostdError && error.fix !== undefined ? `; ${error.fix}` : "";
+  return `${error.message}${fix}`;
+}
+
 /** The number of any error: its own, or EIO for one that has none. */
 export function errorNumber(error: unknown): number {
   return error instanceof VhostdError ? error.number : ERROR_NUMBERS.io;

@@ -40,7 +40,14 @@ export async function callDaemon(
 ): Promise<unknown> {
   const deadline = Deadline.after(place.timeout, `the call of ${method}`);
   using client = await RpcClient.connect(place.socket, deadline);
-  return await client.call(method, params, deadline);
+  try {
+    return await client.call(method, params, deadline);
+  } catch (error) {
+    if (!(error instanceof VhostdError) || error.code !== "timedOut") throw error;
+    throw new VhostdError("timedOut", error.message, {
+      fix: "the daemon goes on with it: ask for the state (vf -i, mgmtpf -l), or wait longer with --timeout",
+    });
+  }
 }
 
 /** JSON indented by two, as old clients print it. */

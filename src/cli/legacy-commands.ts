@@ -40,7 +40,12 @@ const VF_OPTIONS = {
   remove: { type: "boolean", short: "r", exclusive: true, help: "let go of the VF" },
   list: { type: "boolean", short: "l", exclusive: true, help: "list the VFs of the PF named by DEVICE" },
   info: { type: "boolean", short: "i", exclusive: true, help: "describe the VF" },
-  debug: { type: "boolean", short: "d", exclusive: true, help: "move the state of the VF by hand" },
+  debug: {
+    type: "boolean",
+    short: "d",
+    exclusive: true,
+    help: "move the state of the VF by hand (managed VFs; there are none yet)",
+  },
   operation: { type: "string", short: "o", value: "OP", help: "of -d: 1 to 6" },
   "size-mode": { type: "string", short: "b", value: "SIZE_MODE", help: "of -d: 1 bitmap, 2 bytemap" },
   socket: { type: "string", short: "v", value: "VHOST_SOCKET", help: "of -a: vhost-user socket (/tmp/vf-ADDRESS)" },
@@ -83,7 +88,7 @@ export async function runVf(args: readonly string[]): Promise<number> {
 function addParams(values: OptionValues<typeof VF_OPTIONS>) {
   return {
     // The daemon's working directory is not the caller's.
-    socket_file: values.socket === undefined ? undefined : resolve(values.socket),
+    socket_file: values.socket === undefined || values.socket === "" ? values.socket : resolve(values.socket),
     uuid: values.uuid,
     server: values.server,
   };

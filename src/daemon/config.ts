@@ -7,6 +7,7 @@ import { findMismatch } from "../rpc/mismatch.ts";
 import { type LoopbackAddress, parseLoopbackAddress } from "../rpc/tcp-address.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { defaultSocket } from "./default-socket.ts";
+import { parseVmUuid } from "./uuid.ts";
 
 /** What the daemon runs with. Paths are absolute. */
 export interface DaemonConfig {
@@ -81,7 +82,8 @@ export interface ConfigOverrides {
  * @throws VhostdError that names file, line and key
  */
 export async function loadConfig(file: string | undefined, overrides: ConfigOverrides = {}): Promise<DaemonConfig> {
-  const read = file === undefined ? {} : parseConfigFile(await readText(file), file);
+  const text = file === undefined ? "" : await readText(file);
+  const read = file === undefined ? {} : parseConfigFile(text, file);
   const here = file === undefined ? process.cwd() : dirname(resolve(file));
   const inFile = (path: string) => resolve(here, path);
 
@@ -94,17 +96,39 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
     logLevel: overrides.logLevel === undefined ? (read["log-level"] ?? "info") : parseLogLevel(overrides.logLevel),
     plugins: (read.plugins ?? []).map((plugin) => (isPath(plugin) ? inFile(plugin) : plugin)),
     pluginDirectory: read["plugin-directory"] === undefined ? undefined : inFile(read["plugin-directory"]),
-    pfs: (read.pf ?? []).map(({ device }) => parsePciAddress(device)),
-    vfs: (read.vf ?? []).map(({ device, socket, uuid, mode = "client" }) => {
+    pfs: entries("pf", read.pf ?? [], ({ device }) => parsePciAddress(device)),
+    vfs: entries("vf", read.vf ?? [], ({ device, socket, uuid, mode = "client" }) => {
       const address = parsePciAddress(device);
+      const vm = parseVmUuid(uuid);
       return {
         address,
         socket: socket === undefined ? defaultSocket(address) : inFile(socket),
         mode,
-        ...(uuid === undefined ? {} : { uuid }),
+        ...(vm === undefined ? {} : { uuid: vm }),
       };
     }),
   };
+
+  /** What is wrong with an entry is said with its place; a device that stands twice is a mistake. */
+  function entries<T extends { readonly device: string }, R>(
+    table: string,
+    list: readonly T[],
+    convert: (entry: T) => R,
+  ): R[] {
+    const seen = new Set<string>();
+    return list.map((entry, index) => {
+      try {
+        const address = parsePciAddress(entry.device);
+        if (seen.has(address)) throw new VhostdError("badArguments", `${address} stands twice`);
+        seen.add(address);
+        return convert(entry);
+      } catch (error) {
+        if (!(error instanceof VhostdError)) throw error;
+        const line = lineOf(text, `${table}[${index}].device`);
+        throw new VhostdError("badArguments", `${place(file ?? "", line)}: ${error.message}`, { cause: error });
+      }
+    });
+  }
 }
 
 /** @throws VhostdError badArguments */
@@ -118,7 +142,11 @@ function parseConfigFile(text: string, file: string): ConfigFile {
   const mismatch = findMismatch(ConfigFile, value, "key");
   if (mismatch === undefined) return value as ConfigFile;
   const line = lineOf(text, mismatch.path);
-  throw new VhostdError("badArguments", `${file}${line === undefined ? "" : `:${line}`}: ${mismatch.message}`);
+  throw new VhostdError("badArguments", `${place(file, line)}: ${mismatch.message}`);
+}
+
+function place(file: string, line: number | undefined): string {
+  return line === undefined ? file : `${file}:${line}`;
 }
 
 async function readText(file: string): Promise<string> {

@@ -1,4 +1,5 @@
-import { mkdir } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { mkdir, rmdir } from "node:fs/promises";
 import { Deadline } from "../base/deadline.ts";
 import { errnoText, SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
@@ -36,7 +37,13 @@ export class Daemon {
    */
   async start(): Promise<void> {
     const { config, log } = this;
-    await makeDirectory(config.runtimeDirectory);
+    // mkdir tells the first directory that it made: where that is ours, nobody else has anything in it.
+    if ((await makeDirectory(config.runtimeDirectory)) !== undefined) {
+      this.running.defer(() => rmdir(config.runtimeDirectory).catch(() => {}));
+    }
+    for (const directory of config.busDirectories) {
+      if (!existsSync(directory)) log.info(`there is no bus directory ${directory} yet`);
+    }
     const socket = rpcSocket(config.runtimeDirectory);
     refuseSecondDaemon(socket, config.runtimeDirectory);
     log.debug(`up to ${raiseOpenFileLimit()} open files`);
@@ -88,9 +95,9 @@ export class Daemon {
   }
 }
 
-async function makeDirectory(path: string): Promise<void> {
+async function makeDirectory(path: string): Promise<string | undefined> {
   try {
-    await mkdir(path, { recursive: true, mode: 0o755 });
+    return await mkdir(path, { recursive: true, mode: 0o755 });
   } catch (error) {
     const errno = Math.abs((error as NodeJS.ErrnoException).errno ?? 5);
     throw new VhostdError(errno, `the runtime directory ${path} cannot be made: ${errnoText(errno)}`, {

@@ -59,6 +59,7 @@ export function legacyMethods(devices: Devices, log: Logger): Method[] {
     defineMethod({
       name: "mgmtpf",
       summary: "For old clients: add, remove or list PFs. Exactly one of the three is true.",
+      changes: ({ list }) => list !== true,
       params: PfRequest,
       result: Answer,
       refused: failure,
@@ -67,6 +68,7 @@ export function legacyMethods(devices: Devices, log: Logger): Method[] {
     defineMethod({
       name: "vf",
       summary: "For old clients: add, remove, list or describe VFs. Exactly one of the operations is true.",
+      changes: ({ list, info }) => list !== true && info !== true,
       params: VfRequest,
       result: Answer,
       refused: failure,
@@ -86,7 +88,7 @@ async function carryOutPf(devices: Devices, request: Static<typeof PfRequest>): 
       await devices.removePf(pfAddress(request.dev));
       return {};
     case "list":
-      return { devices: devices.listPfs().map(({ pf }) => ({ pf })) };
+      return { devices: devices.listPfs().map(({ pf, reason }) => ({ pf, ...told(reason) })) };
   }
 }
 
@@ -165,7 +167,13 @@ function describeVf(info: VfInfo): Record<string, unknown> {
     vm_uuid,
     socket_file,
     configured: info.configured,
+    ...told(info.reason),
   };
+}
+
+/** What is wrong, where something is: a member that the old clients' scripts do not know and do not meet otherwise. */
+function told(reason: string | null): { reason?: string } {
+  return reason === null ? {} : { reason };
 }
 
 /** Columns that a bit number takes. */

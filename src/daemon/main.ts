@@ -1,7 +1,7 @@
-import { asError } from "../base/errors.ts";
+import { asError, sentence } from "../base/errors.ts";
 import { createLogger, LOG_LEVELS } from "../base/log.ts";
 import { type CommandLine, type Option, parseCommandLine } from "../command-line.ts";
-import { dieOfUnhandled, exitSoon, sentence, stopSignal } from "../process.ts";
+import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { VERSION } from "../version.ts";
 import { type DaemonConfig, DEFAULT_BUS_DIRECTORIES, loadConfig } from "./config.ts";

@@ -28,6 +28,7 @@ const Pf = Type.Object({
   vfs: Type.Integer({ description: "VFs of it that are added" }),
   kind: Type.Enum(["software", "vfio"], { description: "how the function is reached" }),
   managed: Type.Boolean({ description: "it can freeze, save and restore its VFs" }),
+  reason: Type.Union([Type.String(), Type.Null()], { description: "why it is gone" }),
 });
 
 const Vf = Type.Object({
@@ -47,7 +48,9 @@ const Vf = Type.Object({
   connected: Type.Boolean({ description: "a front-end is connected, or what it left is being undone" }),
   configured: Type.Boolean({ description: "the guest's driver runs it" }),
   state: Type.String({ description: "where it is in its life cycle" }),
-  reason: Type.Union([Type.String(), Type.Null()], { description: "why it failed" }),
+  reason: Type.Union([Type.String(), Type.Null()], {
+    description: "what is wrong with it, or why its last front-end was turned away",
+  }),
   mover: Type.String({ description: "how its state is moved" }),
 });
 
@@ -64,6 +67,7 @@ function deviceMethods(devices: Devices): Method[] {
   return [
     defineMethod({
       name: "pf.add",
+      changes: () => true,
       summary: "Takes a physical function into service. Its VFs can be added afterwards.",
       params: DeviceOnly,
       result: Pf,
@@ -71,6 +75,7 @@ function deviceMethods(devices: Devices): Method[] {
     }),
     defineMethod({
       name: "pf.remove",
+      changes: () => true,
       summary: "Lets go of a physical function that has no VFs any more.",
       params: DeviceOnly,
       result: Nothing,
@@ -88,6 +93,7 @@ function deviceMethods(devices: Devices): Method[] {
     }),
     defineMethod({
       name: "vf.add",
+      changes: () => true,
       summary: "Takes a virtual function into service and serves it at a vhost-user socket.",
       params: Type.Object(
         {
@@ -109,6 +115,7 @@ function deviceMethods(devices: Devices): Method[] {
     }),
     defineMethod({
       name: "vf.remove",
+      changes: () => true,
       summary: "Ends the session of a virtual function and lets go of it.",
       params: DeviceOnly,
       result: Nothing,
@@ -169,7 +176,7 @@ function processMethods(devices: Devices): Method[] {
       result: Type.Object({
         pfs: Type.Integer({ description: "PFs in service" }),
         vfs: Type.Integer({ description: "VFs in service" }),
-        sessions: Type.Integer({ description: "VFs that a guest's driver runs" }),
+        sessions: Type.Integer({ description: "front-ends connected" }),
         fds: Type.Integer({ description: "open file descriptors" }),
         rss: Type.Integer({ description: "resident memory, bytes" }),
         uptime: Type.Number({ description: "seconds" }),
@@ -207,8 +214,8 @@ function allVfs(devices: Devices): VfInfo[] {
   return devices.listPfs().flatMap(({ pf }) => devices.listVfs(pf as PciAddress));
 }
 
-function pfResult({ pf, class: deviceClass, vfs, kind, managed }: PfInfo): Static<typeof Pf> {
-  return { pf, class: deviceClass, vfs, kind, managed };
+function pfResult(info: PfInfo): Static<typeof Pf> {
+  return { ...info };
 }
 
 function vfResult(info: VfInfo): Static<typeof Vf> {

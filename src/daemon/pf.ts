@@ -15,6 +15,8 @@ import { closing, type PfRecord, RECORD_VERSION } from "./record.ts";
 /** A physical function that the daemon holds open on behalf of its VFs. */
 export class Pf implements AsyncDisposable {
   private closed = false;
+  /** Why the function is gone, or null. */
+  reason: string | null = null;
 
   private constructor(
     readonly address: PciAddress,
@@ -24,7 +26,9 @@ export class Pf implements AsyncDisposable {
     log: Logger,
   ) {
     void fn.lost.then((reason) => {
-      if (!this.closed) log.child(`pf ${address}`).error("gone; remove it and add it again", reason);
+      if (this.closed) return;
+      this.reason = reason.message;
+      log.child(`pf ${address}`).error("gone; remove it and add it again", reason);
     });
   }
 

@@ -1,4 +1,5 @@
-import { resolve } from "node:path";
+import { lstatSync } from "node:fs";
+import { isAbsolute, resolve } from "node:path";
 import { VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
@@ -25,6 +26,8 @@ export interface PfInfo {
   readonly kind: "software" | "vfio";
   /** The PF can freeze, save and restore its VFs. */
   readonly managed: boolean;
+  /** Why the PF is gone, or null. */
+  readonly reason: string | null;
 }
 
 export interface VfInfo {
@@ -97,7 +100,7 @@ export class DeviceRegistry {
 
   /** @throws VhostdError pfExists, pfNotFound, or what attaching throws */
   async addPf(address: PciAddress): Promise<PfInfo> {
-    if (this.pfs.has(address)) throw new VhostdError("pfExists", `PF ${address} has been added already`);
+    this.checkNewPf(address);
     this.pfs.set(address, "adding");
     try {
       const entry = await this.find(address, "pfNotFound");
@@ -146,7 +149,7 @@ export class DeviceRegistry {
   /** @throws VhostdError vfExists, socketInUse, socketPath, limitExceeded, vfNotFound, pfNotFound, or what attaching throws */
   async addVf(wanted: AddVf): Promise<VfInfo> {
     const { address } = wanted;
-    if (this.vfs.has(address)) throw new VhostdError("vfExists", `VF ${address} has been added already`);
+    if (this.vfs.has(address)) throw this.vfExists(address);
     const uuid = parseVmUuid(wanted.uuid);
     const options: VfOptions = {
       address,
@@ -159,7 +162,7 @@ export class DeviceRegistry {
     const entry = await this.find(address, "vfNotFound");
     const pf = this.checkParent(address, entry);
     // Looked up while others may have run: the slot is taken without a wait in between.
-    if (this.vfs.has(address)) throw new VhostdError("vfExists", `VF ${address} has been added already`);
+    if (this.vfs.has(address)) throw this.vfExists(address);
     this.checkSocket(options.socket);
     this.livePf(pf);
     this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
@@ -277,6 +280,25 @@ export class DeviceRegistry {
     return entry;
   }
 
+  private checkNewPf(address: PciAddress): void {
+    const slot = this.pfs.get(address);
+    if (slot === undefined) return;
+    const gone = typeof slot === "string" ? null : slot.live.reason;
+    throw new VhostdError(
+      "pfExists",
+      `PF ${address} has been added already${gone === null ? "" : `, and is gone: ${gone}`}`,
+      {
+        fix: `nothing is to be done, or remove it first: vfe-vhost-cli mgmtpf -r ${address}`,
+      },
+    );
+  }
+
+  private vfExists(address: PciAddress): VhostdError {
+    return new VhostdError("vfExists", `VF ${address} has been added already`, {
+      fix: `nothing is to be done, or remove it first: vfe-vhost-cli vf -r ${address}`,
+    });
+  }
+
   private checkParent(address: PciAddress, entry: BusEntry): PciAddress {
     if (entry.physfn === undefined) {
       throw new VhostdError("vfNotFound", `${address} is not a virtual function`, {
@@ -287,9 +309,18 @@ export class DeviceRegistry {
     return entry.physfn;
   }
 
-  /** The path made absolute. */
+  /** The path in its shortest form. @throws VhostdError badArguments, socketPath, socketInUse */
   private checkSocket(path: string): string {
+    if (!isAbsolute(path)) {
+      throw new VhostdError("badArguments", `the socket path ${JSON.stringify(path)} is not absolute`, {
+        fix: "give the whole path: the working directory of the daemon is its own matter",
+      });
+    }
     const socket = resolve(path);
+    const there = lstatSync(socket, { throwIfNoEntry: false });
+    if (there !== undefined && !there.isSocket()) {
+      throw new VhostdError("socketPath", `${socket} is there and is no socket`, { fix: "give another path" });
+    }
     const length = Buffer.byteLength(socket);
     if (length > LONGEST_SOCKET_PATH) {
       throw new VhostdError(
@@ -301,8 +332,10 @@ export class DeviceRegistry {
       );
     }
     for (const [address, vf] of this.vfs) {
-      if (vf.socket === socket)
-        throw new VhostdError("socketInUse", `${socket} is the socket of VF ${address} already`);
+      if (vf.socket !== socket) continue;
+      throw new VhostdError("socketInUse", `${socket} is the socket of VF ${address} already`, {
+        fix: "give each VF a socket of its own",
+      });
     }
     return socket;
   }
@@ -314,6 +347,10 @@ export class DeviceRegistry {
   private livePf(address: PciAddress): Pf {
     const slot = this.pfs.get(address);
     if (slot === undefined) {
+      const parent = this.vfs.get(address)?.pf;
+      if (parent !== undefined) {
+        throw new VhostdError("pfNotFound", `${address} is a VF of PF ${parent}`, { fix: `name the PF, ${parent}` });
+      }
       throw new VhostdError("pfNotFound", `PF ${address} has not been added`, {
         fix: `vfe-vhost-cli mgmtpf -a ${address}`,
       });
@@ -325,7 +362,11 @@ export class DeviceRegistry {
 
   private liveVf(address: PciAddress): Vf {
     const slot = this.vfs.get(address)?.slot;
-    if (slot === undefined) throw new VhostdError("vfNotFound", `VF ${address} has not been added`);
+    if (slot === undefined) {
+      throw new VhostdError("vfNotFound", `VF ${address} has not been added`, {
+        fix: `add it with "vfe-vhost-cli vf -a ${address}"; "vf -l" lists those of a PF`,
+      });
+    }
     if (typeof slot === "string")
       throw new VhostdError("busy", `VF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
     return slot.live;
@@ -338,6 +379,7 @@ export class DeviceRegistry {
       vfs: this.addressesOf(pf.address).length,
       kind: pf.entry.transport.kind === "vfio-user" ? "software" : "vfio",
       managed: false,
+      reason: pf.reason,
     };
   }
 

@@ -1,5 +1,5 @@
 import { Deadline } from "../base/deadline.ts";
-import { asError, errnoText, SystemError, VhostdError } from "../base/errors.ts";
+import { asError, errnoText, SystemError, sentence, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -63,7 +63,7 @@ export class Vf implements SessionTarget {
   private session: Session | undefined;
   private serving: Promise<void> = Promise.resolve();
   private backoff = 0;
-  /** Why the device asks for a reset; undefined where it does not. */
+  /** Why the device asks for a reset, or why the last front-end was turned away; undefined where all is well. */
   private trouble: string | undefined;
   private configHandler: () => void = () => {};
   private readonly operations = new OperationQueue();
@@ -180,7 +180,7 @@ export class Vf implements SessionTarget {
     return this.session !== undefined;
   }
 
-  /** What is wrong with the function, or null. */
+  /** What is wrong with the function or was with its last front-end, or null. */
   get reason(): string | null {
     return this.current.name === "failed" ? this.current.reason : (this.trouble ?? null);
   }
@@ -410,9 +410,11 @@ export class Vf implements SessionTarget {
     const end = await session.run();
     this.session = undefined;
     this.configHandler = () => {};
+    this.trouble = end.error === undefined ? undefined : `the last session ended: ${sentence(end.error)}`;
     if (end.error !== undefined) this.backoff = Math.min(LONGEST_BACKOFF, Math.max(250, this.backoff * 2));
     if (this.current.name === "failed") return await this.around.keeper.delete(this.key);
     if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${end.reason}`);
+    this.around.onState(this);
     await this.checkpoint();
     await Promise.race([Bun.sleep(this.backoff), this.stopped.promise]);
     this.endpoint.markFree();

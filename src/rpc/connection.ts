@@ -42,6 +42,7 @@ export class Connection {
     this.call = {
       client,
       notify: (method, params) => this.notify(method, params),
+      log: (text) => this.log.info(`${client}: ${text}`),
       onClose: (handler) => {
         if (socket.destroyed) handler();
         else this.closeHandlers.push(handler);

@@ -10,6 +10,8 @@ export interface Call {
   readonly client: string;
   /** Sends a JSON-RPC notification on the caller's connection; a client that does not read them is cut off. */
   notify(method: string, params: unknown): void;
+  /** Notes what was asked, with who asked it. */
+  log(text: string): void;
   /** Called once when the caller's connection ends. */
   onClose(handler: () => void): void;
 }
@@ -24,6 +26,8 @@ export interface MethodDefinition<P extends TSchema, R extends TSchema> {
   readonly result: R;
   /** May throw VhostdError: its number, reason and fix go to the client. */
   handler(params: Static<P>, call: Call): Static<R> | Promise<Static<R>>;
+  /** Whether a call changes something: then it is logged with who made it. */
+  readonly changes?: (params: Static<P>) => boolean;
   /** Answers instead of a JSON-RPC error where the parameters do not fit (for clients that look inside `result`). */
   readonly refused?: (error: VhostdError) => Static<R>;
 }
@@ -38,8 +42,11 @@ export interface Method {
   invoke(params: unknown, call: Call): Promise<unknown>;
 }
 
+/** Characters of a call's parameters in the log. */
+const LONGEST_NOTE = 300;
+
 export function defineMethod<P extends TSchema, R extends TSchema>(definition: MethodDefinition<P, R>): Method {
-  const { name, summary, params: schema, result, handler, refused } = definition;
+  const { name, summary, params: schema, result, handler, changes, refused } = definition;
   // Compiled with the first call: most processes use few methods, and starting is to be quick.
   let validator: Validator | undefined;
   return {
@@ -51,7 +58,11 @@ export function defineMethod<P extends TSchema, R extends TSchema>(definition: M
       // Some clients write null or an empty list where there is nothing to say.
       const params = given === undefined || given === null || isEmptyList(given) ? {} : given;
       validator ??= Compile(schema);
-      if (validator.Check(params)) return await handler(params as Static<P>, call);
+      if (validator.Check(params)) {
+        if (changes?.(params as Static<P>) === true)
+          call.log(`${name} ${JSON.stringify(params).slice(0, LONGEST_NOTE)}`);
+        return await handler(params as Static<P>, call);
+      }
       const { message, path, expected } = explain(name, schema, params);
       if (refused !== undefined) return refused(new VhostdError("badArguments", message));
       throw new ProtocolError(RpcCode.invalidParams, message, { parameter: path, expected });

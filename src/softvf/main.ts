@@ -1,13 +1,13 @@
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 
-import { VhostdError } from "../base/errors.ts";
+import { sentence, VhostdError } from "../base/errors.ts";
 import { createLogger, LOG_LEVELS, type LogLevel, silentLogger } from "../base/log.ts";
 import { type CommandLine, type Option, parseCommandLine, UsageError } from "../command-line.ts";
 import { parsePciAddress } from "../pci/address.ts";
 import type { SoftOption } from "../plugin.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
-import { dieOfUnhandled, exitSoon, sentence, stopSignal } from "../process.ts";
+import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
 import { VERSION } from "../version.ts";
 import { allOptions, optionFlag } from "./class-options.ts";
 import { DEFAULT_SOFTVF_DIRECTORY, findClass, parseVfCount, readConfigFile, type SoftvfConfig } from "./config.ts";

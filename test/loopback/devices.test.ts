@@ -2,6 +2,7 @@ import { expect, test } from "bun:test";
 import { VhostdError } from "../../src/base/errors.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { parsePciAddress } from "../../src/pci/address.ts";
+import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import { FrontendListener } from "../kit/frontend/frontend.ts";
 import { RegistryLab } from "../kit/registry-lab.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
@@ -32,6 +33,10 @@ test("what an operator gets wrong is refused by its number, and leaves nothing b
   expect(await failure(add(nowhere))).toBe(1003);
   expect(await failure(add(pf))).toBe(1003); // a PF is no VF
   expect(await failure(add(vf, "x".repeat(120)))).toBe(1030);
+  expect(await failure(add(vf, "disk.img"))).toBe(1030); // a file, no socket
+  for (const socket of ["", "relative.sock"]) {
+    expect(await failure(registry.addVf({ address: vf, socket, mode: "client" }))).toBe(1007);
+  }
   expect(liveFds()).toBe(fds);
 
   const adds = await Promise.allSettled([add(), add(), add(vf, "b.sock")]);
@@ -80,6 +85,28 @@ test("a socket that cannot be made refuses the VF and leaves nothing behind", as
   expect(registry.vfInfo(vf).state).toBe("idle");
 }, 30_000);
 
+test("why a front-end was turned away is seen with the VF, until one runs", async () => {
+  await using lab = await RegistryLab.create();
+  const { registry, vf } = lab;
+  await registry.addPf(lab.pf);
+  using listener = new FrontendListener(lab.socket("vhost.sock"));
+  const events: unknown[] = [];
+  using _handler = registry.onEvent(({ reason }) => events.push(reason));
+  await registry.addVf({ address: vf, socket: lab.socket("vhost.sock"), mode: "client" });
+  {
+    using legacy = await listener.accept();
+    await legacy.negotiate({ features: ~featureBits(FeatureBit.version1) });
+    await legacy.setupMemory([{ gpa: 0, size: 8 << 20 }]);
+    await legacy.startQueues(1).catch(() => {});
+    await legacy.hungUp();
+  }
+  using frontend = await listener.accept();
+  expect(registry.vfInfo(vf).reason).toContain("disable-legacy=on");
+  expect(events.at(-1)).toBe(registry.vfInfo(vf).reason);
+  await lab.run(frontend);
+  expect(registry.vfInfo(vf).reason).toBeNull();
+}, 30_000);
+
 test("the function's process dies: that VF fails and says so, can be removed, and added again", async () => {
   const lab = await RegistryLab.create();
   await using other = await RegistryLab.create();
@@ -96,6 +123,7 @@ test("the function's process dies: that VF fails and says so, can be removed, an
     const info = lab.registry.vfInfo(lab.vf);
     expect(info.state).toBe("failed");
     expect(info.reason).toContain("0000:5a:00.1");
+    expect(lab.registry.listPfs()[0]?.reason).toContain("hung up");
     await lab.registry.removeVf(lab.vf);
     await lab.registry.removePf(lab.pf);
     expect(await io.stop()).toBeGreaterThan(0);

@@ -40,7 +40,7 @@ export type Span = { readonly offset: number; readonly size: number };
 export type RegionInfo = {
   /** Bytes; 0 where the device has no such region. */
   readonly size: number;
-  /** Where in its file the region begins, and what of it can be mapped. Page-aligned. */
+  /** Where in its file, on tmpfs or hugetlbfs, the region begins, and what of it can be mapped. Page-aligned. */
   readonly mappable: { readonly fileOffset: number; readonly areas: readonly Span[] } | null;
 };
 
@@ -70,11 +70,13 @@ export function decodeRegionInfo(reply: Reply, index: number, page: number): Reg
   if (reply.fds.length !== 1) throw bad(`region ${index} came with ${reply.fds.length} descriptors; 1`);
   const areas = sparseAreas(reply.body, info) ?? [{ offset: 0, size: info.size }];
   const file = fileInfo(reply.fds[0]!.number);
+  // Who serves another filesystem could keep the relay, which serves all functions, waiting for a page.
+  if (file.filesystem === "other") return { size: info.size, mappable: null };
   for (const { offset, size } of areas) {
     if (offset % page !== 0 || size % page !== 0 || size === 0 || offset + size > info.size) {
       throw bad(`region ${index} cannot have a mappable area of ${size} bytes at ${offset}; it has ${info.size} bytes`);
     }
-    if (file.kind === "regular" && info.offset + offset + size > file.size) {
+    if (info.offset + offset + size > file.size) {
       throw bad(`a mappable area of region ${index} ends beyond its file of ${file.size} bytes`);
     }
   }

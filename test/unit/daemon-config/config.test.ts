@@ -84,7 +84,13 @@ describe("mistakes are named with their line", () => {
     ["a missing key in a table", `[[pf]]\ndevice = "a"\n\n[[pf]]\n`, `vhostd.toml:4: key "pf[1].device" is missing`],
     ["an unknown key in a table", `[[vf]]\ndevice = "a"\nmodus = "b"`, `vhostd.toml:3: key "vf[0].modus" is not known`],
     ["no TOML", "bus = [", "vhostd.toml: "],
-    ["an address that is none", `[[pf]]\ndevice = "eth0"`, `"eth0" is not a PCI address`],
+    ["an address that is none", `[[pf]]\ndevice = "eth0"`, `vhostd.toml:2: "eth0" is not a PCI address`],
+    [
+      "a VF twice",
+      `[[vf]]\ndevice = "0a:01.1"\n\n[[vf]]\ndevice = "0000:0a:01.1"`,
+      "vhostd.toml:5: 0000:0a:01.1 stands twice",
+    ],
+    ["a VM that is no UUID", `[[vf]]\ndevice = "0a:01.1"\nuuid = "vm1"`, `vhostd.toml:2: "vm1" is not a UUID`],
     ["TCP for everyone", `rpc-tcp = "0.0.0.0:1"`, "not a loopback address"],
   ];
   for (const [what, text, message] of cases) {

@@ -14,7 +14,7 @@ export class FakeDevices implements Devices {
   async addPf(pf: PciAddress): Promise<PfInfo> {
     if (!pf.startsWith("0000:5a:")) throw new VhostdError("pfNotFound", `no function ${pf}`, { fix: "check --bus" });
     if (this.pfs.has(pf)) throw new VhostdError("pfExists", `PF ${pf} has been added already`);
-    const info: PfInfo = { pf, class: "net", vfs: 0, kind: "software", managed: false };
+    const info: PfInfo = { pf, class: "net", vfs: 0, kind: "software", managed: false, reason: null };
     this.pfs.set(pf, info);
     this.emit({ type: "pf", pf, state: "added" });
     return info;

@@ -5,7 +5,7 @@ import { type Call, defineMethod } from "../../../src/rpc/method.ts";
 import { fromErrorObject, toErrorObject } from "../../../src/rpc/protocol.ts";
 import { parseLoopbackAddress } from "../../../src/rpc/tcp-address.ts";
 
-const call: Call = { client: "test", notify() {}, onClose() {} };
+const call: Call = { client: "test", notify() {}, log() {}, onClose() {} };
 
 const method = defineMethod({
   name: "vf.add",

@@ -27,20 +27,37 @@ async function invoke(name: string, params?: unknown, call = caller().call): Pro
 
 function caller() {
   const notified: unknown[] = [];
+  const notes: string[] = [];
   const closing: (() => void)[] = [];
   const call: Call = {
     client: "test",
+    log: (text) => notes.push(text),
     notify: (method, params) => notified.push([method, params]),
     onClose: (handler) => closing.push(handler),
   };
   return {
     call,
     notified,
+    notes,
     close() {
       for (const handler of closing) handler();
     },
   };
 }
+
+test("a change is noted with its parameters, a question is not", async () => {
+  const { call, notes } = caller();
+  await invoke("pf.add", { device: PF }, call);
+  await invoke("pf.list", {}, call);
+  await invoke("vf", { add: true, vfdev: VF, socket_file: "/tmp/a" }, call);
+  await invoke("vf", { info: true, vfdev: VF }, call);
+  await invoke("vf.remove", { device: VF }, call);
+  expect(notes).toEqual([
+    `pf.add {"device":"${PF}"}`,
+    `vf {"add":true,"vfdev":"${VF}","socket_file":"/tmp/a"}`,
+    `vf.remove {"device":"${VF}"}`,
+  ]);
+});
 
 describe("typed methods", () => {
   test("a PF and a VF from add to remove", async () => {
