@@ -1,6 +1,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -8,6 +9,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -30,9 +32,17 @@ int32_t vhostd_dup(int32_t fd) { return orErrno(fcntl(fd, F_DUPFD_CLOEXEC, 3)); 
 
 int32_t vhostd_eventfd() { return orErrno(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)); }
 
+/** Does not rely on O_NONBLOCK: whoever shares the open file can take the flag away, and the counter too. */
 int64_t vhostd_drain_eventfd(int32_t fd) {
   uint64_t count = 0;
-  ssize_t result = retried([&] { return read(fd, &count, sizeof count); });
+  iovec part = {&count, sizeof count};
+  ssize_t result = retried([&] { return preadv2(fd, &part, 1, -1, RWF_NOWAIT); });
+  if (result == -EOPNOTSUPP) {
+    // Linux before 5.8 knows no better.
+    pollfd ready = {fd, POLLIN, 0};
+    if (poll(&ready, 1, 0) <= 0 || !(ready.revents & POLLIN)) return 0;
+    result = retried([&] { return read(fd, &count, sizeof count); });
+  }
   if (result == -EAGAIN) return 0;
   if (result < 0) return result;
   return count > INT64_MAX ? INT64_MAX : static_cast<int64_t>(count);

@@ -1,6 +1,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -105,13 +106,32 @@ int32_t vhostd_is_hung_up(int32_t fd) {
   return result < 0 ? result : state.revents != 0;
 }
 
+/** 1 for a socket of the kind that this module makes. Others may wait for a lock that a peer can hold. */
+int32_t vhostd_is_unix_stream(int32_t fd) {
+  int domain = 0;
+  int type = 0;
+  socklen_t length = sizeof domain;
+  if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) < 0) return -errno;
+  if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length) < 0) return -errno;
+  return domain == AF_UNIX && type == SOCK_STREAM;
+}
+
+/** The peer reads the end of the stream, and nobody connects any more, before the fd is closed. */
+int32_t vhostd_shutdown(int32_t fd) { return shutdown(fd, SHUT_RDWR) < 0 ? -errno : 0; }
+
+/** Bytes that wait to be read. */
+int64_t vhostd_unread(int32_t fd) {
+  int count = 0;
+  return ioctl(fd, FIONREAD, &count) < 0 ? -errno : count;
+}
+
 int64_t vhostd_peek(int32_t fd, uint8_t* into, int64_t length) {
   return retried([&] { return recv(fd, into, static_cast<size_t>(length), MSG_PEEK | MSG_DONTWAIT); });
 }
 
 /**
  * Takes up to `length` bytes, and the fds that came with them: fds[0..*count), room for 253.
- * -EMFILE: fds were sent that this process could not take; those that did arrive are closed.
+ * -EMFILE: fds were sent that this process could not take; those that did arrive are the caller's all the same.
  */
 int64_t vhostd_receive(int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count) {
   alignas(cmsghdr) char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
@@ -130,12 +150,7 @@ int64_t vhostd_receive(int32_t fd, uint8_t* into, int64_t length, int32_t* fds, 
     memcpy(fds + *count, CMSG_DATA(part), arrived * sizeof(int));
     *count += arrived;
   }
-  if (message.msg_flags & MSG_CTRUNC) {
-    for (int32_t index = 0; index < *count; index++) close(fds[index]);
-    *count = 0;
-    return -EMFILE;
-  }
-  return taken;
+  return message.msg_flags & MSG_CTRUNC ? -EMFILE : taken;
 }
 
 /** Sends what the socket takes, at least one byte or -EAGAIN. The fds go with the first byte. */

@@ -4,11 +4,16 @@
 
 /**
  * The C face of the module: every function that bun:ffi links, once. All return a value >= 0 or -errno (errno itself
- * does not survive the way back: the engine makes system calls of its own). None blocks, none keeps a pointer.
+ * does not survive the way back: the engine makes system calls of its own). None keeps a pointer, and none
+ * blocks but vhostd_wait_for_closes, for as long as it is told.
  * Arguments are checked in TypeScript.
  */
 #define VHOSTD_SYMBOLS(X)                                                                                     \
   X(vhostd_close, int32_t, (int32_t fd))                                                                      \
+  X(vhostd_new_lane, int64_t, ())                                                                             \
+  X(vhostd_close_later, int32_t, (int64_t lane, int32_t fd))                                                  \
+  X(vhostd_pending_closes, int64_t, (int64_t lane))                                                           \
+  X(vhostd_wait_for_closes, int32_t, (int32_t milliseconds))                                                  \
   X(vhostd_dup, int32_t, (int32_t fd))                                                                        \
   X(vhostd_eventfd, int32_t, ())                                                                              \
   X(vhostd_signal_eventfd, int32_t, (int32_t fd))                                                             \
@@ -26,6 +31,9 @@
   X(vhostd_socket_pair, int32_t, (int32_t* pair))                                                             \
   X(vhostd_peer_credentials, int32_t, (int32_t fd, int32_t* credentials))                                     \
   X(vhostd_is_hung_up, int32_t, (int32_t fd))                                                                 \
+  X(vhostd_is_unix_stream, int32_t, (int32_t fd))                                                             \
+  X(vhostd_shutdown, int32_t, (int32_t fd))                                                                   \
+  X(vhostd_unread, int64_t, (int32_t fd))                                                                     \
   X(vhostd_peek, int64_t, (int32_t fd, uint8_t* into, int64_t length))                                        \
   X(vhostd_receive, int64_t, (int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count))       \
   X(vhostd_send, int64_t, (int32_t fd, const uint8_t* from, int64_t length, const int32_t* fds, int32_t count)) \

@@ -45,3 +45,13 @@ TEST(signal_refuses_what_is_no_eventfd) {
   CHECK(vhostd::EventfdSignal::signalByWrite(1 << 20) == -EBADF);
   close(fd);
 }
+
+TEST(drain_of_an_empty_blocking_eventfd_returns) {
+  int fd = eventfd(0, EFD_CLOEXEC);
+  alarm(10);
+  CHECK(vhostd_drain_eventfd(fd) == 0);
+  CHECK(eventfd_write(fd, 3) == 0);
+  CHECK(vhostd_drain_eventfd(fd) == 3);
+  alarm(0);
+  close(fd);
+}

@@ -1,4 +1,6 @@
 import { type ConsolaInstance, createConsola, type LogType } from "consola";
+import { sentence } from "./errors.ts";
+import { LogOutput, surviveLostReaders } from "./log-output.ts";
 
 /** Levels as the command line names them, with consola's numbers. */
 export const LOG_LEVELS = { error: 0, warn: 1, info: 3, debug: 4, trace: 5 } as const;
@@ -16,16 +18,25 @@ export interface Logger {
 /** journald reads a line's priority from a leading `<n>` (sd-daemon(3)). */
 const PRIORITY: Partial<Record<LogType, number>> = { fatal: 2, error: 3, warn: 4, info: 6, debug: 7, trace: 7 };
 
-/** The root logger of a process. Writes to standard error; with journald behind it each line carries its priority. */
+/**
+ * The root logger of a process. Writes to standard error; with journald behind it each line carries its priority. From
+ * here on the process survives the loss of whoever reads its standard streams.
+ */
 export function createLogger(level: LogLevel, journald = process.env["JOURNAL_STREAM"] !== undefined): Logger {
+  surviveLostReaders();
+  const begin = (type: LogType, date: Date) =>
+    journald ? `<${PRIORITY[type] ?? 6}>` : `${date.toISOString()} ${type.padEnd(5)} `;
+  const output = new LogOutput(
+    { write: (text, done) => process.stderr.write(text, done) },
+    (lines) => `${begin("warn", new Date())}${lines} lines are missing here: the reader of this log was too slow\n`,
+  );
   const root = createConsola({
     level: LOG_LEVELS[level],
     reporters: [
       {
         log({ type, tag, args, date }) {
-          const prefix = journald ? `<${PRIORITY[type] ?? 6}>` : `${date.toISOString()} ${type.padEnd(5)} `;
           const subject = tag === "" ? "" : `${tag}: `;
-          process.stderr.write(`${prefix}${subject}${args.map(describe).join(" ")}\n`);
+          output.write(`${begin(type, date)}${subject}${args.map(describe).join(" ")}\n`);
         },
       },
     ],
@@ -36,7 +47,7 @@ export function createLogger(level: LogLevel, journald = process.env["JOURNAL_ST
 function wrap(instance: ConsolaInstance, subject: string): Logger {
   const tagged = instance.withTag(subject);
   const say = (type: "error" | "warn") => (message: string, cause?: unknown) =>
-    cause === undefined ? tagged[type](message) : tagged[type](message, cause);
+    cause === undefined ? tagged[type](message) : tagged[type](`${message}:`, cause);
   return {
     error: say("error"),
     warn: say("warn"),
@@ -55,7 +66,7 @@ function describe(value: unknown): string {
 
 function causeChain(error: Error): string {
   const cause = error.cause instanceof Error ? ` (${causeChain(error.cause)})` : "";
-  return `${error.message}${cause}`;
+  return `${sentence(error)}${cause}`;
 }
 
 /** Says nothing; for tests and for libraries that are handed no logger. */

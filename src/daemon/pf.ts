@@ -28,7 +28,7 @@ export class Pf implements AsyncDisposable {
     void fn.lost.then((reason) => {
       if (this.closed) return;
       this.reason = reason.message;
-      log.child(`pf ${address}`).error("gone; remove it and add it again", reason);
+      log.child(`pf ${address}`).error("gone (remove it and add it again)", reason);
     });
   }
 

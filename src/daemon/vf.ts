@@ -433,7 +433,7 @@ export class Vf implements SessionTarget {
 
   private fail(error: Error): void {
     if (this.current.name === "failed" || this.current.name === "detaching" || this.current.name === "absent") return;
-    this.log.error("failed; remove it and add it again", error);
+    this.log.error("failed (remove it and add it again)", error);
     this.become({ name: "failed", reason: error.message });
     this.endpoint[Symbol.dispose]();
     this.parts.dataPath.abandon();

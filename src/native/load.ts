@@ -24,6 +24,10 @@ interface Addon {
 /** The C face: names and types as in native/symbols.h. Strings end with a zero byte. */
 const SYMBOLS = {
   vhostd_close: { args: ["i32"], returns: "i32" },
+  vhostd_new_lane: { args: [], returns: "i64_fast" },
+  vhostd_close_later: { args: ["i64_fast", "i32"], returns: "i32" },
+  vhostd_pending_closes: { args: ["i64_fast"], returns: "i64_fast" },
+  vhostd_wait_for_closes: { args: ["i32"], returns: "i32" },
   vhostd_dup: { args: ["i32"], returns: "i32" },
   vhostd_eventfd: { args: [], returns: "i32" },
   vhostd_signal_eventfd: { args: ["i32"], returns: "i32" },
@@ -41,6 +45,9 @@ const SYMBOLS = {
   vhostd_socket_pair: { args: ["ptr"], returns: "i32" },
   vhostd_peer_credentials: { args: ["i32", "ptr"], returns: "i32" },
   vhostd_is_hung_up: { args: ["i32"], returns: "i32" },
+  vhostd_is_unix_stream: { args: ["i32"], returns: "i32" },
+  vhostd_shutdown: { args: ["i32"], returns: "i32" },
+  vhostd_unread: { args: ["i32"], returns: "i64_fast" },
   vhostd_peek: { args: ["i32", "ptr", "i64_fast"], returns: "i64_fast" },
   vhostd_receive: { args: ["i32", "ptr", "i64_fast", "ptr", "ptr"], returns: "i64_fast" },
   vhostd_send: { args: ["i32", "ptr", "i64_fast", "ptr", "i32"], returns: "i64_fast" },

@@ -2,9 +2,10 @@ import { Deadline } from "../base/deadline.ts";
 import { SystemError, VhostdError } from "../base/errors.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import { checkFd } from "./arguments.ts";
-import { OwnedFd } from "./fd.ts";
+import { CloseLane, OwnedFd } from "./fd.ts";
 import { c, check } from "./load.ts";
 import { type Watch, watch } from "./poller.ts";
+import { shutDown } from "./sys.ts";
 
 /** How a protocol cuts a byte stream into messages. */
 export interface Framing {
@@ -33,6 +34,14 @@ export interface MessageSocketOptions {
   onHeader?(header: Uint8Array): void;
 }
 
+/** What has arrived of a message whose header is not complete. */
+interface Begun {
+  readonly header: Uint8Array;
+  /** Bytes of the header that are not in the socket any more. */
+  taken: number;
+  readonly fds: OwnedFd[];
+}
+
 const EAGAIN = 11;
 const EPIPE = 32;
 const ECONNRESET = 104;
@@ -40,12 +49,16 @@ const ECONNRESET = 104;
 const MOST_FDS = 253;
 /** Milliseconds between two looks at a header of which a part is there: the poller would report that part for ever. */
 const HEADER_INTERVAL = 2;
+/** Milliseconds between two looks at what is still being closed. */
+const CLOSE_INTERVAL = 5;
 /** Messages taken one after the other before other work of the event loop has its turn: a peer may never pause. */
 const MESSAGES_A_TURN = 16;
 
 /** Messages with fds over a unix stream socket. */
 export class MessageSocket implements Disposable {
   private owned: OwnedFd | undefined;
+  /** Also of the fds that arrive: what a peer has sent is closed in one lane. */
+  private readonly lane: CloseLane;
   private readonly partialTimeout: number;
   private readonly sendTimeout: number;
   private readonly readable: Readiness;
@@ -63,10 +76,16 @@ export class MessageSocket implements Disposable {
     private readonly options: MessageSocketOptions = {},
   ) {
     this.owned = fd;
+    this.lane = fd.lane ?? new CloseLane();
     this.partialTimeout = options.partialTimeout ?? 10_000;
     this.sendTimeout = options.sendTimeout ?? 10_000;
     this.readable = new Readiness(fd.number, "in");
     this.writable = new Readiness(fd.number, "out");
+  }
+
+  /** Disposed of or abandoned. */
+  get closed(): boolean {
+    return this.owned === undefined;
   }
 
   /** Borrowed. @throws VhostdError cancelled after disposal */
@@ -79,7 +98,8 @@ export class MessageSocket implements Disposable {
    * The next message, or undefined when the peer hung up between two messages. Nothing is taken from the socket before
    * this is called, and never more than one message. After an error the place in the stream is lost: close the socket.
    * @throws VhostdError protocol (framing, too many fds), connectionLost (hang-up in the middle of a message), timedOut
-   * (a message began and was not completed), cancelled (closed meanwhile); SystemError EMFILE (no room for its fds)
+   * (a message began and was not completed, or fds that came before cannot be closed), cancelled (closed meanwhile);
+   * SystemError EMFILE (no room for its fds)
    */
   async receive(): Promise<Message | undefined> {
     if (this.receiving) throw new VhostdError("invalid", "receive() is called while another is waiting");
@@ -89,55 +109,72 @@ export class MessageSocket implements Disposable {
         await new Promise(setImmediate);
         this.takenThisTurn = 0;
       }
-      const header = await this.peekHeader();
-      if (header === undefined) return undefined;
-      const bodySize = this.framing.bodySize(header);
-      if (!Number.isSafeInteger(bodySize) || bodySize < 0) {
-        throw new VhostdError("protocol", `message announces a body of ${bodySize} bytes`);
+      if (this.lane.full) await this.awaitCloses();
+      const begun: Begun = { header: new Uint8Array(this.framing.headerSize), taken: 0, fds: [] };
+      try {
+        if (!(await this.peekHeader(begun))) return undefined;
+        const bodySize = this.framing.bodySize(begun.header);
+        if (!Number.isSafeInteger(bodySize) || bodySize < 0) {
+          throw new VhostdError("protocol", `message announces a body of ${bodySize} bytes`);
+        }
+        this.options.onHeader?.(begun.header);
+        return await this.take(begun, bodySize);
+      } catch (error) {
+        closeAll(begun.fds);
+        throw error;
       }
-      this.options.onHeader?.(header);
-      return await this.take(header.length, bodySize);
     } finally {
       this.receiving = false;
     }
   }
 
-  private async peekHeader(): Promise<Uint8Array | undefined> {
-    const header = new Uint8Array(this.framing.headerSize);
+  private async awaitCloses(): Promise<void> {
+    const deadline = Deadline.after(this.partialTimeout, "closing of the fds that this peer has sent");
+    await deadline.poll(() => (this.owned === undefined || !this.lane.full ? true : undefined), CLOSE_INTERVAL);
+  }
+
+  /** Fills in the header, which stays in the socket as far as possible. False: the peer hung up before. */
+  private async peekHeader(begun: Begun): Promise<boolean> {
+    const { header } = begun;
     let deadline: Deadline | undefined;
     for (;;) {
       // Asked for first: what the peer sent before it hung up is then seen below.
       const ended = deadline !== undefined && check(c.vhostd_is_hung_up(this.fd), "poll") > 0;
-      const count = Number(c.vhostd_peek(this.fd, header, header.length));
-      if (count === header.length) return header;
-      if (count === 0 || count === -ECONNRESET) return undefined;
+      const rest = header.subarray(begun.taken);
+      const count = Number(c.vhostd_peek(this.fd, rest, rest.length));
+      if (count === rest.length) return true;
+      if (count === 0 || count === -ECONNRESET) {
+        if (begun.taken > 0) throw lostError(begun.taken, header.length);
+        return false;
+      }
       if (count === -EAGAIN) {
-        await this.readable.wait();
+        await this.readable.wait(deadline);
         this.takenThisTurn = 0;
         continue;
       }
       check(count, "peek at a message");
-      if (ended) throw lostError(count, header.length);
+      if (Number(c.vhostd_unread(this.fd)) > count) {
+        // A look ends where bytes came with fds: these are taken, so that the next look begins there.
+        begun.taken += check(this.takePart(rest.subarray(0, count), begun.fds), "receive a part of a header");
+        continue;
+      }
+      if (ended) throw lostError(begun.taken + count, header.length);
       deadline ??= Deadline.after(this.partialTimeout, "arrival of a message's header");
       deadline.check();
       await Bun.sleep(HEADER_INTERVAL);
     }
   }
 
-  private async take(headerSize: number, bodySize: number): Promise<Message> {
+  private async take({ header, taken: begin, fds }: Begun, bodySize: number): Promise<Message> {
+    const headerSize = header.length;
     const bytes = new Uint8Array(headerSize + bodySize);
+    bytes.set(header);
     const deadline = Deadline.after(this.partialTimeout, `arrival of a message of ${bytes.length} bytes`);
-    const fds: OwnedFd[] = [];
-    try {
-      for (let taken = 0; taken < bytes.length; ) {
-        const count = this.takePart(bytes.subarray(taken), fds);
-        if (count === -EAGAIN) await this.readable.wait(deadline);
-        else if (count === 0 || count === -ECONNRESET) throw lostError(taken, bytes.length);
-        else taken += check(count, "receive a message with file descriptors");
-      }
-    } catch (error) {
-      closeAll(fds);
-      throw error;
+    for (let taken = begin; taken < bytes.length; ) {
+      const count = this.takePart(bytes.subarray(taken), fds);
+      if (count === -EAGAIN) await this.readable.wait(deadline);
+      else if (count === 0 || count === -ECONNRESET) throw lostError(taken, bytes.length);
+      else taken += check(count, "receive a message with file descriptors");
     }
     return {
       header: bytes.subarray(0, headerSize),
@@ -152,7 +189,7 @@ export class MessageSocket implements Disposable {
     const numbers = new Int32Array(MOST_FDS);
     const arrived = new Int32Array(1);
     const count = Number(c.vhostd_receive(this.fd, into, into.length, numbers, arrived));
-    for (const number of numbers.subarray(0, arrived[0])) fds.push(new OwnedFd(number));
+    for (const number of numbers.subarray(0, arrived[0])) fds.push(new OwnedFd(number, this.lane));
     if (fds.length > this.framing.maxFds) {
       throw new VhostdError("protocol", `message carries ${fds.length} fds, the limit is ${this.framing.maxFds}`);
     }
@@ -205,9 +242,11 @@ export class MessageSocket implements Disposable {
     return fd;
   }
 
-  /** Closes the socket. A receive() or send() that waits fails with cancelled. */
+  /** Ends the stream and closes the socket. A receive() or send() that waits fails with cancelled. */
   [Symbol.dispose](): void {
-    if (this.owned !== undefined) this.abandon()[Symbol.dispose]();
+    if (this.owned === undefined) return;
+    shutDown(this.owned.number);
+    this.abandon()[Symbol.dispose]();
   }
 }
 

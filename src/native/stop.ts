@@ -6,7 +6,8 @@ export function onStop(stop: () => void): void {
 }
 
 /**
- * Stops the poller, the relay and the slow calls (waiting for those under way), in the reverse order of their start.
+ * Stops the poller, the relay and the slow calls (waiting for those under way), in the reverse order of their start;
+ * closes of peers' files are waited for a second at most.
  * Called by every program before it exits: process.exit skips the clean-up of native modules. Safe to call twice; what
  * is used afterwards starts again. Watches and relay connections that still exist never fire again.
  */

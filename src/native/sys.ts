@@ -1,6 +1,6 @@
 import { SystemError, VhostdError } from "../base/errors.ts";
 import { checkFd, checkInteger, checkSize, cString } from "./arguments.ts";
-import { OwnedFd } from "./fd.ts";
+import { CloseLane, OwnedFd } from "./fd.ts";
 import { c, check } from "./load.ts";
 
 /**
@@ -24,10 +24,7 @@ export function signalEventfd(fd: number): void {
   check(c.vhostd_signal_eventfd(checkFd(fd)), "signal eventfd");
 }
 
-/**
- * Takes the counter, 0 when there is nothing. Only for eventfds of our own: whoever shares a peer's open file can
- * make it block.
- */
+/** Takes the counter, 0 when there is nothing. Never blocks, also where a peer shares the open file. */
 export function drainEventfd(fd: number): number {
   return check(c.vhostd_drain_eventfd(checkFd(fd)), "read eventfd");
 }
@@ -48,32 +45,46 @@ function socketPath(path: string): Uint8Array {
 }
 
 /** A connected, non-blocking stream socket, or an error at once (ENOENT, ECONNREFUSED; EAGAIN: the queue is full). */
-export function connectUnix(path: string): OwnedFd {
-  return new OwnedFd(check(c.vhostd_connect_unix(socketPath(path)), `connect to ${path}`));
+export function connectUnix(path: string, lane = new CloseLane()): OwnedFd {
+  return new OwnedFd(check(c.vhostd_connect_unix(socketPath(path)), `connect to ${path}`), lane);
 }
 
 /**
  * A listening, non-blocking stream socket. A socket file that nobody listens on is replaced; EADDRINUSE where somebody
- * does, or where the file is no socket. The file stays when the socket is closed.
+ * does, or where the file is no socket. The file stays when the socket is closed; `shutDown` it before.
  * @param mode permission bits of the socket file, independent of the umask
  */
 export function listenUnix(path: string, mode: number): OwnedFd {
   const result = c.vhostd_listen_unix(socketPath(path), checkInteger(mode, 0, 0o777, "mode of a socket"));
-  return new OwnedFd(check(result, `listen on ${path}`));
+  return new OwnedFd(check(result, `listen on ${path}`), new CloseLane());
 }
 
 /** A connection that waits on a listening socket, or undefined. */
-export function accept(fd: number): OwnedFd | undefined {
+export function accept(fd: number, lane = new CloseLane()): OwnedFd | undefined {
   const result = Number(c.vhostd_accept(checkFd(fd)));
   if (result === -EAGAIN || result === -ECONNABORTED) return undefined;
-  return new OwnedFd(check(result, "accept"));
+  return new OwnedFd(check(result, "accept"), lane);
 }
 
 /** Two connected, non-blocking stream sockets. */
 export function socketPair(): [OwnedFd, OwnedFd] {
   const pair = new Int32Array(2);
   check(c.vhostd_socket_pair(pair), "socketpair");
-  return [new OwnedFd(pair[0]!), new OwnedFd(pair[1]!)];
+  return [new OwnedFd(pair[0]!, new CloseLane()), new OwnedFd(pair[1]!, new CloseLane())];
+}
+
+/**
+ * Ends a unix socket before its fd is closed, which may take a while: the peer reads the end of the stream, and nobody
+ * connects any more. Duplicates of the fd end with it.
+ */
+export function shutDown(fd: number): void {
+  // ENOTCONN: it has ended already.
+  c.vhostd_shutdown(checkFd(fd));
+}
+
+/** The fd is a stream socket of the unix family: no other can be used without waiting for who shares its open file. */
+export function isUnixStream(fd: number): boolean {
+  return Number(c.vhostd_is_unix_stream(checkFd(fd))) === 1;
 }
 
 /** The process at the other end of a unix socket, as it was when it connected. */
@@ -88,6 +99,7 @@ const KINDS = ["regular", "eventfd", "socket", "other"] as const;
 const FILESYSTEMS = ["tmpfs", "hugetlbfs", "other"] as const;
 
 export interface FileInfo {
+  /** With `ino` what tells files on tmpfs and hugetlbfs apart; those of other files may be rounded. */
   readonly dev: number;
   readonly ino: number;
   /** Bytes. Of a file that is neither on tmpfs nor on hugetlbfs: as the kernel remembers it. */
@@ -99,7 +111,10 @@ export interface FileInfo {
   readonly pageSize: number;
 }
 
-/** What a peer's fd is. Never waits for a filesystem that another process serves. */
+/**
+ * What a peer's fd is. Never waits for a filesystem that another process serves.
+ * @throws SystemError; VhostdError notSupported for a memory file whose numbers exceed 2^53
+ */
 export function fileInfo(fd: number): FileInfo {
   const values = new BigInt64Array(6);
   check(c.vhostd_file_info(checkFd(fd), values), "fstat");
@@ -111,11 +126,12 @@ export function fileInfo(fd: number): FileInfo {
     0 | 1 | 2,
     number,
   ];
-  // Two files must never be taken for one.
-  if (!Number.isSafeInteger(ino) || !Number.isSafeInteger(dev)) {
+  const info = { dev, ino, size, kind: KINDS[kind], filesystem: FILESYSTEMS[filesystem], pageSize };
+  // Two files of guest memory must never be taken for one.
+  if (info.filesystem !== "other" && !(Number.isSafeInteger(ino) && Number.isSafeInteger(dev))) {
     throw new VhostdError("notSupported", `file has the inode number ${values[1]} on device ${values[0]}, beyond 2^53`);
   }
-  return { dev, ino, size, kind: KINDS[kind], filesystem: FILESYSTEMS[filesystem], pageSize };
+  return info;
 }
 
 /** Reads at `offset` (bytes); the count read is smaller at the end of the file. */

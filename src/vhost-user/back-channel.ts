@@ -51,10 +51,11 @@ export class BackChannel implements Disposable {
     this.enqueue(() => this.ask(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]));
   }
 
+  /** Closes the fd. The stream does not end where a successor of this process holds a duplicate. */
   [Symbol.dispose](): void {
     this.open = false;
     this.answered?.(0n);
-    this.connection[Symbol.dispose]();
+    if (!this.connection.closed) this.connection.abandon()[Symbol.dispose]();
   }
 
   private enqueue(operation: () => Promise<void>): void {

@@ -1,7 +1,7 @@
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { fileInfo } from "../native/sys.ts";
+import { isUnixStream } from "../native/sys.ts";
 import type { QueueState } from "../virtio/device-state.ts";
 import { FeatureBit, hasFeature, Status } from "../virtio/features.ts";
 import { usedIndex } from "../virtio/split-ring.ts";
@@ -260,10 +260,9 @@ export class Backend {
 
   /** Takes ownership of `fd`, in the place of an earlier one. @throws VhostdError protocol */
   setBackChannel(fd: OwnedFd): void {
-    const { kind } = fileInfo(fd.number);
-    if (kind !== "socket") {
+    if (!isUnixStream(fd.number)) {
       fd[Symbol.dispose]();
-      throw new VhostdError("protocol", `the fd of the back-end channel is of kind ${kind}, must be a socket`);
+      throw new VhostdError("protocol", "the fd of the back-end channel is no unix stream socket");
     }
     this.channel?.[Symbol.dispose]();
     this.channel = new BackChannel(fd, this.has(ProtocolFeature.REPLY_ACK), this.log);

@@ -59,6 +59,10 @@ export class Connection implements Disposable {
     return this.socket.fd;
   }
 
+  get closed(): boolean {
+    return this.socket.closed;
+  }
+
   /** Stops listening and gives the fd back unclosed. */
   abandon(): OwnedFd {
     return this.socket.abandon();

@@ -1,9 +1,9 @@
 import { unlinkSync } from "node:fs";
-import { asError } from "../base/errors.ts";
+import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
-import type { OwnedFd } from "../native/fd.ts";
+import { CloseLane, type OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
-import { accept, connectUnix, listenUnix } from "../native/sys.ts";
+import { accept, connectUnix, listenUnix, shutDown } from "../native/sys.ts";
 
 export interface EndpointOptions {
   readonly path: string;
@@ -28,6 +28,8 @@ export class Endpoint implements Disposable {
   /** The failure that was logged last; the same one is not logged again. */
   private lastFailure: string | undefined;
   private readonly retryInterval: number;
+  /** Of all connections: what a front-end leaves behind that cannot be closed counts against the next one, too. */
+  private readonly lane = new CloseLane();
 
   /** @param onConnection takes ownership of the fd and calls `markFree` when it is done with it */
   constructor(
@@ -65,6 +67,7 @@ export class Endpoint implements Disposable {
     clearTimeout(this.refusal);
     if (this.listener === undefined) return;
     this.listener.watch[Symbol.dispose]();
+    shutDown(this.listener.fd.number);
     this.listener.fd[Symbol.dispose]();
     this.listener = undefined;
     try {
@@ -77,7 +80,8 @@ export class Endpoint implements Disposable {
   private connect(): void {
     let fd: OwnedFd;
     try {
-      fd = connectUnix(this.options.path);
+      this.checkLane();
+      fd = connectUnix(this.options.path, this.lane);
     } catch (error) {
       const { message } = asError(error);
       if (message !== this.lastFailure) {
@@ -104,25 +108,39 @@ export class Endpoint implements Disposable {
   private onReadable(listener: OwnedFd): void {
     if (this.state === "waiting") {
       this.acceptOne(listener, (fd) => this.take(fd));
-      this.listener?.watch.rearm();
       return;
     }
     this.refusal = setTimeout(() => {
       this.acceptOne(listener, (fd) => {
+        shutDown(fd.number);
         fd[Symbol.dispose]();
         this.log.warn(`a second connection to ${this.options.path} was refused, one is in use`);
       });
-      this.listener?.watch.rearm();
     }, this.options.patience ?? 1000);
   }
 
+  /** Then waits for the next one. Not at once after a failure: the connection still waits. */
   private acceptOne(listener: OwnedFd, use: (fd: OwnedFd) => void): void {
+    let fd: OwnedFd | undefined;
     try {
-      const fd = accept(listener.number);
-      if (fd !== undefined) use(fd);
+      this.checkLane();
+      fd = accept(listener.number, this.lane);
     } catch (error) {
-      this.log.error(`${this.options.path} cannot accept a connection`, asError(error));
+      const { message } = asError(error);
+      if (message !== this.lastFailure) this.log.error(`${this.options.path} cannot accept a connection: ${message}`);
+      this.lastFailure = message;
+      this.retry = setTimeout(() => this.listener?.watch.rearm(), this.retryInterval);
+      return;
     }
+    this.lastFailure = undefined;
+    if (fd !== undefined) use(fd);
+    this.listener?.watch.rearm();
+  }
+
+  /** @throws VhostdError limitExceeded */
+  private checkLane(): void {
+    if (!this.lane.full) return;
+    throw new VhostdError("limitExceeded", "file descriptors of earlier connections cannot be closed");
   }
 
   private take(fd: OwnedFd): void {

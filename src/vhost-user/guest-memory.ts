@@ -1,4 +1,4 @@
-import { asError, VhostdError } from "../base/errors.ts";
+import { asError, type ErrorDetails, VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { slowClose } from "../native/slow.ts";
 import { fileInfo, pread } from "../native/sys.ts";
@@ -27,7 +27,10 @@ export interface Region {
 const PAGE = 4096;
 /** Guest-physical and front-end addresses end here (52 and 57 bits on x86-64; both fit a safe integer). */
 const GUEST_ADDRESS_END = 2 ** 52;
-/** Closing the last fd of a file of this size frees its pages for long enough to be felt. Bytes. */
+/**
+ * Closing the last fd of a file of this size frees its pages for long enough to be felt: the front-end is made to wait
+ * for it. Bytes.
+ */
 const BIG_FILE = 64 << 20;
 
 /**
@@ -149,6 +152,7 @@ export class GuestMemory implements RingMemory {
       "protocol",
       `${what} at user address ${hex(userAddress)}, ${size} bytes, is not wholly inside one memory region ` +
         `(${spans.join(", ") || "there is none"})`,
+      SHARE_MEMORY,
     );
   }
 
@@ -176,6 +180,7 @@ export class GuestMemory implements RingMemory {
       const { iova, size } = region.range;
       throw new Refusal(`guest memory ${hex(iova)}+${hex(size)} cannot be mapped: ${asError(error).message}`, {
         cause: error,
+        ...(error instanceof VhostdError && error.fix !== undefined ? { fix: error.fix } : {}),
       });
     }
     this.regions = [...this.regions, region];
@@ -187,6 +192,11 @@ export class GuestMemory implements RingMemory {
     await closeFile(region.fd);
   }
 }
+
+/** What operators forget most often. */
+const SHARE_MEMORY: ErrorDetails = {
+  fix: "give the guest memory that is shared: memory-backend-memfd, or -file on hugetlbfs or tmpfs, with share=on",
+};
 
 /** The region that holds `length` bytes at `gpa` wholly. */
 export function regionOf(regions: readonly Region[], gpa: number, length: number): Region | undefined {
@@ -200,13 +210,14 @@ export function regionOf(regions: readonly Region[], gpa: number, length: number
  */
 export function checkRegion(description: RegionDescription, fd: OwnedFd, others: readonly Region[]): DmaRange {
   const { guestAddress, size, userAddress, fileOffset } = description;
-  const refuse = (what: string): never => {
-    throw new VhostdError("protocol", `memory region at ${hex(guestAddress)}: ${what}`);
+  const refuse = (what: string, details?: ErrorDetails): never => {
+    throw new VhostdError("protocol", `memory region at ${hex(guestAddress)}: ${what}`, details);
   };
   const file = fileInfo(fd.number);
   if (file.kind !== "regular" || (file.filesystem !== "tmpfs" && file.filesystem !== "hugetlbfs")) {
     refuse(
       `its fd is of kind ${file.kind} on filesystem ${file.filesystem}, must be a regular file on tmpfs or hugetlbfs`,
+      SHARE_MEMORY,
     );
   }
   if (size === 0) refuse("its size is 0, must be at least 4096");
@@ -253,8 +264,18 @@ async function closeAll(fds: readonly OwnedFd[]): Promise<void> {
 
 async function closeFile(fd: OwnedFd): Promise<void> {
   if (fd.closed) return;
-  if (fileInfo(fd.number).size >= BIG_FILE) await slowClose(fd);
+  if (isBigMemory(fd)) await slowClose(fd);
   else fd[Symbol.dispose]();
+}
+
+/** Of any other file, which a refused region may have, nobody knows when its close returns. */
+function isBigMemory(fd: OwnedFd): boolean {
+  try {
+    const { size, filesystem } = fileInfo(fd.number);
+    return filesystem !== "other" && size >= BIG_FILE;
+  } catch {
+    return false;
+  }
 }
 
 function hex(value: number): string {

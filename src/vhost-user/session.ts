@@ -1,4 +1,4 @@
-import { asError, VhostdError } from "../base/errors.ts";
+import { asError, sentence, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
@@ -190,7 +190,7 @@ export class Session {
       answer = await row.handle(this.backend, message.payload, message.fds);
     } catch (error) {
       if (!(error instanceof Refusal) || !this.awaitsReply(message)) throw error;
-      this.log.warn(`${row.name} was refused: ${error.message}`);
+      this.log.warn(`${row.name} was refused: ${sentence(error)}`);
       answer = REFUSED;
     }
     if (row.records) await this.backend.target.checkpoint();
@@ -221,8 +221,8 @@ export class Session {
     this.backend.target.onConfigChange(() => {});
     await this.backend.close(reason);
     this.connection[Symbol.dispose]();
-    const fix = error instanceof VhostdError && error.fix !== undefined ? `; ${error.fix}` : "";
-    this.log[error === undefined ? "info" : "warn"](`session ended: ${reason}${fix}`);
+    if (error === undefined) this.log.info(`session ended: ${reason}`);
+    else this.log.warn(`session ended: ${sentence(error)}`);
   }
 }
 

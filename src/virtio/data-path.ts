@@ -332,8 +332,8 @@ export class DataPath {
   /** A change of the configuration space, or of the device's mind (2.1.2). */
   private async onConfigInterrupt(): Promise<void> {
     if (this.closed) return;
-    drainEventfd(this.configInterrupt.number);
     try {
+      drainEventfd(this.configInterrupt.number);
       const status = await this.device.status();
       if ((status & Status.needsReset) === 0) {
         this.configHandler();

@@ -232,7 +232,7 @@ export const BAD_INPUT: readonly BadInput[] = [
     what: "a back-end channel that is no socket",
     from: "negotiated",
     send: (f) => withFds(eventfd, 1, (fds) => f.send(21, NOTHING, fds)),
-    reason: ["kind eventfd", "socket"],
+    reason: ["back-end channel", "unix stream socket"],
   },
   {
     what: "memory on a disk's filesystem",

@@ -2,7 +2,15 @@ import { Deadline } from "../../../src/base/deadline.ts";
 import { VhostdError } from "../../../src/base/errors.ts";
 import type { OwnedFd } from "../../../src/native/fd.ts";
 import { watch } from "../../../src/native/poller.ts";
-import { accept, connectUnix, eventfd, listenUnix, signalEventfd, socketPair } from "../../../src/native/sys.ts";
+import {
+  accept,
+  connectUnix,
+  eventfd,
+  listenUnix,
+  shutDown,
+  signalEventfd,
+  socketPair,
+} from "../../../src/native/sys.ts";
 import {
   CONFIG,
   FLAG_NEED_REPLY,
@@ -294,6 +302,7 @@ export class FrontendListener implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    if (!this.listener.closed) shutDown(this.listener.number);
     this.listener[Symbol.dispose]();
   }
 }

@@ -25,7 +25,7 @@ test("a line names its subject and the chain of causes", () => {
       .child("vf 0000:5a:00.1")
       .error("session ended", new VhostdError("protocol", "bad header", { cause }));
   });
-  expect(text).toContain("vf 0000:5a:00.1: session ended bad header (the server closed its socket)\n");
+  expect(text).toContain("vf 0000:5a:00.1: session ended: bad header (the server closed its socket)\n");
 });
 
 test("a peer's text cannot forge a line", () => {

@@ -1,12 +1,13 @@
-import { afterEach, beforeEach, expect, test } from "bun:test";
+import { afterEach, beforeEach, describe, expect, test } from "bun:test";
 import * as fc from "fast-check";
 import { VhostdError } from "../../../src/base/errors.ts";
-import type { OwnedFd } from "../../../src/native/fd.ts";
+import { type OwnedFd, pendingCloses } from "../../../src/native/fd.ts";
 import { c } from "../../../src/native/load.ts";
 import { type Framing, type Message, MessageSocket } from "../../../src/native/message-socket.ts";
 import { watch } from "../../../src/native/poller.ts";
 import { eventfd, fileInfo, memfd, signalEventfd, socketPair } from "../../../src/native/sys.ts";
-import { openFds, warmUp } from "./open-fds.ts";
+import { LingeringSocket } from "./lingering-socket.ts";
+import { eventually, openFds, warmUp } from "./open-fds.ts";
 
 /** Four bytes: 0x7e, and the size of the body in three. */
 const framing: Framing = {
@@ -234,6 +235,7 @@ test("a peer that never reads costs the send timeout, and every later send", asy
 
 test("sending to a peer that is gone is a lost connection", async () => {
   peer[Symbol.dispose]();
+  expect(openFds()).toBe(fdsBefore + 1);
   expect(await codeOf(socket.send(message(Uint8Array.of(1))))).toBe("connectionLost");
 });
 
@@ -274,4 +276,73 @@ test("a watch of the same fd by someone else does not disturb", async () => {
   sendRaw(peer, message(Uint8Array.of(1)));
   using arrived = await socket.receive();
   expect(arrived?.body[0]).toBe(1);
+});
+
+test("a header that is cut by fds is one header", async () => {
+  using file = memfd("a", 10);
+  const bytes = message(Uint8Array.of(1, 2));
+  sendRaw(peer, bytes.subarray(0, 1), [file.number]);
+  sendRaw(peer, bytes.subarray(1, 3));
+  sendRaw(peer, bytes.subarray(3), [file.number, file.number]);
+  using arrived = (await socket.receive()) as Message;
+  expect([...arrived.header, ...arrived.body]).toEqual([...bytes]);
+  expect(arrived.fds.length).toBe(3);
+});
+
+test("a peer that hangs up inside a header that is cut by fds is an error", async () => {
+  using file = memfd("a", 10);
+  sendRaw(peer, message(Uint8Array.of()).subarray(0, 1), [file.number]);
+  sendRaw(peer, message(Uint8Array.of()).subarray(1, 2), [file.number]);
+  const received = socket.receive();
+  await Bun.sleep(1);
+  peer[Symbol.dispose]();
+  expect(await codeOf(received)).toBe("connectionLost");
+});
+
+describe("a peer's fd whose close does not return", () => {
+  test("holds up nobody when its message is dropped, and the peer learns of the end", async () => {
+    using hostile = new LingeringSocket();
+    sendRaw(peer, message(Uint8Array.of(1)), [hostile.fd.number]);
+    hostile.fd[Symbol.dispose]();
+    const arrived = (await socket.receive()) as Message;
+    arrived[Symbol.dispose]();
+    socket[Symbol.dispose]();
+    expect(pendingCloses()).toBe(2);
+    using other = new MessageSocket(peer.dup(), framing);
+    expect(await other.receive()).toBeUndefined();
+    expect(pendingCloses()).toBe(2);
+    hostile.release();
+    expect(openFds()).toBe(fdsBefore + 2);
+  });
+
+  test("holds up nobody when it lies unread in the socket that is closed", async () => {
+    using hostile = new LingeringSocket();
+    sendRaw(peer, message(Uint8Array.of(1)), [hostile.fd.number]);
+    hostile.fd[Symbol.dispose]();
+    socket[Symbol.dispose]();
+    for (const other of socketPair()) other[Symbol.dispose]();
+    expect(await eventually(() => pendingCloses() === 1)).toBe(true);
+    hostile.release();
+    expect(openFds()).toBe(fdsBefore + 1);
+  });
+
+  test("ends what is taken from that peer, at some point", async () => {
+    using hostile = new LingeringSocket();
+    connect({ partialTimeout: 20 });
+    using file = memfd("a", 10);
+    sendRaw(peer, message(Uint8Array.of()), [hostile.fd.number]);
+    hostile.fd[Symbol.dispose]();
+    let taken = 0;
+    const taking = (async () => {
+      for (; ; taken++) {
+        sendRaw(peer, message(Uint8Array.of()), new Array<number>(8).fill(file.number));
+        (await socket.receive())?.[Symbol.dispose]();
+      }
+    })();
+    expect(await codeOf(taking)).toBe("timedOut");
+    expect(taken).toBe(129);
+    hostile.release();
+    await eventually(() => pendingCloses() === 0);
+    (await socket.receive())?.[Symbol.dispose]();
+  });
 });

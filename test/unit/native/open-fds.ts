@@ -1,10 +1,13 @@
+import { expect } from "bun:test";
 import { readdirSync } from "node:fs";
+import { c } from "../../../src/native/load.ts";
 import { watch } from "../../../src/native/poller.ts";
 import { relayKick } from "../../../src/native/relay.ts";
 import { eventfd, signalEventfd } from "../../../src/native/sys.ts";
 
-/** The count of fds that this process has open. */
+/** The count of fds that this process has open, when those disposed of so far are closed. */
 export function openFds(): number {
+  expect(c.vhostd_wait_for_closes(5000)).toBe(1);
   return readdirSync("/proc/self/fd").length;
 }
 

@@ -123,6 +123,7 @@ test("an abandoned socket is replaced; a live one, and a file that is none, are 
   expect(errnoOf(() => sys.connectUnix(path))).toBe(2);
   const dead = sys.listenUnix(path, 0o600);
   expect(errnoOf(() => sys.listenUnix(path, 0o600))).toBe(98);
+  sys.shutDown(dead.number);
   dead[Symbol.dispose]();
   expect(errnoOf(() => sys.connectUnix(path))).toBe(111);
   using _listener = sys.listenUnix(path, 0o600);

@@ -1,11 +1,30 @@
+import { dlopen } from "bun:ffi";
 import { afterEach, beforeEach, expect, test } from "bun:test";
 import { existsSync, mkdtempSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { liveFds, type OwnedFd } from "../../../src/native/fd.ts";
+import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
 import { Endpoint, type EndpointOptions } from "../../../src/vhost-user/endpoint.ts";
 import { FrontendListener, VhostUserFrontend } from "../../kit/frontend/frontend.ts";
+import { LingeringSocket } from "../native/lingering-socket.ts";
 import { recordingLogger } from "./harness.ts";
+
+const libc = dlopen("libc.so.6", {
+  getrlimit: { args: ["i32", "ptr"], returns: "i32" },
+  setrlimit: { args: ["i32", "ptr"], returns: "i32" },
+}).symbols;
+const RLIMIT_NOFILE = 7;
+/** The soft limit and the hard one. */
+const limits = new BigUint64Array(2);
+
+function openFileLimit(): bigint {
+  libc.getrlimit(RLIMIT_NOFILE, limits);
+  return limits[0]!;
+}
+
+function setOpenFileLimit(soft: bigint): void {
+  libc.setrlimit(RLIMIT_NOFILE, BigUint64Array.of(soft, limits[1]!));
+}
 
 let directory: string;
 let before: number;
@@ -98,3 +117,43 @@ test("server: a socket that somebody else serves is an error", () => {
   endpoint[Symbol.dispose]();
   expect(existsSync(path)).toBe(true);
 });
+
+test("server: a connection that cannot be accepted now is accepted later, with one word about it", async () => {
+  const lines: string[] = [];
+  const { path, endpoint, next } = make({ mode: "server" }, lines);
+  using _endpoint = endpoint;
+  endpoint.start();
+  using _first = VhostUserFrontend.connect(path);
+  const limit = openFileLimit();
+  setOpenFileLimit(3n);
+  await Bun.sleep(30);
+  setOpenFileLimit(limit);
+  using _served = await next();
+  expect(lines).toHaveLength(1);
+  expect(lines[0]).toContain("EMFILE");
+});
+
+test.each(["client", "server"] as const)(
+  "%s: nobody new is served before the fds of earlier ones can be closed",
+  async (mode) => {
+    const lines: string[] = [];
+    const { path, endpoint, next, arrived } = make({ mode }, lines);
+    using _endpoint = endpoint;
+    using hostile = new LingeringSocket();
+    using listener = mode === "client" ? new FrontendListener(path) : undefined;
+    endpoint.start();
+    using _first = mode === "server" ? VhostUserFrontend.connect(path) : undefined;
+    const served = await next();
+    const copies = Array.from({ length: 1030 }, () => served.dup());
+    new OwnedFd(hostile.fd.release(), served.lane)[Symbol.dispose]();
+    for (const fd of [...copies, served]) fd[Symbol.dispose]();
+    endpoint.markFree();
+    using _second = mode === "server" ? VhostUserFrontend.connect(path) : undefined;
+    await Bun.sleep(30);
+    expect(arrived).toEqual([]);
+    expect(lines.filter((line) => line.includes("cannot be closed"))).toHaveLength(1);
+    hostile.release();
+    using _servedNext = await next();
+    expect(listener?.path ?? path).toBe(path);
+  },
+);
