@@ -197,7 +197,7 @@ const DeviceClassSchema: TSchema = Type.Object(
             Type.String(),
             Type.Object(
               {
-                type: Type.Enum(["string", "number", "size", "boolean"]),
+                type: Type.Enum(["string", "path", "number", "size", "boolean"]),
                 description: Type.String(),
                 default: Type.Optional(Type.Union([Type.String(), Type.Number(), Type.Boolean()])),
                 live: Type.Optional(Type.Boolean()),

@@ -92,7 +92,8 @@ export interface SoftDeviceClass {
 }
 
 export interface SoftOption {
-  readonly type: "string" | "number" | "size" | "boolean";
+  /** A relative path starts at the working directory, or at the directory of the configuration file that has it. */
+  readonly type: "string" | "path" | "number" | "size" | "boolean";
   readonly description: string;
   readonly default?: SoftOptionValue;
   /** May be set while the device runs (`vfe-softvf set`). */
@@ -114,6 +115,8 @@ export interface SoftDevice extends Disposable {
   writeConfig(offset: number, bytes: Uint8Array): SoftChange;
   /** The driver reset the device: what it wrote to the configuration space is undone. */
   reset?(): SoftChange;
+  /** Whether `set` takes the value now: asked for all options before the first is set. @throws an Error that says why not */
+  check?(option: string, value: SoftOptionValue): void;
   /** A live option was set. */
   set(option: string, value: SoftOptionValue): SoftChange;
 }

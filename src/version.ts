@@ -1,6 +1,8 @@
 import packageJson from "../package.json" with { type: "json" };
 
+/** Put in place of its name when an executable is compiled (tools/package.ts); a checkout has none. */
+declare const VFE_BUILD_TIME: string | undefined;
+
 export const VERSION: string = packageJson.version;
 
-/** Given to the build of an executable; a checkout is not built. */
-export const BUILD_TIME: string = process.env["VFE_BUILD_TIME"] ?? "run from source";
+export const BUILD_TIME: string = typeof VFE_BUILD_TIME === "undefined" ? "run from source" : VFE_BUILD_TIME;

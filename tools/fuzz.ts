@@ -1,23 +1,25 @@
-import { defineCommand } from "citty";
-import { exitWith } from "./command.ts";
+import { defineTask, UsageError } from "./command.ts";
 import { runTests } from "./test.ts";
 
 /** A file takes as long as its properties were told to; a day is for ever. */
 const NO_TIMEOUT = 86_400_000;
 
-export default defineCommand({
-  meta: { name: "fuzz", description: "Run the fuzz tests for long; prints the seed, and repeats a run by it" },
+export default defineTask({
+  name: "fuzz",
+  description: "Run the fuzz tests for long; prints the seed, and repeats a run by it",
   args: {
     minutes: { type: "string", default: "5", description: "How long each property is tried" },
     seed: { type: "string", description: "Seed of an earlier run" },
     files: { type: "positional", required: false, description: "Parts of file names; all unless given" },
   },
-  run: ({ args }) =>
-    exitWith(() => {
-      const seed = args.seed ?? `${Math.floor(Math.random() * 2 ** 31)}`;
-      console.log(`seed ${seed}`);
-      const milliseconds = Math.round(Number(args.minutes) * 60_000);
-      const environment = { VHOSTD_FUZZ_MS: `${milliseconds}`, VHOSTD_FUZZ_SEED: seed };
-      return runTests(["fuzz", ...args._], environment, NO_TIMEOUT);
-    }),
+  run: async ({ minutes, seed = `${Math.floor(Math.random() * 2 ** 31)}`, _: parts }) => {
+    if (!/^\d+(\.\d+)?$/.test(minutes) || Number(minutes) === 0) {
+      throw new UsageError(`--minutes is "${minutes}", must be a number above 0`);
+    }
+    if (!/^-?\d+$/.test(seed)) throw new UsageError(`--seed is "${seed}", must be the whole number that a run printed`);
+    console.log(`seed ${seed}`);
+    const milliseconds = Math.round(Number(minutes) * 60_000);
+    const environment = { VHOSTD_FUZZ_MS: `${milliseconds}`, VHOSTD_FUZZ_SEED: seed };
+    return await runTests({ tiers: ["fuzz"], filters: parts }, environment, NO_TIMEOUT);
+  },
 });

@@ -1,9 +1,8 @@
 import { cp, mkdir, mkdtemp, rm, truncate, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { defineCommand } from "citty";
 import { Child } from "../test/kit/guest/child.ts";
-import { exitWith, Failure, ROOT, runQuietly } from "./command.ts";
+import { defineTask, Failure, ROOT, runQuietly } from "./command.ts";
 import { prepare } from "./preparation.ts";
 
 const DIST = join(ROOT, "dist");
@@ -16,32 +15,33 @@ const PROGRAMS = {
 };
 const START_TIMEOUT = 15_000;
 
-export default defineCommand({
-  meta: {
-    name: "package",
-    description: "Executables that need neither Bun nor node_modules, with their plugins, in dist/",
+export default defineTask({
+  name: "package",
+  description: "Executables that need neither Bun nor node_modules, with their plugins, in dist/",
+  run: async () => {
+    await prepare("native");
+    await rm(DIST, { recursive: true, force: true });
+    await mkdir(DIST);
+    const buildTime = new Date().toISOString();
+    for (const [program, name] of Object.entries(PROGRAMS)) {
+      await compile(join("bin", program), join(DIST, name), buildTime);
+    }
+    await cp(join(ROOT, "plugins"), join(DIST, "plugins"), { recursive: true });
+    await tryOut(buildTime);
+    console.log(`package: ${Object.values(PROGRAMS).join(", ")} and plugins/ are in ${DIST}`);
+    return 0;
   },
-  run: () =>
-    exitWith(async () => {
-      await prepare("native");
-      await rm(DIST, { recursive: true, force: true });
-      await mkdir(DIST);
-      for (const [program, name] of Object.entries(PROGRAMS)) await compile(join("bin", program), join(DIST, name));
-      await cp(join(ROOT, "plugins"), join(DIST, "plugins"), { recursive: true });
-      await tryOut();
-      console.log(`package: ${Object.values(PROGRAMS).join(", ")} and plugins/ are in ${DIST}`);
-      return 0;
-    }),
 });
 
 /** A root daemon must not take settings from files that lie where it is started. */
-async function compile(program: string, executable: string): Promise<void> {
+async function compile(program: string, executable: string, buildTime: string): Promise<void> {
   const settings = ["--no-compile-autoload-dotenv", "--no-compile-autoload-bunfig"];
+  settings.push("--define", `VFE_BUILD_TIME=${JSON.stringify(buildTime)}`);
   await runQuietly([process.execPath, "build", "--compile", ...settings, program, "--outfile", executable]);
 }
 
 /** The executables, away from the checkout: native module, plugins, vfio-user and the control interface. */
-async function tryOut(): Promise<void> {
+async function tryOut(buildTime: string): Promise<void> {
   const home = await mkdtemp(join(tmpdir(), "vhostd-package-"));
   const start = async (name: string, ...options: string[]) => {
     const child = new Child([join(DIST, name), ...options], { name, log: join(home, `${name}.log`) });
@@ -63,6 +63,8 @@ async function tryOut(): Promise<void> {
     await using _daemon = await start("vfe-vhostd", "--runtime-dir", join(home, "vhostd"), "--bus", bus);
     await cli("mgmtpf", "-a", pf);
     await cli("vf", "-a", "0000:5a:00.1", "-v", join(home, "vhost.sock"));
+    const version = await cli("version");
+    if (!version.includes(buildTime)) throw new Failure(`vfe-vhostd does not say when it was built:\n${version}`);
   } finally {
     await rm(home, { recursive: true, force: true });
   }

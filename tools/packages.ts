@@ -11,6 +11,7 @@ const PROGRAMS: Readonly<Record<string, SystemProgram>> = {
   "g++": { package: "g++", why: "compiles native/; its binutils assemble the boot sector of the guest tests" },
   make: { package: "make", why: "builds native/" },
   "qemu-system-x86_64": { package: "qemu-system-x86", why: "the VMM of ./dev demo and of the guest tests" },
+  xz: { package: "xz-utils", why: "unpacks the guest's kernel, which boots in half the time then" },
   mke2fs: { package: "e2fsprogs", why: "makes the guest's file system; its tools check the disk image from outside" },
 };
 
@@ -42,10 +43,11 @@ export async function updatePackageLists(): Promise<void> {
   await withRetries(() => runQuietly(["apt-get", "update", "-q", "-o", "DPkg::Lock::Timeout=120"]));
 }
 
-async function withRetries(action: () => Promise<void>): Promise<void> {
+async function withRetries(action: () => Promise<unknown>): Promise<void> {
   for (const pause of PAUSES) {
     try {
-      return await action();
+      await action();
+      return;
     } catch (error) {
       console.error(`failed, once more in ${pause} s: ${error instanceof Error ? error.message : error}`);
       await Bun.sleep(pause * 1000);

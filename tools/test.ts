@@ -2,8 +2,7 @@ import { existsSync } from "node:fs";
 import { mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { defineCommand } from "citty";
-import { exitWith, ROOT } from "./command.ts";
+import { defineTask, ROOT, UsageError } from "./command.ts";
 import { runNativeTests } from "./native-tests.ts";
 import { type Part, prepare } from "./preparation.ts";
 import { type FileResult, runTestFile, skipReason } from "./test-file.ts";
@@ -36,19 +35,23 @@ interface RunOptions {
   readonly timeout: number;
 }
 
+/** What is run: files of these tiers that have one of the filters in their names; all of them where there is no filter. */
+interface Selection {
+  readonly tiers: readonly TierName[];
+  readonly filters: readonly string[];
+}
+
 interface Totals {
   passed: number;
   failed: number;
   skipped: number;
 }
 
-export default defineCommand({
-  meta: {
-    name: "test",
-    description: `Run tests; tiers: ${Object.entries(TIERS)
-      .map(([name, tier]) => `${name} (${tier.description})`)
-      .join(", ")}`,
-  },
+export default defineTask({
+  name: "test",
+  description: `Run tests; tiers: ${Object.entries(TIERS)
+    .map(([name, tier]) => `${name} (${tier.description})`)
+    .join(", ")}`,
   args: {
     tiers: {
       type: "positional",
@@ -56,22 +59,24 @@ export default defineCommand({
       description: "Tiers to run, or parts of file names; all tiers unless given",
     },
   },
-  run: ({ args }) => exitWith(() => runTests(args._)),
+  run: ({ _: words }) => runTests(understand(words)),
 });
 
 /**
  * Runs tests and prints what they came to; the last line is "N passed, N failed, N skipped".
- * @param words names of tiers and parts of file names
  * @param environment for the test processes
  * @param timeout milliseconds for each file
  * @returns the exit code
+ * @throws UsageError where a part of a file name is in none
  */
 export async function runTests(
-  words: readonly string[],
+  { tiers, filters }: Selection,
   environment: Readonly<Record<string, string>> = {},
   timeout = FILE_TIMEOUT,
 ): Promise<number> {
-  const { tiers, filters } = understand(words);
+  const files = (await Promise.all(tiers.map(filesOf))).flat();
+  const unknown = filters.find((part) => !files.some((file) => file.includes(part)));
+  if (unknown !== undefined) throw new UsageError(`no test file of ${tiers.join(", ")} has "${unknown}" in its name`);
   await prepare(...new Set(tiers.flatMap((tier) => TIERS[tier].needs)));
   const totals: Totals = { passed: 0, failed: 0, skipped: 0 };
   const notes: string[] = [];
@@ -93,7 +98,7 @@ export async function runTests(
 }
 
 /** Splits the command line into names of tiers and parts of file names. Native tests are a tier, never a file. */
-function understand(words: readonly string[]): { tiers: TierName[]; filters: string[] } {
+function understand(words: readonly string[]): Selection {
   const names = Object.keys(TIERS) as TierName[];
   const tiers = names.filter((name) => words.includes(name));
   const filters = words.filter((word) => !(names as string[]).includes(word));
@@ -101,11 +106,16 @@ function understand(words: readonly string[]): { tiers: TierName[]; filters: str
   return { tiers: filters.length > 0 ? names.filter((name) => name !== "native") : names, filters };
 }
 
-async function runFolder(tier: TierName, filters: readonly string[], options: RunOptions): Promise<FileResult[]> {
+/** The test files of a tier, from the top of the checkout. */
+async function filesOf(tier: TierName): Promise<string[]> {
   const folder = join("test", tier);
   const names = existsSync(join(ROOT, folder)) ? await readdir(join(ROOT, folder), { recursive: true }) : [];
-  const present = names.filter((name) => name.endsWith(".test.ts")).map((name) => join(folder, name));
-  if (present.length === 0) return [noTests(folder)];
+  return names.filter((name) => name.endsWith(".test.ts")).map((name) => join(folder, name));
+}
+
+async function runFolder(tier: TierName, filters: readonly string[], options: RunOptions): Promise<FileResult[]> {
+  const present = await filesOf(tier);
+  if (present.length === 0) return [noTests(join("test", tier))];
   const files = present.filter((file) => filters.length === 0 || filters.some((part) => file.includes(part))).sort();
   const results: FileResult[] = [];
   const queue = files.entries();

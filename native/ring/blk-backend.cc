@@ -97,12 +97,16 @@ std::string BlkBackend::set(const std::string& name, const Parameter& value) {
       file_ = std::move(file);
     } else if (name == "capacity") {
       capacity_ = static_cast<uint64_t>(*number) / kSector * kSector;
+    } else if (name == "cut") {
+      capacity_ = static_cast<uint64_t>(*number) / kSector * kSector;
+      if (ftruncate(file_.number(), *number) != 0) return std::string("the image was not cut: ") + strerror(errno);
     } else if (name == "maxRangeSectors") {
       mostSectors_ = static_cast<uint64_t>(*number);
     } else if (name == "maxRanges") {
       mostRanges_ = static_cast<uint64_t>(*number);
     } else if (name == "slow") {
       delay_ = *number * 1'000'000;
+      deferral_.hasten(monotonicNow() + delay_);
     } else {
       return "no number";
     }
@@ -296,7 +300,13 @@ Result BlkBackend::settled(Result result, ServiceContext& context) {
 
 Status BlkBackend::flush(ServiceContext& context) {
   bool done = false;
-  context.blocking([&] { done = fdatasync(file_.number()) == 0; });
+  context.blocking([&] {
+    int answer;
+    do {
+      answer = fdatasync(file_.number());
+    } while (answer != 0 && errno == EINTR);
+    done = answer == 0;
+  });
   return done ? kOk : kIoError;
 }
 

@@ -17,6 +17,11 @@ class Deferral {
     kept_.push_back(chain);
   }
 
+  /** Nothing waits longer than until `latest`. */
+  void hasten(int64_t latest) {
+    for (Chain* chain : kept_) chain->due = std::min(chain->due, latest);
+  }
+
   /** The earliest time; -1 where nothing is kept. */
   int64_t due() const {
     int64_t earliest = -1;

@@ -10,7 +10,15 @@
 #include <cerrno>
 #include <utility>
 
+#include "../thread.h"
+
 namespace vhostd::ring {
+namespace {
+
+/** From here on giving the pages back may take a millisecond. */
+constexpr size_t kSlowBytes = 4 << 20;
+
+}  // namespace
 
 int mapFile(int fd, uint64_t offset, uint64_t size, bool writable, DmaMapping& mapping) {
   struct stat file;
@@ -36,6 +44,28 @@ int mapFile(int fd, uint64_t offset, uint64_t size, bool writable, DmaMapping& m
 
 void unmapFile(const DmaMapping& mapping) {
   munmap(mapping.area, mapping.areaSize);
+}
+
+void unmapFiles(std::vector<DmaMapping> mappings, const std::shared_ptr<std::atomic<int>>& underWay) {
+  struct Job {
+    std::vector<DmaMapping> mappings;
+    std::shared_ptr<std::atomic<int>> underWay;
+  };
+  size_t bytes = 0;
+  for (const DmaMapping& mapping : mappings) bytes += mapping.areaSize;
+  auto job = std::make_unique<Job>(Job{std::move(mappings), underWay});
+  const auto run = [](void* argument) -> void* {
+    const std::unique_ptr<Job> own(static_cast<Job*>(argument));
+    for (const DmaMapping& mapping : own->mappings) unmapFile(mapping);
+    own->underWay->fetch_sub(1);
+    return nullptr;
+  };
+  underWay->fetch_add(1);
+  if (bytes >= kSlowBytes && startThread(nullptr, run, job.get()) == 0) {
+    job.release();
+  } else {
+    run(job.release());
+  }
 }
 
 int DmaTable::insert(const DmaMapping& mapping) {

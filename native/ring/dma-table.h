@@ -2,8 +2,10 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace vhostd::ring {
@@ -23,6 +25,11 @@ struct DmaMapping {
 /** Maps part of a file. 0 or -errno; -EINVAL where the file is shorter than that. */
 int mapFile(int fd, uint64_t offset, uint64_t size, bool writable, DmaMapping& mapping);
 void unmapFile(const DmaMapping& mapping);
+/**
+ * Unmaps on a thread of its own what may take long: the last reference to a big file gives all its pages back.
+ * `underWay` counts the threads that have not ended.
+ */
+void unmapFiles(std::vector<DmaMapping> mappings, const std::shared_ptr<std::atomic<int>>& underWay);
 
 /** The IOVAs a function may reach. Not locked: its owner's gate is. Never touches the memory itself. */
 class DmaTable {

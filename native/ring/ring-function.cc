@@ -18,6 +18,8 @@ namespace {
 constexpr int kBatch = 64;
 constexpr uint64_t kBatchBytes = 1 << 18;
 constexpr size_t kMostVectors = 1024;
+/** Taken from the system at a time. */
+constexpr int kNotifications = 64;
 constexpr uint32_t kWakeEvent = UINT32_MAX;
 
 /** Interrupts a worker that hangs in a write to a peer's full eventfd. Does nothing else. */
@@ -80,10 +82,11 @@ bool RingFunction::open(std::string& reason) {
 }
 
 RingFunction::~RingFunction() {
-  requestStop(false);
+  withdraw();
+  requestStop(Stop::drop);
   while (!tryStop(10)) {
   }
-  unmapAll();
+  for (const DmaMapping& mapping : dma_.removeAll()) unmapFile(mapping);
 }
 
 int RingFunction::map(uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable) {
@@ -111,7 +114,7 @@ int RingFunction::unmap(uint64_t iova, uint64_t size) {
       }
     }
   }
-  unmapFile(mapping);
+  unmapFiles({mapping}, unmapsUnderWay_);
   return 0;
 }
 
@@ -124,12 +127,7 @@ void RingFunction::unmapAll() {
       fail("all memory was unmapped while rings were in use");
     }
   }
-  for (const DmaMapping& mapping : mappings) unmapFile(mapping);
-}
-
-std::string RingFunction::check(const QueueConfig& config) {
-  ControlTurn turn(gate_);
-  return SplitQueue::check(config, dma_);
+  unmapFiles(std::move(mappings), unmapsUnderWay_);
 }
 
 std::string RingFunction::activate(uint16_t queue, const QueueConfig& config, uint64_t features) {
@@ -176,7 +174,7 @@ bool RingFunction::setCall(uint16_t queue, int fd) {
     call = std::make_shared<File>(File::duplicate(fd));
     if (!call->valid()) return false;
   }
-  ControlTurn turn(gate_);
+  std::lock_guard lock(callMutex_);
   slots_[queue]->call.swap(call);
   return true;
 }
@@ -187,27 +185,33 @@ std::string RingFunction::configure(const Parameters& parameters) {
     const std::string reason = backend_->set(name, value);
     if (!reason.empty()) return "parameter " + name + ": " + reason;
   }
+  // What is kept may be due earlier now.
+  signalOwn(wake_);
   return {};
 }
 
-void RingFunction::requestStop(bool drain) {
+void RingFunction::requestStop(Stop how) {
   if (!threadStarted_) return;
-  stop_ = drain ? Stop::drain : Stop::now;
+  stop_ = how;
   signalOwn(wake_);
 }
 
-bool RingFunction::tryStop(int milliseconds) {
-  if (threadStarted_) {
-    for (int64_t end = monotonicNow() + milliseconds * 1'000'000LL; !ended_;) {
-      // Again and again: a signal that comes just before the system call interrupts nothing.
-      pthread_kill(thread_, interruptSignal());
-      if (monotonicNow() >= end) return false;
-      const timespec pause = {0, 50'000};
-      nanosleep(&pause, nullptr);
-    }
-    pthread_join(thread_, nullptr);
-    threadStarted_ = false;
+bool RingFunction::tryPark(int milliseconds) {
+  if (!threadStarted_) return true;
+  for (int64_t end = monotonicNow() + milliseconds * 1'000'000LL; !ended_;) {
+    // Again and again: a signal that comes just before the system call interrupts nothing.
+    pthread_kill(thread_, interruptSignal());
+    if (monotonicNow() >= end) return false;
+    const timespec pause = {0, 50'000};
+    nanosleep(&pause, nullptr);
   }
+  pthread_join(thread_, nullptr);
+  threadStarted_ = false;
+  return true;
+}
+
+bool RingFunction::tryStop(int milliseconds) {
+  if (!tryPark(milliseconds)) return false;
   indices_.clear();
   for (uint16_t index = 0; index < slots_.size(); index++) {
     Slot& slot = *slots_[index];
@@ -242,15 +246,21 @@ void RingFunction::run() {
   while (stop_ == Stop::no && !failed_) {
     gate_.enterWorker();
     const bool more = turn();
-    gate_.leave();
+    gate_.leaveWorker();
     signalCalls();
-    if (!more && stop_ == Stop::no && !failed_) wait();
+    if (stop_ != Stop::no || failed_) break;
+    if (!more) {
+      collectNotifications(untilDue());
+    } else if (severalActive_) {
+      // A queue that is never empty keeps no other from being seen.
+      collectNotifications(0);
+    }
   }
-  if (stop_ == Stop::drain && !failed_) {
+  if (stop_ == Stop::finish && !failed_) {
     gate_.enterWorker();
     backend_->drain(*this);
     publish();
-    gate_.leave();
+    gate_.leaveWorker();
     signalCalls();
   }
   ended_ = true;
@@ -259,17 +269,22 @@ void RingFunction::run() {
 /** One round over the queues that have something to do. True where there is more. */
 bool RingFunction::turn() {
   bool more = false;
+  int active = 0;
   turnBytes_ = 0;
   for (uint16_t index = 0; index < slots_.size() && !failed_; index++) {
     Slot& slot = *slots_[index];
-    if (slot.queue.active() && slot.ready) more |= serveQueue(slot, index);
+    if (!slot.queue.active()) continue;
+    active++;
+    if (slot.ready) more |= serveQueue(slot, index);
   }
+  severalActive_ = active > 1;
   const int64_t due = failed_ ? -1 : backend_->due();
   if (due >= 0) {
     const int64_t now = monotonicNow();
     if (due <= now) backend_->resume(now, *this);
   }
   publish();
+  due_ = backend_->due();
   return more;
 }
 
@@ -281,7 +296,7 @@ bool RingFunction::serveQueue(Slot& slot, uint16_t index) {
   }
   const uint64_t before = turnBytes_;
   for (int count = 0; count < kBatch && turnBytes_ - before < kBatchBytes; count++) {
-    if (failed_ || gate_.wanted()) return true;
+    if (failed_ || stop_ != Stop::no || gate_.wanted()) return true;
     Chain* chain = takeChain();
     std::string reason;
     const Pop pop = slot.queue.pop(dma_, *chain, reason);
@@ -312,7 +327,9 @@ void RingFunction::publish() {
     if (!slot.queue.active()) continue;
     bool call = false;
     if (!slot.queue.publish(call)) fail("memory of the rings of queue " + std::to_string(index) + " is gone");
-    if (call) slot.signalTo = slot.call;
+    if (!call) continue;
+    std::lock_guard lock(callMutex_);
+    slot.signalTo = slot.call;
   }
 }
 
@@ -327,12 +344,16 @@ void RingFunction::signalCalls() {
   }
 }
 
-void RingFunction::wait() {
-  int timeout = -1;
-  const int64_t due = backend_->due();
-  if (due >= 0) timeout = static_cast<int>(std::max<int64_t>(0, (due - monotonicNow() + 999'999) / 1'000'000));
-  epoll_event events[16];
-  const int count = epoll_wait(epoll_.number(), events, 16, timeout);
+/** Milliseconds; -1 for ever. */
+int RingFunction::untilDue() const {
+  if (due_ < 0) return -1;
+  return static_cast<int>(std::max<int64_t>(0, (due_ - monotonicNow() + 999'999) / 1'000'000));
+}
+
+/** Where there are more than fit, the system gives the others first when it is asked again, after the next turn. */
+void RingFunction::collectNotifications(int timeout) {
+  epoll_event events[kNotifications];
+  const int count = epoll_wait(epoll_.number(), events, kNotifications, timeout);
   for (int index = 0; index < count; index++) {
     if (events[index].data.u32 != kWakeEvent) slots_[events[index].data.u32]->ready = true;
   }
@@ -426,16 +447,16 @@ void RingFunction::fail(std::string reason) {
 }
 
 bool RingFunction::giveWay() {
-  if (stop_ == Stop::now || failed_) return false;
+  if (stop_ == Stop::drop || failed_) return false;
   if (!gate_.wanted()) return true;
-  gate_.leave();
+  gate_.leaveWorker();
   gate_.enterWorker();
-  return stop_ != Stop::now && !failed_;
+  return stop_ != Stop::drop && !failed_;
 }
 
 void RingFunction::blocking(const std::function<void()>& work) {
   publish();
-  gate_.leave();
+  gate_.leaveWorker();
   signalCalls();
   work();
   gate_.enterWorker();

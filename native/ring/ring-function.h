@@ -29,9 +29,21 @@ struct QueueStats {
   uint64_t errors;
 };
 
+/** How the worker is to end. */
+enum class Stop {
+  no,
+  /** After the requests it is at; rings and kept requests stay, to go on with at the next start. */
+  park,
+  /** After all that it has taken. */
+  finish,
+  /** At once. */
+  drop,
+};
+
 /**
  * The rings of one function: its DMA table, its virtqueues and the thread that serves them while it runs. All methods
- * belong to one controlling thread; none waits for more than one bounded piece of the worker's work.
+ * belong to one controlling thread. Those that change what the worker uses wait for its piece of work, which may be a
+ * disk that hangs, unless they are called between `tryEnter` and `leave`; the others never wait.
  */
 class RingFunction final : private ServiceContext {
  public:
@@ -46,27 +58,36 @@ class RingFunction final : private ServiceContext {
   /** Non-blocking eventfd, signalled when the worker has failed. */
   int events() const { return events_.number(); }
 
+  /** Control's turn, if it is to be had in that time. After false the worker gives way: try again or `withdraw`. */
+  bool tryEnter(int milliseconds) { return gate_.tryEnterControl(std::chrono::milliseconds(milliseconds)); }
+  void leave() { gate_.leaveControl(); }
+  void withdraw() { gate_.withdraw(); }
+
   /** 0 or -errno. The fd is borrowed. */
   int map(uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable);
-  /** 0 or -errno. When it returns the range is not touched any more; a running ring in it fails the function. */
+  /**
+   * 0 or -errno. When it returns the range is not touched any more; a running ring in it fails the function. Its pages
+   * are given back when `unmapping()` is false.
+   */
   int unmap(uint64_t iova, uint64_t size);
   void unmapAll();
+  bool unmapping() const { return *unmapsUnderWay_ > 0; }
 
-  /** Empty, or why the ring cannot be used. */
-  std::string check(const QueueConfig& config);
   /** Sets a ring up; served from `start` on, or at once while running. Empty, or why not. */
   std::string activate(uint16_t queue, const QueueConfig& config, uint64_t features);
-  /** Starts the worker. Empty, or why not: a failure lasts until it is stopped. */
+  /** Starts the worker, also after it was parked. Empty, or why not: a failure lasts until it is stopped. */
   std::string start(uint64_t features);
-  /** The queue's calls go to a duplicate of `fd` from now on; -1 for nowhere. */
+  /** The queue's calls go to a duplicate of `fd`, -1 for nowhere; one may be on its way to the former. Never waits. */
   bool setCall(uint16_t queue, int fd);
   /** Empty, or which parameter was refused and why. */
   std::string configure(const Parameters& parameters);
 
-  /** Asks the worker to end: after what it has taken (`drain`), or at once. */
-  void requestStop(bool drain);
+  /** Asks the worker to end. */
+  void requestStop(Stop how);
   /** True when the worker has ended, all rings are inactive and a failure is forgotten; waits that long at most. */
   bool tryStop(int milliseconds);
+  /** True when the worker has ended; all stays as it is. Waits that long at most. */
+  bool tryPark(int milliseconds);
 
   /** Of the rings that were active when the worker was stopped last. */
   const std::vector<QueueIndices>& indices() const { return indices_; }
@@ -78,6 +99,7 @@ class RingFunction final : private ServiceContext {
   struct Slot {
     SplitQueue queue;
     File doorbell;
+    /** By `callMutex_`. */
     std::shared_ptr<File> call;
     /** What the worker has to signal when its turn is over. */
     std::shared_ptr<File> signalTo;
@@ -87,8 +109,6 @@ class RingFunction final : private ServiceContext {
     std::atomic<uint64_t> bytes{0};
     std::atomic<uint64_t> errors{0};
   };
-  enum class Stop { no, drain, now };
-
   RingFunction() = default;
   bool open(std::string& reason);
 
@@ -97,7 +117,8 @@ class RingFunction final : private ServiceContext {
   bool serveQueue(Slot& slot, uint16_t index);
   void publish();
   void signalCalls();
-  void wait();
+  void collectNotifications(int timeout);
+  int untilDue() const;
   Chain* takeChain();
   void releaseChain(Chain* chain);
 
@@ -114,6 +135,9 @@ class RingFunction final : private ServiceContext {
   std::unique_ptr<RingBackend> backend_;
   DmaTable dma_;
   Gate gate_;
+  /** Not the gate: where calls go can be changed while the worker hangs in the disk. */
+  std::mutex callMutex_;
+  const std::shared_ptr<std::atomic<int>> unmapsUnderWay_ = std::make_shared<std::atomic<int>>(0);
   File events_;
   File wake_;
   File epoll_;
@@ -130,6 +154,9 @@ class RingFunction final : private ServiceContext {
   std::vector<std::unique_ptr<Chain>> chains_;
   std::vector<Chain*> freeChains_;
   std::vector<iovec> vectors_;
+  /** As the worker's last turn left it: when the backend wants to be resumed; more than one ring is active. */
+  int64_t due_ = -1;
+  bool severalActive_ = false;
   /** Bytes moved in this turn: completions are shown after a while, however many requests are waiting. */
   uint64_t turnBytes_ = 0;
 };

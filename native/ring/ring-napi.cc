@@ -1,6 +1,7 @@
 #include <cerrno>
 
 #include "../module.h"
+#include "../thread.h"
 #include "ring-function.h"
 
 namespace vhostd::ring {
@@ -58,16 +59,20 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
                                                 InstanceMethod<&RingFunctionObject::create>("create"),
                                                 InstanceMethod<&RingFunctionObject::doorbell>("doorbell"),
                                                 InstanceMethod<&RingFunctionObject::events>("events"),
+                                                InstanceMethod<&RingFunctionObject::tryEnter>("tryEnter"),
+                                                InstanceMethod<&RingFunctionObject::leave>("leave"),
+                                                InstanceMethod<&RingFunctionObject::withdraw>("withdraw"),
                                                 InstanceMethod<&RingFunctionObject::map>("map"),
                                                 InstanceMethod<&RingFunctionObject::unmap>("unmap"),
                                                 InstanceMethod<&RingFunctionObject::unmapAll>("unmapAll"),
-                                                InstanceMethod<&RingFunctionObject::check>("check"),
+                                                InstanceMethod<&RingFunctionObject::unmapping>("unmapping"),
                                                 InstanceMethod<&RingFunctionObject::activate>("activate"),
                                                 InstanceMethod<&RingFunctionObject::start>("start"),
                                                 InstanceMethod<&RingFunctionObject::setCall>("setCall"),
                                                 InstanceMethod<&RingFunctionObject::configure>("configure"),
                                                 InstanceMethod<&RingFunctionObject::requestStop>("requestStop"),
                                                 InstanceMethod<&RingFunctionObject::tryStop>("tryStop"),
+                                                InstanceMethod<&RingFunctionObject::tryPark>("tryPark"),
                                                 InstanceMethod<&RingFunctionObject::indices>("indices"),
                                                 InstanceMethod<&RingFunctionObject::failure>("failure"),
                                                 InstanceMethod<&RingFunctionObject::stats>("stats"),
@@ -89,6 +94,11 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
   }
   Napi::Value doorbell(const Napi::CallbackInfo& info) { return number(function_->doorbell(queueIndex(info[0]))); }
   Napi::Value events(const Napi::CallbackInfo&) { return number(function_->events()); }
+  Napi::Value tryEnter(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(Env(), function_->tryEnter(integer(info[0])));
+  }
+  void leave(const Napi::CallbackInfo&) { function_->leave(); }
+  void withdraw(const Napi::CallbackInfo&) { function_->withdraw(); }
   Napi::Value map(const Napi::CallbackInfo& info) {
     return number(function_->map(unsignedInteger(info[0]), unsignedInteger(info[1]), integer(info[2]),
                                  unsignedInteger(info[3]), info[4].As<Napi::Boolean>().Value()));
@@ -97,9 +107,7 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
     return number(function_->unmap(unsignedInteger(info[0]), unsignedInteger(info[1])));
   }
   void unmapAll(const Napi::CallbackInfo&) { function_->unmapAll(); }
-  Napi::Value check(const Napi::CallbackInfo& info) {
-    return text(function_->check(queueConfigOf(info[0].As<Napi::Object>())));
-  }
+  Napi::Value unmapping(const Napi::CallbackInfo&) { return Napi::Boolean::New(Env(), function_->unmapping()); }
   Napi::Value activate(const Napi::CallbackInfo& info) {
     return text(function_->activate(queueIndex(info[0]), queueConfigOf(info[1].As<Napi::Object>()), word(info[2])));
   }
@@ -110,9 +118,15 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
   Napi::Value configure(const Napi::CallbackInfo& info) {
     return text(function_->configure(parametersOf(info[0].As<Napi::Object>())));
   }
-  void requestStop(const Napi::CallbackInfo& info) { function_->requestStop(info[0].As<Napi::Boolean>().Value()); }
+  void requestStop(const Napi::CallbackInfo& info) {
+    const std::string how = info[0].As<Napi::String>().Utf8Value();
+    function_->requestStop(how == "park" ? Stop::park : how == "finish" ? Stop::finish : Stop::drop);
+  }
   Napi::Value tryStop(const Napi::CallbackInfo& info) {
     return Napi::Boolean::New(Env(), function_->tryStop(integer(info[0])));
+  }
+  Napi::Value tryPark(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(Env(), function_->tryPark(integer(info[0])));
   }
   Napi::Value indices(const Napi::CallbackInfo&) {
     Napi::Array list = Napi::Array::New(Env());
@@ -138,7 +152,20 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
     }
     return list;
   }
-  void close(const Napi::CallbackInfo&) { function_.reset(); }
+  void close(const Napi::CallbackInfo&) {
+    function_->withdraw();
+    function_->requestStop(Stop::drop);
+    if (function_->tryStop(1)) {
+      function_.reset();
+      return;
+    }
+    // The worker hangs in the disk. Whatever becomes of it, nobody waits: without a thread the rest is left behind.
+    const auto destroy = [](void* function) -> void* {
+      delete static_cast<RingFunction*>(function);
+      return nullptr;
+    };
+    startThread(nullptr, destroy, function_.release());
+  }
 
   std::unique_ptr<RingFunction> function_;
 };

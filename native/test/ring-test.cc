@@ -4,13 +4,32 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
+#include <fstream>
 
 #include "test/check.h"
 
 using namespace vhostd::ring;
+
+namespace {
+
+/** Reads of the disk hang while it is set; how many do. */
+std::atomic<bool> diskHangs{false};
+std::atomic<int> hanging{0};
+
+}  // namespace
+
+/** In the place of the C library's. */
+extern "C" ssize_t preadv(int fd, const iovec* parts, int count, off_t offset) {
+  hanging++;
+  while (diskHangs) usleep(100);
+  hanging--;
+  return syscall(SYS_preadv, fd, parts, count, offset, 0);
+}
 
 namespace {
 
@@ -62,7 +81,7 @@ class Rig {
     CHECK(function->start(kFeatures).empty());
   }
   void stop(bool drain) {
-    function->requestStop(drain);
+    function->requestStop(drain ? Stop::finish : Stop::drop);
     CHECK(check::eventually([&] { return function->tryStop(1); }));
   }
 
@@ -187,9 +206,9 @@ TEST(ring_does_not_write_to_memory_that_was_mapped_to_be_read) {
   QueueConfig config = Rig::config();
   config.desc = kExtra;
   config.driver = kExtra + 4096;
-  CHECK(rig.function->check(config).empty());
+  CHECK(rig.function->activate(1, config, kFeatures).empty());
   config.device = kExtra + 8192;
-  CHECK(!rig.function->check(config).empty());
+  CHECK(!rig.function->activate(1, config, kFeatures).empty());
   close(extra);
 }
 
@@ -223,6 +242,74 @@ TEST(ring_drain_finishes_what_was_taken_and_a_drop_forgets_it) {
     CHECK(rig.function->indices()[0].lastAvail == 8);
     CHECK(rig.function->indices()[0].lastUsed == (drain ? 8 : 0));
   }
+}
+
+TEST(ring_control_need_not_wait_for_a_disk_that_hangs) {
+  Rig rig;
+  const int extra = sizedMemfd(1 << 20);
+  rig.start();
+  diskHangs = true;
+  rig.put(0, 0, 0, kIova + (1 << 20));
+  CHECK(check::eventually([] { return hanging == 1; }));
+  CHECK(!rig.function->tryEnter(1));
+  CHECK(rig.function->setCall(0, rig.call));
+  rig.put(1, 0, 0, kIova + (1 << 20));
+  diskHangs = false;
+  // The worker stays away from the second request until control had its turn.
+  CHECK(check::eventually([&] { return hanging == 0 && rig.used() == 1; }));
+  CHECK(rig.function->tryEnter(1000));
+  CHECK(rig.function->map(kExtra, 1 << 20, extra, 0, true) == 0);
+  usleep(20000);
+  CHECK(rig.used() == 1);
+  rig.function->leave();
+  CHECK(rig.awaitUsed(2));
+
+  diskHangs = true;
+  rig.put(2, 0, 0, kIova + (1 << 20));
+  CHECK(check::eventually([] { return hanging == 1; }));
+  CHECK(!rig.function->tryEnter(0));
+  rig.function->withdraw();
+  diskHangs = false;
+  CHECK(rig.awaitUsed(3));
+  close(extra);
+}
+
+TEST(ring_parked_keeps_what_it_has_and_goes_on) {
+  Rig rig({{"slow", int64_t{3'600'000}}});
+  rig.start();
+  rig.put(0, 0, 0, kIova + (1 << 20));
+  usleep(20000);
+  rig.function->requestStop(Stop::park);
+  CHECK(check::eventually([&] { return rig.function->tryPark(1); }));
+  rig.put(1, 0, 0, kIova + (1 << 20));
+  CHECK(rig.function->configure({{"slow", int64_t{0}}}).empty());
+  usleep(20000);
+  CHECK(rig.used() == 0);
+  CHECK(rig.function->start(kFeatures).empty());
+  CHECK(rig.awaitUsed(2));
+}
+
+TEST(ring_requests_that_are_kept_are_served_when_they_need_not_wait_any_more) {
+  Rig rig({{"slow", int64_t{3'600'000}}});
+  rig.start();
+  rig.put(0, 0, 0, kIova + (1 << 20));
+  usleep(20000);
+  CHECK(rig.function->configure({{"slow", int64_t{0}}}).empty());
+  CHECK(rig.awaitUsed(1));
+}
+
+TEST(ring_memory_is_given_back_behind_the_scenes) {
+  Rig rig;
+  constexpr uint64_t kMuch = 16 << 20;
+  const int extra = memfd_create("given-back", MFD_CLOEXEC);
+  (void)!ftruncate(extra, kMuch);
+  CHECK(rig.function->map(kExtra, kMuch, extra, 0, true) == 0);
+  CHECK(rig.function->unmap(kExtra, kMuch) == 0);
+  CHECK(check::eventually([&] { return !rig.function->unmapping(); }));
+  std::ifstream maps("/proc/self/maps");
+  const std::string text{std::istreambuf_iterator<char>(maps), {}};
+  CHECK(text.find("ring-test") != std::string::npos && text.find("given-back") == std::string::npos);
+  close(extra);
 }
 
 TEST(ring_unmapped_before_the_start_is_not_served) {

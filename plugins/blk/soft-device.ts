@@ -10,7 +10,8 @@ const RANGES_MAX = 16;
 const BUFFER_SIZE_MAX = 1 << 20;
 /** A request's header and status take two of a chain's buffers. */
 const FRAMING_BUFFERS = 2;
-const BUFFERS_MAX = 1024;
+/** What the ring worker takes in an indirect table, whatever size the driver gives its ring. */
+const CHAIN_MAX = 1024;
 const SERIAL_MAX = 20;
 const BLOCK_SIZES: readonly number[] = [512, 1024, 2048, 4096];
 
@@ -21,7 +22,7 @@ const CONFIG_SIZE = 60;
 export const softDevice: SoftDeviceClass = {
   pciClass: 0x010000,
   options: {
-    disk: { type: "string", description: "image file, raw; {vf} in it stands for the number of the VF" },
+    disk: { type: "path", description: "image file, raw; {vf} in it stands for the number of the VF" },
     size: { type: "size", description: "size of the disk; the file is made that long (shorter only live)", live: true },
     blockSize: { type: "number", description: "bytes of a block: 512, 1024, 2048 or 4096", default: 512 },
     readOnly: { type: "boolean", description: "the disk cannot be written", default: false },
@@ -37,11 +38,16 @@ export const softDevice: SoftDeviceClass = {
   create: (options) => new BlkSoftDevice(options),
 };
 
+/** How many devices of this process have an image open, by device and inode. */
+const imageUsers = new Map<string, number>();
+
 class BlkSoftDevice implements SoftDevice {
   readonly features: bigint;
   readonly queues: number;
   readonly worker: SoftDevice["worker"];
+  private readonly disk: string;
   private readonly fd: number;
+  private readonly image: string;
   private readonly readOnly: boolean;
   private readonly initialWriteback: boolean;
   private readonly bytes = new Uint8Array(CONFIG_SIZE);
@@ -55,7 +61,7 @@ class BlkSoftDevice implements SoftDevice {
     this.queues = options["queues"] as number;
     if (typeof disk !== "string") throw new Error("option disk is missing: name an image file");
     if (!BLOCK_SIZES.includes(blockSize)) {
-      throw new Error(`option blockSize is ${blockSize}, must be one of ${BLOCK_SIZES.join(", ")}`);
+      throw new Error(`option block-size is ${blockSize}, must be one of ${BLOCK_SIZES.join(", ")}`);
     }
     if (typeof serial !== "string" || new TextEncoder().encode(serial).length > SERIAL_MAX) {
       throw new Error(`option serial is ${JSON.stringify(serial)}, must have at most ${SERIAL_MAX} bytes`);
@@ -63,9 +69,10 @@ class BlkSoftDevice implements SoftDevice {
     const delay = checkDelay(options["slow"]);
 
     this.features = featuresOf(this.readOnly, this.queues);
+    this.disk = disk;
     this.fd = openImage(disk, this.readOnly);
     try {
-      const capacity = this.fit(disk, options["size"], blockSize);
+      const capacity = this.fit(options["size"], blockSize);
       this.writeInitialConfig(capacity, blockSize, ringSize as number);
       this.worker = {
         name: "blk",
@@ -81,6 +88,9 @@ class BlkSoftDevice implements SoftDevice {
           outOfOrder: options["outOfOrder"] === true,
         },
       };
+      const { dev, ino } = fstatSync(this.fd, { bigint: true });
+      this.image = `${dev}:${ino}`;
+      countUser(this.image, 1);
     } catch (error) {
       closeSync(this.fd);
       throw error;
@@ -102,12 +112,18 @@ class BlkSoftDevice implements SoftDevice {
     return this.setWriteback(this.initialWriteback);
   }
 
+  check(option: string, value: SoftOptionValue): void {
+    if (option === "slow") checkDelay(value);
+    if (option === "size") this.checkResize(value as number);
+  }
+
   set(option: string, value: SoftOptionValue): SoftChange {
+    this.check(option, value);
     switch (option) {
       case "size":
         return this.resize(value as number);
       case "slow":
-        return { parameters: { slow: checkDelay(value) } };
+        return { parameters: { slow: value } };
       case "outOfOrder":
         return { parameters: { outOfOrder: value === true } };
       default:
@@ -116,33 +132,46 @@ class BlkSoftDevice implements SoftDevice {
   }
 
   [Symbol.dispose](): void {
+    countUser(this.image, -1);
     closeSync(this.fd);
   }
 
   private resize(size: number): SoftChange {
-    if (this.readOnly) throw new Error("a read-only disk cannot be resized");
-    const blockSize = this.view.getUint32(CONFIG_SPACE.blkSize[0], true);
-    checkDiskSize(size, blockSize);
-    ftruncateSync(this.fd, size);
+    const shorter = size < fstatSync(this.fd).size;
+    if (!shorter) lengthen(this.fd, this.disk, size);
     this.view.setBigUint64(CONFIG_SPACE.capacity[0], BigInt(size / SECTOR), true);
-    return { configChanged: true, parameters: { capacity: size } };
+    // A shorter file is cut by the worker: between two requests, when no further one reaches behind the new end.
+    return { configChanged: true, parameters: shorter ? { cut: size } : { capacity: size } };
+  }
+
+  private checkResize(size: number): void {
+    if (this.readOnly) throw new Error("a read-only disk cannot be resized");
+    checkSizeOption(size, this.view.getUint32(CONFIG_SPACE.blkSize[0], true));
+    // Theirs would go on with blocks that are no more, or never learn of the new ones.
+    const others = (imageUsers.get(this.image) ?? 1) - 1;
+    if (others > 0) {
+      const who = others === 1 ? "another VF uses it, too" : `${others} other VFs use it, too`;
+      throw new Error(`the image ${this.disk} cannot be resized, ${who}: give each its own ({vf} in --disk)`);
+    }
   }
 
   /** @returns bytes of the disk; the file has at least as many */
-  private fit(disk: string, wanted: SoftOptionValue | undefined, blockSize: number): number {
+  private fit(wanted: SoftOptionValue | undefined, blockSize: number): number {
+    const { disk } = this;
     const { size } = fstatSync(this.fd);
-    if (wanted === undefined || wanted === size) {
-      checkDiskSize(size, blockSize);
+    if (wanted === undefined) {
+      checkImageSize(disk, size, blockSize);
       return size;
     }
     const target = wanted as number;
-    checkDiskSize(target, blockSize);
+    checkSizeOption(target, blockSize);
+    if (target === size) return size;
     if (target < size || this.readOnly) {
       throw new Error(
         `option size is ${target}, but ${disk} has ${size} bytes: change the file yourself (truncate -s ${target} ${disk})`,
       );
     }
-    ftruncateSync(this.fd, target);
+    lengthen(this.fd, disk, target);
     return target;
   }
 
@@ -151,7 +180,7 @@ class BlkSoftDevice implements SoftDevice {
     const at = (field: keyof typeof CONFIG_SPACE) => CONFIG_SPACE[field][0];
     view.setBigUint64(at("capacity"), BigInt(capacity / SECTOR), true);
     view.setUint32(at("sizeMax"), BUFFER_SIZE_MAX, true);
-    view.setUint32(at("segMax"), Math.max(1, Math.min(ringSize - FRAMING_BUFFERS, BUFFERS_MAX)), true);
+    view.setUint32(at("segMax"), Math.max(1, Math.min(ringSize, CHAIN_MAX) - FRAMING_BUFFERS), true);
     view.setUint32(at("blkSize"), blockSize, true);
     view.setUint16(at("minIoSize"), 1, true);
     view.setUint32(at("optIoSize"), 1, true);
@@ -193,10 +222,34 @@ function openImage(disk: string, readOnly: boolean): number {
   throw new Error(`disk image ${disk} is not a regular file`);
 }
 
-function checkDiskSize(size: number, blockSize: number): void {
-  if (size === 0 || size % blockSize !== 0) {
-    throw new Error(`a disk of ${size} bytes is not made of blocks of ${blockSize}: choose a multiple, not 0`);
+/** @throws Error where the file system has no files of that size */
+function lengthen(fd: number, disk: string, size: number): void {
+  try {
+    ftruncateSync(fd, size);
+  } catch (cause) {
+    throw new Error(`disk image ${disk} cannot be made ${size} bytes long: ${String(cause)}`, { cause });
   }
+}
+
+function countUser(image: string, change: 1 | -1): void {
+  const users = (imageUsers.get(image) ?? 0) + change;
+  if (users === 0) imageUsers.delete(image);
+  else imageUsers.set(image, users);
+}
+
+function checkSizeOption(size: number, blockSize: number): void {
+  if (size > 0 && size % blockSize === 0) return;
+  throw new Error(`option size is ${size}, must be a multiple of the block size ${blockSize}, not 0`);
+}
+
+function checkImageSize(disk: string, size: number, blockSize: number): void {
+  if (size === 0)
+    throw new Error(`disk image ${disk} is empty: make it longer (truncate -s 1G ${disk}), or say --size`);
+  const whole = Math.ceil(size / blockSize) * blockSize;
+  if (size === whole) return;
+  throw new Error(
+    `disk image ${disk} has ${size} bytes, which are not whole blocks of ${blockSize}: truncate -s ${whole} ${disk}`,
+  );
 }
 
 function checkDelay(value: SoftOptionValue | undefined): number {

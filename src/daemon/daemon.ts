@@ -1,13 +1,12 @@
 import { existsSync } from "node:fs";
-import { mkdir, rmdir } from "node:fs/promises";
 import { Deadline } from "../base/deadline.ts";
-import { errnoText, SystemError, VhostdError } from "../base/errors.ts";
+import { SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { connectUnix, peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
 import { Bus } from "../pci/bus.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
-import { rpcSocket } from "../runtime-directory.ts";
+import { makeRuntimeDirectory, rpcSocket } from "../runtime-directory.ts";
 import type { DaemonConfig } from "./config.ts";
 import { nullKeeper } from "./keeper.ts";
 import { createMethods } from "./methods.ts";
@@ -37,10 +36,7 @@ export class Daemon {
    */
   async start(): Promise<void> {
     const { config, log } = this;
-    // mkdir tells the first directory that it made: where that is ours, nobody else has anything in it.
-    if ((await makeDirectory(config.runtimeDirectory)) !== undefined) {
-      this.running.defer(() => rmdir(config.runtimeDirectory).catch(() => {}));
-    }
+    this.running.defer(await makeRuntimeDirectory(config.runtimeDirectory, "vfe-vhostd"));
     for (const directory of config.busDirectories) {
       if (!existsSync(directory)) log.info(`there is no bus directory ${directory} yet`);
     }
@@ -92,18 +88,6 @@ export class Daemon {
     } catch (error) {
       this.log.error("functions are left to the kernel", error);
     }
-  }
-}
-
-async function makeDirectory(path: string): Promise<string | undefined> {
-  try {
-    return await mkdir(path, { recursive: true, mode: 0o755 });
-  } catch (error) {
-    const errno = Math.abs((error as NodeJS.ErrnoException).errno ?? 5);
-    throw new VhostdError(errno, `the runtime directory ${path} cannot be made: ${errnoText(errno)}`, {
-      fix: "run the daemon as root, or choose another directory with --runtime-dir",
-      cause: error,
-    });
   }
 }
 

@@ -1,5 +1,6 @@
-import type { Deadline } from "../base/deadline.ts";
+import { Deadline } from "../base/deadline.ts";
 import { SystemError, VhostdError } from "../base/errors.ts";
+import { OperationQueue } from "../base/operation-queue.ts";
 import { checkFd, checkInteger, checkSize } from "./arguments.ts";
 import { addon } from "./load.ts";
 import { type Watch, watch } from "./poller.ts";
@@ -38,16 +39,20 @@ interface NativeRingFunction {
   create(backend: string, parameters: RingParameters, queues: number): string;
   doorbell(queue: number): number;
   events(): number;
+  tryEnter(milliseconds: number): boolean;
+  leave(): void;
+  withdraw(): void;
   map(iova: number, size: number, fd: number, offset: number, writable: boolean): number;
   unmap(iova: number, size: number): number;
   unmapAll(): void;
-  check(config: RingConfig): string;
+  unmapping(): boolean;
   activate(queue: number, config: RingConfig, features: bigint): string;
   start(features: bigint): string;
   setCall(queue: number, fd: number): boolean;
   configure(parameters: RingParameters): string;
-  requestStop(drain: boolean): void;
+  requestStop(how: "finish" | "drop" | "park"): void;
   tryStop(milliseconds: number): boolean;
+  tryPark(milliseconds: number): boolean;
   indices(): RingIndices[];
   failure(): string;
   stats(): RingStats[];
@@ -55,17 +60,22 @@ interface NativeRingFunction {
 }
 const { RingFunction } = addon as unknown as { readonly RingFunction: new () => NativeRingFunction };
 
-/** Milliseconds that a stop may hold up the event loop, and that lie between two attempts. */
-const STOP_SLICE = 2;
-const STOP_INTERVAL = 5;
+/** Milliseconds that the first attempt to have the worker give way or end may hold up the event loop; others none. */
+const FIRST_ATTEMPT = 1;
+/** Milliseconds between two attempts. */
+const INTERVAL = 1;
+/** Milliseconds for the worker to give way: one piece of I/O. */
+const TURN_TIMEOUT = 30_000;
 
 /**
  * The rings of one soft function: its view of guest memory, its virtqueues, and a native thread that serves them from
- * `start` to `stop`.
+ * `start` to `stop`. What changes the things that the thread uses waits for its piece of I/O, never on the event loop;
+ * such changes are made in the order they were asked for.
  */
 export class RingEngine implements Disposable {
-  private readonly native = new RingFunction();
+  private readonly handle = new RingFunction();
   private readonly events: Watch;
+  private readonly turns = new OperationQueue();
   private closed = false;
 
   /**
@@ -99,57 +109,71 @@ export class RingEngine implements Disposable {
   }
 
   /**
-   * Part of a memory file becomes reachable. The fd is borrowed for the call.
-   * @throws SystemError EEXIST where it overlaps, EINVAL where the file is shorter
+   * Part of a memory file becomes reachable. The fd is borrowed until the promise settles.
+   * @throws SystemError EEXIST where it overlaps, EINVAL where the file is shorter; VhostdError timedOut
    */
-  map(iova: number, size: number, fd: number, offset: number, writable: boolean): void {
+  async map(iova: number, size: number, fd: number, offset: number, writable: boolean): Promise<void> {
     checkSize(iova, "IOVA");
     checkSize(size, "size of a DMA range");
     checkSize(offset, "offset in a memory file");
-    succeed(this.native.map(iova, size, checkFd(fd), offset, writable), "map guest memory");
+    checkFd(fd);
+    await this.turn(() => succeed(this.native.map(iova, size, fd, offset, writable), "map guest memory"));
   }
 
   /**
-   * Exactly a range that was mapped is not touched any more when this returns. A ring in it fails the function.
-   * @throws SystemError ENOENT
+   * Exactly a range that was mapped is not touched any more when this resolves, and its pages are given back. A ring
+   * in it fails the function.
+   * @throws SystemError ENOENT; VhostdError timedOut
    */
-  unmap(iova: number, size: number): void {
+  async unmap(iova: number, size: number): Promise<void> {
     checkSize(iova, "IOVA");
     checkSize(size, "size of a DMA range");
-    succeed(this.native.unmap(iova, size), "unmap guest memory");
+    await this.turn(() => succeed(this.native.unmap(iova, size), "unmap guest memory"));
+    await this.unmapped();
   }
 
-  unmapAll(): void {
-    this.native.unmapAll();
-  }
-
-  /** Why a ring cannot be used as things are, or undefined. */
-  findProblem(config: RingConfig): string | undefined {
-    return this.native.check(checkRing(config)) || undefined;
+  /** @throws VhostdError timedOut */
+  async unmapAll(): Promise<void> {
+    await this.turn(() => this.native.unmapAll());
+    await this.unmapped();
   }
 
   /**
    * Sets a ring up. It is served from `start` on, or at once while running.
-   * @throws VhostdError invalid with the reason
+   * @throws VhostdError invalid with the reason, timedOut
    */
-  activate(queue: number, config: RingConfig, features: bigint): void {
-    refuse(this.native.activate(this.checkQueue(queue), checkRing(config), features));
+  async activate(queue: number, config: RingConfig, features: bigint): Promise<void> {
+    this.checkQueue(queue);
+    checkRing(config);
+    await this.turn(() => refuse(this.native.activate(queue, config, features)));
   }
 
-  /** Starts serving. @throws VhostdError invalid with the reason */
+  /** Starts serving, or goes on after `park`. @throws VhostdError invalid with the reason */
   start(features: bigint): void {
     refuse(this.native.start(features));
   }
 
-  /** Calls of the queue are signalled on `fd`, which is borrowed for the call; null for nowhere. */
+  /**
+   * Calls of the queue are signalled on `fd`, which is borrowed for the call; null for nowhere. One that is under way
+   * may still go to the former: where the queue is in use, the new one is to be signalled once.
+   */
   setCall(queue: number, fd: number | null): void {
     const accepted = this.native.setCall(this.checkQueue(queue), fd === null ? -1 : checkFd(fd));
     if (!accepted) throw new VhostdError("limitExceeded", "no file descriptor is left for a call");
   }
 
-  /** Parameters of the backend, also while it runs. @throws VhostdError invalid with the reason */
-  configure(parameters: RingParameters): void {
-    refuse(this.native.configure(parameters));
+  /** Parameters of the backend, also while it runs. @throws VhostdError invalid with the reason, timedOut */
+  async configure(parameters: RingParameters): Promise<void> {
+    await this.turn(() => refuse(this.native.configure(parameters)));
+  }
+
+  /**
+   * Stops serving until the next `start`: rings and the requests that were taken stay.
+   * @throws VhostdError timedOut while the worker is held up by the system; it ends later
+   */
+  async park(deadline: Deadline): Promise<void> {
+    this.native.requestStop("park");
+    await this.poll((milliseconds) => this.native.tryPark(milliseconds), deadline);
   }
 
   /**
@@ -159,8 +183,8 @@ export class RingEngine implements Disposable {
    * @throws VhostdError timedOut while the worker is held up by the system; it ends later, ask again
    */
   async stop(requests: "finish" | "drop", deadline: Deadline): Promise<readonly RingIndices[]> {
-    this.native.requestStop(requests === "finish");
-    await deadline.poll(() => (this.native.tryStop(STOP_SLICE) ? true : undefined), STOP_INTERVAL);
+    this.native.requestStop(requests);
+    await this.poll((milliseconds) => this.native.tryStop(milliseconds), deadline);
     return this.native.indices();
   }
 
@@ -169,12 +193,54 @@ export class RingEngine implements Disposable {
     return this.native.stats();
   }
 
-  /** Stops at once, unmaps everything, closes all fds. */
+  /** Stops at once, unmaps everything, closes all fds; behind the scenes where the worker is held up by the system. */
   [Symbol.dispose](): void {
     if (this.closed) return;
     this.closed = true;
     this.events[Symbol.dispose]();
-    this.native.close();
+    this.handle.close();
+  }
+
+  /** Whoever waited while the engine was closed finds nothing. @throws VhostdError cancelled */
+  private get native(): NativeRingFunction {
+    if (this.closed) throw new VhostdError("cancelled", "the function is closed");
+    return this.handle;
+  }
+
+  /** Runs `operation` while the worker is between two pieces of work. */
+  private turn(operation: () => void): Promise<void> {
+    return this.turns.run(async () => {
+      const deadline = Deadline.after(TURN_TIMEOUT, "the ring worker's piece of I/O");
+      try {
+        await this.poll((milliseconds) => this.attempt(operation, milliseconds), deadline);
+      } finally {
+        if (!this.closed) this.native.withdraw();
+      }
+    });
+  }
+
+  private attempt(operation: () => void, milliseconds: number): boolean {
+    if (!this.native.tryEnter(milliseconds)) return false;
+    try {
+      operation();
+      return true;
+    } finally {
+      this.native.leave();
+    }
+  }
+
+  /** What was unmapped is gone. However long that takes: a file's pages are many, but not endless. */
+  private async unmapped(): Promise<void> {
+    while (!this.closed && this.native.unmapping()) await Bun.sleep(INTERVAL);
+  }
+
+  private async poll(attempt: (milliseconds: number) => boolean, deadline: Deadline): Promise<void> {
+    let milliseconds = FIRST_ATTEMPT;
+    await deadline.poll(() => {
+      const done = attempt(milliseconds);
+      milliseconds = 0;
+      return done || undefined;
+    }, INTERVAL);
   }
 
   private checkQueue(queue: number): number {

@@ -1,3 +1,4 @@
+import { resolve } from "node:path";
 import { VhostdError } from "../base/errors.ts";
 import type { SoftDeviceClass, SoftOption, SoftOptionValue, SoftOptionValues } from "../plugin.ts";
 import { isRingSize, RING_SIZE_MAX } from "../virtio/split-ring.ts";
@@ -11,6 +12,8 @@ const COMMON_OPTIONS = {
 
 const QUEUES_MAX = 1024;
 const VECTORS_MAX = 2048;
+/** What a number holds exactly. */
+const SIZE_LIMIT = "at most 8191T";
 const UNITS: Readonly<Record<string, number>> = { "": 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 30, T: 2 ** 40 };
 
 /** Every option of a class's soft devices, by name. */
@@ -30,15 +33,17 @@ export function optionByFlag(options: Readonly<Record<string, SoftOption>>, flag
 
 /**
  * A value as typed on a command line or in a file.
+ * @param directory where relative paths start
  * @throws VhostdError badArguments
  */
-export function parseOption(flag: string, { type }: SoftOption, value: unknown): SoftOptionValue {
+export function parseOption(flag: string, { type }: SoftOption, value: unknown, directory: string): SoftOptionValue {
   const refuse = (expected: string) =>
     new VhostdError("badArguments", `option ${flag} is ${JSON.stringify(value)}, must be ${expected}`);
   switch (type) {
     case "string":
+    case "path":
       if (typeof value !== "string" || value === "" || value.includes("\0")) throw refuse("a text");
-      return value;
+      return type === "path" ? resolve(directory, value) : value;
     case "boolean":
       if (typeof value === "boolean") return value;
       if (value === "true" || value === "on") return true;
@@ -52,8 +57,9 @@ export function parseOption(flag: string, { type }: SoftOption, value: unknown):
     case "size": {
       if (typeof value === "number" && Number.isSafeInteger(value) && value >= 0) return value;
       const match = typeof value === "string" ? /^(\d+)([KMGT]?)(?:iB|B)?$/i.exec(value) : null;
-      const bytes = match === null ? Number.NaN : Number(match[1]) * UNITS[match[2]!.toUpperCase()]!;
-      if (!Number.isSafeInteger(bytes)) throw refuse("a size in bytes, or with K, M, G or T");
+      if (match === null) throw refuse("a size in bytes, or with K, M, G or T");
+      const bytes = Number(match[1]) * UNITS[match[2]!.toUpperCase()]!;
+      if (!Number.isSafeInteger(bytes)) throw refuse(SIZE_LIMIT);
       return bytes;
     }
   }

@@ -1,3 +1,4 @@
+import { Deadline } from "../base/deadline.ts";
 import { VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -43,8 +44,9 @@ const IRQ_TYPES = 5;
 const DOORBELL_WIDTH = 2;
 const EINVAL = 22;
 const EBUSY = 16;
-const ENOSPC = 28;
 const EOPNOTSUPP = 95;
+/** Milliseconds for a client that is turned away to ask for something, and to take the answer. */
+const GREETING_TIMEOUT = 1000;
 /** errno values end here; numbers of our own begin above. */
 const ERRNO_MAX = 160;
 
@@ -65,7 +67,6 @@ export class ClientConnection {
   private readonly socket: MessageSocket;
   /** What the client takes; undefined until it has said so, which must be first. */
   private client: Capabilities | undefined;
-  private readonly mapped = new Map<number, number>();
 
   /** Takes the fd. */
   constructor(
@@ -115,7 +116,8 @@ export class ClientConnection {
       bytes = encodeMessage(reply, answer.body);
       fds = answer.fds ?? [];
     } catch (error) {
-      if (error instanceof VhostdError && error.code === "protocol") throw error;
+      // Without a version nothing else can be said.
+      if (this.client === undefined || (error instanceof VhostdError && error.code === "protocol")) throw error;
       this.log.warn(`${commandName(header.command)} refused`, error);
       bytes = encodeMessage({ ...reply, flags: HeaderFlag.reply | HeaderFlag.error, error: errnoOf(error) });
     }
@@ -158,28 +160,20 @@ export class ClientConnection {
     }
     this.client = capabilities;
     const agreed = Math.min(minor, PROTOCOL_VERSION.minor);
-    return { body: encodeVersion({ major, minor: agreed, capabilities: SERVER_CAPABILITIES }) };
+    const offered = { ...SERVER_CAPABILITIES, maxDmaMaps: this.fn.maxDmaMaps };
+    return { body: encodeVersion({ major, minor: agreed, capabilities: offered }) };
   }
 
-  private dmaMap({ body, fds }: Request): Answer {
+  private async dmaMap({ body, fds }: Request): Promise<Answer> {
     const { iova, size, offset, writable } = decodeMap(body, fds);
-    if (this.mapped.size >= SERVER_CAPABILITIES.maxDmaMaps) {
-      throw refusal(ENOSPC, `${this.mapped.size} DMA ranges are mapped; at most ${SERVER_CAPABILITIES.maxDmaMaps}`);
-    }
-    this.fn.map(iova, size, fds[0]!.number, offset, writable);
-    this.mapped.set(iova, size);
+    await this.fn.map(iova, size, fds[0]!.number, offset, writable);
     return {};
   }
 
-  private dmaUnmap({ body }: Request): Answer {
+  private async dmaUnmap({ body }: Request): Promise<Answer> {
     const range = decodeUnmap(body);
-    if (range === "all") {
-      this.fn.unmapAll();
-      this.mapped.clear();
-    } else {
-      this.fn.unmap(range.iova, range.size);
-      this.mapped.delete(range.iova);
-    }
+    if (range === "all") await this.fn.unmapAll();
+    else await this.fn.unmap(range.iova, range.size);
     return { body: body.slice(0, DMA_UNMAP.size) };
   }
 
@@ -253,8 +247,8 @@ export class ClientConnection {
 
 /** Answers the version of a client that came while another has the function, and hangs up. Takes the fd. */
 export async function turnAway(fd: OwnedFd): Promise<void> {
-  using socket = new MessageSocket(fd, serverFraming(), { partialTimeout: 1000, sendTimeout: 1000 });
-  using message = await socket.receive();
+  using socket = new MessageSocket(fd, serverFraming(), { sendTimeout: GREETING_TIMEOUT });
+  using message = await Deadline.after(GREETING_TIMEOUT, "a client's first message").race(socket.receive());
   if (message === undefined) return;
   const { id, command } = HEADER.read(message.header);
   await socket.send(encodeMessage({ id, command, flags: HeaderFlag.reply | HeaderFlag.error, error: EBUSY }));

@@ -23,6 +23,8 @@ export interface PfRequest {
   readonly vfs: number;
   /** As written, by flag: `block-size`. */
   readonly options: Readonly<Record<string, unknown>>;
+  /** Where relative paths among them start. */
+  readonly directory: string;
 }
 
 export interface SoftvfConfig {
@@ -36,6 +38,8 @@ export interface SoftvfConfig {
   readonly pfs: readonly PfRequest[];
 }
 
+/** Of a PF for which nobody says otherwise. */
+export const DEFAULT_VFS = 1;
 /** What an SR-IOV capability can express (NumVFs). */
 const VFS_MAX = 0xffff;
 
@@ -43,7 +47,7 @@ const exact = { additionalProperties: false } as const;
 const Pf = Type.Object({
   address: Type.String({ description: "PCI address" }),
   class: Type.String({ description: "device class" }),
-  vfs: Type.Integer({ minimum: 0, maximum: VFS_MAX, description: "number of VFs" }),
+  vfs: Type.Optional(Type.Integer({ minimum: 0, maximum: VFS_MAX, description: "number of VFs" })),
 });
 const ConfigFile = Type.Object(
   {
@@ -76,11 +80,12 @@ export async function readConfigFile(file: string): Promise<SoftvfConfig> {
     logLevel: config["log-level"] ?? "info",
     plugins: plugins.map((plugin) => (/^[./]/.test(plugin) ? resolve(here, plugin) : plugin)),
     pluginDirectory: directory === undefined ? undefined : resolve(here, directory),
-    pfs: config.pf.map(({ address, class: className, vfs, ...options }) => ({
+    pfs: config.pf.map(({ address, class: className, vfs = DEFAULT_VFS, ...options }) => ({
       address: parsePciAddress(address),
       className,
       vfs,
       options,
+      directory: here,
     })),
   };
 }
@@ -93,7 +98,10 @@ export function parseVfCount(text: string): number {
 }
 
 /** Fits a request to the class that it names. @throws VhostdError badArguments */
-export function resolvePf({ address, className, vfs, options }: PfRequest, registry: PluginRegistry): PfOptions {
+export function resolvePf(
+  { address, className, vfs, options, directory }: PfRequest,
+  registry: PluginRegistry,
+): PfOptions {
   const deviceClass = findClass(className, registry);
   const known = allOptions(deviceClass.softDevice);
   const values: Record<string, SoftOptionValue> = {};
@@ -104,7 +112,7 @@ export function resolvePf({ address, className, vfs, options }: PfRequest, regis
         fix: `its options are: ${Object.keys(known).map(optionFlag).join(", ")}`,
       });
     }
-    values[name] = parseOption(flag, known[name]!, text);
+    values[name] = parseOption(flag, known[name]!, text, directory);
   }
   // Common options are the same for all VFs: what does not fit is said before anything is made.
   optionsOfVf(deviceClass.softDevice, values, 0);

@@ -1,6 +1,7 @@
 import { resolve } from "node:path";
 import type { Static } from "typebox";
 import { Deadline } from "../base/deadline.ts";
+import { asError, ERROR_NUMBERS, VhostdError } from "../base/errors.ts";
 import { type CommandLine, type Option, parseCommandLine, UsageError } from "../command-line.ts";
 import { RpcClient } from "../rpc/client.ts";
 import { controlSocket, DEFAULT_SOFTVF_DIRECTORY } from "./config.ts";
@@ -13,9 +14,14 @@ const SUMMARIES: Readonly<Record<ControlCommand, string>> = {
   stats: "Shows what each queue of each VF has done.",
   set: "Changes options of a VF while it runs, for example size=2G or slow=50.",
 };
+const ECONNREFUSED = 111;
+/** Seconds. */
+const DEFAULT_TIMEOUT = 10;
+const LONGEST_TIMEOUT = 86_400;
+
 const OPTIONS = {
   "runtime-dir": { type: "string", value: "DIR", help: `of the running vfe-softvf (${DEFAULT_SOFTVF_DIRECTORY})` },
-  timeout: { type: "string", value: "MS", help: "milliseconds to wait for the answer (10000)" },
+  timeout: { type: "string", value: "SECONDS", help: `longest wait for the answer (${DEFAULT_TIMEOUT})` },
 } as const satisfies Record<string, Option>;
 const SETTING = /^[a-zA-Z][a-zA-Z-]*=/;
 
@@ -40,15 +46,29 @@ export async function runControl(command: ControlCommand, args: readonly string[
     args.filter((argument) => !settings.includes(argument)),
   );
   const params = command === "set" ? parseSettings(positionals, settings, commandLine) : {};
-  const timeout = Number(values.timeout ?? 10_000);
-  if (!Number.isInteger(timeout) || timeout <= 0) throw new UsageError("--timeout is no number", commandLine);
+  const seconds = Number(values.timeout ?? DEFAULT_TIMEOUT);
+  if (!(seconds > 0 && seconds <= LONGEST_TIMEOUT)) {
+    throw new UsageError(`--timeout is "${values.timeout}", expected seconds, more than 0`, commandLine);
+  }
   const path = controlSocket(resolve(values["runtime-dir"] ?? DEFAULT_SOFTVF_DIRECTORY));
-  const deadline = Deadline.after(timeout, `${command} at ${path}`);
-  using client = await RpcClient.connect(path, deadline);
+  const deadline = Deadline.after(seconds * 1000, `${command} at ${path}`);
+  using client = await connect(path, deadline);
   const answer = await client.call(command, params, deadline);
   if (command === "list") print((answer as Static<typeof FunctionInfo>[]).map(listRow));
   if (command === "stats") print((answer as Static<typeof FunctionStats>[]).flatMap(statRows));
   return 0;
+}
+
+/** The client of the control interface speaks of the daemon, which this is not. */
+async function connect(path: string, deadline: Deadline): Promise<RpcClient> {
+  try {
+    return await RpcClient.connect(path, deadline);
+  } catch (cause) {
+    const number = cause instanceof VhostdError ? cause.number : 0;
+    if (number !== ERROR_NUMBERS.notFound && number !== ECONNREFUSED) throw cause;
+    const fix = "start vfe-softvf, or name the directory of a running one with --runtime-dir";
+    throw new VhostdError(number, asError(cause).message, { fix, cause });
+  }
 }
 
 function parseSettings(

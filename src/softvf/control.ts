@@ -70,8 +70,9 @@ export function controlMethods(functions: () => readonly ServedFunction[]): Meth
         exact,
       ),
       result: Type.Object({}),
-      handler: ({ address, options }) => {
-        setOptions(find(address), options);
+      changes: () => true,
+      handler: async ({ address, options }) => {
+        await setOptions(find(address), options);
         return {};
       },
     }),
@@ -79,27 +80,50 @@ export function controlMethods(functions: () => readonly ServedFunction[]): Meth
 }
 
 /** All names and values are checked before the first is set. */
-function setOptions(served: ServedFunction, options: Readonly<Record<string, unknown>>): void {
-  if (served.pf === undefined) throw new VhostdError("badArguments", `${served.address} is a PF and has no options`);
-  const known = allOptions(served.deviceClass.softDevice);
+async function setOptions(served: ServedFunction, options: Readonly<Record<string, unknown>>): Promise<void> {
+  const { address, pf, deviceClass, fn } = served;
+  if (pf === undefined) throw new VhostdError("badArguments", `${address} is a PF and has no options`);
   const changes = Object.entries(options).map(([flag, text]) => {
-    const name = optionByFlag(known, flag);
-    const option = name === undefined ? undefined : known[name];
-    if (name === undefined || option?.live !== true) {
-      const live = Object.keys(known).filter((each) => known[each]!.live === true);
-      throw new VhostdError("badArguments", `option ${flag} cannot be set while the device runs`, {
-        fix: `these can: ${live.map(optionFlag).join(", ")}`,
-      });
-    }
-    return [name, parseOption(flag, option, text)] as const;
+    const { name, option } = findLiveOption(flag, deviceClass);
+    return { flag, name, value: parseOption(flag, option, text, process.cwd()) };
   });
-  for (const [name, value] of changes) {
+  const refuse = (error: unknown, note = "") =>
+    new VhostdError("invalid", `${address}: ${asError(error).message}${note}`, { cause: error });
+  for (const { name, value } of changes) {
     try {
-      served.fn.set(name, value);
+      fn.check(name, value);
     } catch (error) {
-      throw new VhostdError("invalid", `${served.address}: ${asError(error).message}`, { cause: error });
+      throw refuse(error, changes.length > 1 ? "; nothing was set" : "");
     }
   }
+  for (const [index, { name, value }] of changes.entries()) {
+    try {
+      await fn.set(name, value);
+    } catch (error) {
+      const before = changes.slice(0, index).map(({ flag }) => flag);
+      throw refuse(error, before.length === 0 ? "" : `; set before that: ${before.join(", ")}`);
+    }
+  }
+}
+
+/** @throws VhostdError badArguments with what there is instead */
+function findLiveOption(flag: string, { name: className, softDevice }: ServedFunction["deviceClass"]) {
+  const known = allOptions(softDevice);
+  const name = optionByFlag(known, flag);
+  const option = name === undefined ? undefined : known[name];
+  if (name !== undefined && option?.live === true) return { name, option };
+  const live = Object.keys(known)
+    .filter((each) => known[each]!.live === true)
+    .map(optionFlag)
+    .join(", ");
+  if (option === undefined) {
+    throw new VhostdError("badArguments", `class ${className} has no option ${flag}`, {
+      fix: `there are, to be set while the device runs: ${live}`,
+    });
+  }
+  throw new VhostdError("badArguments", `option ${flag} cannot be set while the device runs`, {
+    fix: `these can: ${live}`,
+  });
 }
 
 function describeFunction({ address, pf, fn, server, deviceClass }: ServedFunction) {

@@ -1,3 +1,4 @@
+import { Deadline } from "../base/deadline.ts";
 import { asError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -10,6 +11,14 @@ import type { SoftFunction } from "./soft-function.ts";
 const SOCKET_MODE = 0o600;
 /** Milliseconds that a client waits for one that is just going, before it is turned away. */
 const HANDOVER = 500;
+/** Clients that may wait to be served or turned away; the connection of any other is closed unanswered. */
+const GREETINGS_MAX = 8;
+/** Clients accepted before other work of the event loop has its turn. */
+const ARRIVALS_A_TURN = 16;
+/** Milliseconds until clients are accepted again after that failed: nothing tells when a descriptor is free. */
+const ACCEPT_PAUSE = 500;
+/** Milliseconds for clients and worker to end when the server is closed; a worker may hang in the disk for ever. */
+const CLOSE_TIMEOUT = 2000;
 
 /** Serves one function on one unix socket, to one client at a time. */
 export class FunctionServer {
@@ -17,6 +26,7 @@ export class FunctionServer {
   private readonly arrivals: Watch;
   private current: { readonly connection: ClientConnection; readonly ended: Promise<void> } | undefined;
   private readonly greetings = new Set<Promise<void>>();
+  private pause: ReturnType<typeof setTimeout> | undefined;
   private closing = false;
 
   /** @throws SystemError EADDRINUSE where somebody listens there */
@@ -29,28 +39,53 @@ export class FunctionServer {
     this.arrivals = watch(this.listener.number, "in", () => this.onArrival());
   }
 
-  /** A client has the function. */
+  /** A client has the function, or its worker has not ended yet. */
   get busy(): boolean {
     return this.current !== undefined;
   }
 
-  /** Hangs up on the client and waits until the function is as new. The socket file stays. */
+  /**
+   * Hangs up on the client and waits until the function is as new, or two seconds where its worker hangs in the disk.
+   * The socket file stays.
+   */
   async close(): Promise<void> {
     this.closing = true;
+    clearTimeout(this.pause);
     this.arrivals[Symbol.dispose]();
     this.listener[Symbol.dispose]();
     this.current?.connection.close();
-    await this.current?.ended;
-    await Promise.all(this.greetings);
+    const ended = Promise.all([this.current?.ended, ...this.greetings]);
+    try {
+      await Deadline.after(CLOSE_TIMEOUT, "the end of the clients").race(ended);
+    } catch (error) {
+      this.log.warn("left behind", asError(error));
+    }
   }
 
   private onArrival(): void {
-    for (let fd = accept(this.listener.number); fd !== undefined; fd = accept(this.listener.number)) {
-      const greeting = this.greet(fd).catch((error) => this.log.warn("client turned away", asError(error)));
-      this.greetings.add(greeting);
-      void greeting.then(() => this.greetings.delete(greeting));
+    try {
+      for (let count = 0; count < ARRIVALS_A_TURN; count++) {
+        const fd = accept(this.listener.number);
+        if (fd === undefined) break;
+        this.admit(fd);
+      }
+      this.arrivals.rearm();
+    } catch (error) {
+      this.log.warn(`no client is accepted for ${ACCEPT_PAUSE} ms`, asError(error));
+      // Those that wait stay in the socket's queue.
+      this.pause = setTimeout(() => this.onArrival(), ACCEPT_PAUSE);
     }
-    this.arrivals.rearm();
+  }
+
+  private admit(fd: OwnedFd): void {
+    if (this.greetings.size >= GREETINGS_MAX) {
+      this.log.debug(`a client is hung up on: ${GREETINGS_MAX} wait already`);
+      fd[Symbol.dispose]();
+      return;
+    }
+    const greeting = this.greet(fd).catch((error) => this.log.warn("client turned away", asError(error)));
+    this.greetings.add(greeting);
+    void greeting.then(() => this.greetings.delete(greeting));
   }
 
   private async greet(fd: OwnedFd): Promise<void> {
@@ -63,7 +98,9 @@ export class FunctionServer {
     const connection = new ClientConnection(fd, this.fn, this.log);
     const ended = connection
       .run()
-      .catch((error) => this.log.error("the function could not be reset", error))
+      .catch((error) => {
+        if (!this.closing) this.log.error("the function could not be reset", error);
+      })
       .then(() => {
         this.current = undefined;
       });

@@ -10,7 +10,14 @@ import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
 import { VERSION } from "../version.ts";
 import { allOptions, optionFlag } from "./class-options.ts";
-import { DEFAULT_SOFTVF_DIRECTORY, findClass, parseVfCount, readConfigFile, type SoftvfConfig } from "./config.ts";
+import {
+  DEFAULT_SOFTVF_DIRECTORY,
+  DEFAULT_VFS,
+  findClass,
+  parseVfCount,
+  readConfigFile,
+  type SoftvfConfig,
+} from "./config.ts";
 import { runControl } from "./control-commands.ts";
 
 const NAME = "vfe-softvf";
@@ -19,7 +26,7 @@ const OPTIONS = {
   config: { type: "string", value: "FILE", help: "several PFs, TOML; instead of --pf" },
   pf: { type: "string", value: "ADDRESS", help: "PCI address of the PF; its VFs have the addresses behind it" },
   class: { type: "string", value: "NAME", help: "device class of the VFs; with --help: its options" },
-  vfs: { type: "string", value: "N", help: "number of VFs (1)" },
+  vfs: { type: "string", value: "N", help: `number of VFs (${DEFAULT_VFS})` },
   plugin: { type: "string", multiple: true, value: "PATH", help: "one more plugin; may be repeated" },
   "runtime-dir": { type: "string", value: "DIR", help: `devices and sockets (${DEFAULT_SOFTVF_DIRECTORY})` },
   "log-level": { type: "string", value: "LEVEL", help: `${Object.keys(LOG_LEVELS).join(", ")} (info)` },
@@ -101,8 +108,9 @@ async function readCommandLine(args: readonly string[]): Promise<SoftvfConfig | 
   const request = {
     address: parsePciAddress(pf),
     className,
-    vfs: parseVfCount(values.vfs ?? "1"),
+    vfs: values.vfs === undefined ? DEFAULT_VFS : parseVfCount(values.vfs),
     options: Object.fromEntries(given),
+    directory: process.cwd(),
   };
   return {
     runtimeDirectory: DEFAULT_SOFTVF_DIRECTORY,
@@ -135,7 +143,7 @@ function commandLineOption({ type, description, default: preset }: SoftOption): 
   // A switch that is on needs a value to be put off.
   if (type === "boolean" && preset !== true) return { type: "boolean", help: description };
   const shown = preset === undefined ? "" : ` (${preset === true ? "on" : preset})`;
-  const value = { string: "TEXT", number: "N", size: "SIZE", boolean: "on|off" }[type];
+  const value = { string: "TEXT", path: "FILE", number: "N", size: "SIZE", boolean: "on|off" }[type];
   return { type: "string", value, help: `${description}${shown}` };
 }
 

@@ -42,8 +42,8 @@ const MSIX_CONTROL_MASK = 0xc000;
 /** Where a driver without access to the address registers reaches into them (VIRTIO 1.2, 4.1.4.9). */
 const WINDOW_CAP = struct("virtio_pci_cfg_cap", 20, { ...VIRTIO_CAP.fields, data: [16, "u32"] });
 
-/** What a write means beyond the bytes. */
-export type ConfigEffect = "none" | "functionReset" | "busMaster" | "windowWrite";
+/** What a write means beyond the bytes, in the order to be done. One write may mean several. */
+export type ConfigEffect = "functionReset" | "busMaster" | "windowWrite";
 
 /** What the window shows now; `length` may be anything that a driver wrote. */
 export interface Window {
@@ -94,7 +94,7 @@ export class PciConfigSpace {
   }
 
   /** Bits that cannot be written keep their value. */
-  write(offset: number, data: Uint8Array): ConfigEffect {
+  write(offset: number, data: Uint8Array): readonly ConfigEffect[] {
     const wasMaster = this.busMaster;
     for (const [index, value] of data.entries()) {
       const at = offset + index;
@@ -102,9 +102,11 @@ export class PciConfigSpace {
       this.bytes[at] = (this.bytes[at]! & ~mask) | (value & mask);
     }
     const high = data[this.deviceControl + 1 - offset] ?? 0;
-    if ((high & (INITIATE_FUNCTION_RESET >> 8)) !== 0) return "functionReset";
-    if (this.touchesWindow(offset, data.length)) return "windowWrite";
-    return !wasMaster && this.busMaster ? "busMaster" : "none";
+    const effects: ConfigEffect[] = [];
+    if ((high & (INITIATE_FUNCTION_RESET >> 8)) !== 0) effects.push("functionReset");
+    if (this.busMaster !== wasMaster) effects.push("busMaster");
+    if (this.touchesWindow(offset, data.length)) effects.push("windowWrite");
+    return effects;
   }
 
   get window(): Window {

@@ -14,6 +14,7 @@ import {
   REGION_IO_FDS,
 } from "../vfio-user/messages.ts";
 import type { Capabilities } from "../vfio-user/version.ts";
+import { MEMORY_LIMITS } from "./memory-share.ts";
 
 /**
  * The one place where a client's requests are believed or not: sizes, indices, flags, ranges and the kinds of
@@ -25,7 +26,7 @@ import type { Capabilities } from "../vfio-user/version.ts";
 export const SERVER_CAPABILITIES: Capabilities = {
   maxMsgFds: 253,
   maxDataTransfer: 1 << 20,
-  maxDmaMaps: 4096,
+  maxDmaMaps: MEMORY_LIMITS.ranges,
   pageSizes: 4096,
 };
 

@@ -1,3 +1,4 @@
+import { VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { RingEngine, type RingStats } from "../native/ring-engine.ts";
@@ -5,6 +6,7 @@ import type { PciAddress } from "../pci/address.ts";
 import type { SoftDevice, SoftOptionValue } from "../plugin.ts";
 import { InterruptRoutes } from "./interrupts.ts";
 import { type FunctionLayout, functionLayout, MSIX_BAR, NOTIFY_MULTIPLIER, VIRTIO_BAR, VirtioBlock } from "./layout.ts";
+import { MemoryShare } from "./memory-share.ts";
 import { CONFIG_SPACE_SIZE, PciConfigSpace, type PciIdentity } from "./pci-config-space.ts";
 import { VirtioDevice } from "./virtio-device.ts";
 
@@ -31,19 +33,25 @@ export class SoftFunction implements Disposable {
   private readonly msix: Uint8Array;
   private readonly rings: RingEngine;
   private readonly device: SoftDevice;
+  private readonly memory: MemoryShare;
   private readonly resources = new DisposableStack();
 
   /** Takes the device. @throws VhostdError invalid where its worker does not exist or refuses its parameters */
-  constructor(options: SoftFunctionOptions, device: SoftDevice, log: Logger) {
+  constructor(
+    options: SoftFunctionOptions,
+    device: SoftDevice,
+    private readonly log: Logger,
+  ) {
     using undo = new DisposableStack();
     this.device = undo.use(device);
+    this.memory = undo.use(new MemoryShare());
     this.address = options.address;
     this.identity = options.identity;
     const vectors = options.vectors ?? device.queues + 1;
     this.layout = functionLayout(device.queues, vectors, device.config().length);
     this.config = new PciConfigSpace(options.identity, this.layout);
     this.msix = new Uint8Array(this.layout.msixBarSize);
-    this.rings = undo.use(new RingEngine(device.worker, device.queues, (reason) => this.virtio.fail(reason)));
+    this.rings = undo.use(new RingEngine(device.worker, device.queues, (reason) => this.onRingFailure(reason)));
     this.interrupts = undo.use(
       new InterruptRoutes(this.layout.vectors, (vector) => this.virtio.onVectorRouted(vector)),
     );
@@ -92,8 +100,7 @@ export class SoftFunction implements Disposable {
     const { common, device, notify } = VirtioBlock;
     if (offset + data.length <= common.size) return this.virtio.writeCommon(offset, data);
     if (offset >= device.offset && offset + data.length <= device.offset + device.size) {
-      this.virtio.writeConfig(offset - device.offset, data);
-      return;
+      return this.virtio.writeConfig(offset - device.offset, data);
     }
     const queue = (offset - notify.offset) / NOTIFY_MULTIPLIER;
     if (Number.isInteger(queue) && queue >= 0 && queue < this.layout.queues) this.rings.notify(queue);
@@ -109,18 +116,36 @@ export class SoftFunction implements Disposable {
     this.interrupts.route(vector, eventfd);
   }
 
-  /** @throws SystemError EEXIST where it overlaps, EINVAL where the file is shorter */
-  map(iova: number, size: number, fd: number, offset: number, writable: boolean): void {
-    this.rings.map(iova, size, fd, offset, writable);
+  /** Ranges that a client may map. */
+  get maxDmaMaps(): number {
+    return this.memory.limits.ranges;
   }
 
-  /** @throws SystemError ENOENT unless exactly this range was mapped */
-  unmap(iova: number, size: number): void {
-    this.rings.unmap(iova, size);
+  /**
+   * The fd is borrowed until the promise settles.
+   * @throws SystemError EEXIST where it overlaps, EINVAL where the file is shorter, ENOSPC where too much is mapped;
+   * VhostdError timedOut while the worker hangs in the disk
+   */
+  async map(iova: number, size: number, fd: number, offset: number, writable: boolean): Promise<void> {
+    this.memory.take(size);
+    try {
+      await this.rings.map(iova, size, fd, offset, writable);
+    } catch (error) {
+      this.memory.give(size);
+      throw error;
+    }
   }
 
-  unmapAll(): void {
-    this.rings.unmapAll();
+  /** @throws SystemError ENOENT unless exactly this range was mapped; VhostdError timedOut */
+  async unmap(iova: number, size: number): Promise<void> {
+    await this.rings.unmap(iova, size);
+    this.memory.give(size);
+  }
+
+  /** @throws VhostdError timedOut */
+  async unmapAll(): Promise<void> {
+    await this.rings.unmapAll();
+    this.memory.giveAll();
   }
 
   /** Function-level reset; the PCI configuration space and the interrupt routes stay, as with the kernel's VFIO. */
@@ -129,20 +154,27 @@ export class SoftFunction implements Disposable {
     this.msix.fill(0);
   }
 
-  /** As if it had just been made: the client is gone. */
+  /** As if it had just been made: the client is gone. However long the worker hangs in the disk: it has its memory. */
   async release(): Promise<void> {
     try {
-      await this.reset();
+      while (!(await this.tryReset())) {
+        this.log.error("the ring worker does not end, it hangs in the disk: no client is served until it does");
+      }
     } finally {
-      this.rings.unmapAll();
       this.interrupts.clear();
       this.config.reset();
+      await this.unmapAll();
     }
   }
 
-  /** @throws Error of the class where the value does not fit */
-  set(option: string, value: SoftOptionValue): void {
-    this.virtio.set(option, value);
+  /** @throws Error of the class where `set` would not take the value */
+  check(option: string, value: SoftOptionValue): void {
+    this.device.check?.(option, value);
+  }
+
+  /** @throws Error of the class where the value does not fit; VhostdError timedOut */
+  async set(option: string, value: SoftOptionValue): Promise<void> {
+    await this.virtio.set(option, value);
   }
 
   stats(): readonly RingStats[] {
@@ -156,6 +188,25 @@ export class SoftFunction implements Disposable {
 
   [Symbol.dispose](): void {
     this.resources.dispose();
+  }
+
+  /** Called by the poller, which an error would end. */
+  private onRingFailure(reason: string): void {
+    try {
+      this.virtio.fail(reason);
+    } catch (error) {
+      this.log.error("the driver could not be told that the function needs a reset", error);
+    }
+  }
+
+  private async tryReset(): Promise<boolean> {
+    try {
+      await this.reset();
+      return true;
+    } catch (error) {
+      if (error instanceof VhostdError && error.code === "timedOut") return false;
+      throw error;
+    }
   }
 
   private readPciConfig(offset: number, length: number): Uint8Array {
@@ -173,10 +224,10 @@ export class SoftFunction implements Disposable {
   }
 
   private async writePciConfig(offset: number, data: Uint8Array): Promise<void> {
-    const effect = this.config.write(offset, data);
-    if (effect === "functionReset") await this.reset();
-    if (effect === "busMaster") this.virtio.onBusMaster();
-    const target = effect === "windowWrite" ? this.windowTarget() : undefined;
+    const effects = this.config.write(offset, data);
+    if (effects.includes("functionReset")) await this.reset();
+    if (effects.includes("busMaster")) await this.virtio.onBusMaster();
+    const target = effects.includes("windowWrite") ? this.windowTarget() : undefined;
     if (target === undefined) return;
     const value = new Uint8Array(Uint32Array.of(target.data).buffer, 0, target.length);
     await this.write(target.bar, target.offset, value);

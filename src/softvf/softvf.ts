@@ -1,9 +1,9 @@
-import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import type { Logger } from "../base/log.ts";
 import { peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
+import { makeRuntimeDirectory } from "../runtime-directory.ts";
 import { BusDirectory } from "./bus-directory.ts";
 import { controlSocket, resolvePf, type SoftvfConfig } from "./config.ts";
 import { controlMethods } from "./control.ts";
@@ -17,6 +17,7 @@ export class Softvf {
   private readonly bus: BusDirectory;
   private readonly control: RpcServer;
   private published = false;
+  private removeDirectory = async () => {};
 
   constructor(
     private readonly config: SoftvfConfig,
@@ -40,7 +41,7 @@ export class Softvf {
     const asked = pfs.map((request) => resolvePf(request, registry));
     // Every queue has an eventfd, every function a socket.
     raiseOpenFileLimit();
-    await mkdir(runtimeDirectory, { recursive: true, mode: 0o755 });
+    this.removeDirectory = await makeRuntimeDirectory(runtimeDirectory, "vfe-softvf");
     // First of all: two processes in one directory would take each other's sockets away.
     await this.control.listenUnix(controlSocket(runtimeDirectory), SOCKET_MODE);
     this.published = true;
@@ -53,5 +54,6 @@ export class Softvf {
     await this.control.stop();
     for (const pf of this.pfs.splice(0)) await pf.close();
     if (this.published) await this.bus.remove();
+    await this.removeDirectory();
   }
 }

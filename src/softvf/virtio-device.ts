@@ -1,8 +1,8 @@
 import { Deadline } from "../base/deadline.ts";
-import { asError } from "../base/errors.ts";
+import { asError, VhostdError } from "../base/errors.ts";
 import { fieldSize } from "../base/layout.ts";
 import type { Logger } from "../base/log.ts";
-import type { RingConfig, RingEngine } from "../native/ring-engine.ts";
+import type { RingEngine } from "../native/ring-engine.ts";
 import type { SoftChange, SoftDevice, SoftOptionValue } from "../plugin.ts";
 import { FeatureBit, featureBits, hasFeature, Status } from "../virtio/features.ts";
 import { COMMON_CONFIG, type CommonRegister, Isr, NO_VECTOR } from "../virtio/registers.ts";
@@ -134,30 +134,35 @@ export class VirtioDevice {
     return bytes;
   }
 
-  writeConfig(offset: number, data: Uint8Array): void {
-    this.apply(this.device.writeConfig(offset, data));
+  async writeConfig(offset: number, data: Uint8Array): Promise<void> {
+    await this.apply(this.device.writeConfig(offset, data));
   }
 
   /** A live option was set. @throws Error of the class where the value does not fit */
-  set(option: string, value: SoftOptionValue): void {
-    this.apply(this.device.set(option, value));
+  async set(option: string, value: SoftOptionValue): Promise<void> {
+    await this.apply(this.device.set(option, value));
   }
 
   /** Calls of the queues that use `vector` go there from now on. */
   onVectorRouted(vector: number): void {
     for (const [index, queue] of this.queues.entries()) {
-      if (queue.vector === vector) this.engine.setCall(index, this.host.vectorFd(vector));
+      if (queue.vector === vector) this.routeCalls(index, queue);
     }
   }
 
-  /** The driver lets the function reach memory. */
-  onBusMaster(): void {
-    if ((this.state.status & Status.driverOk) !== 0) this.serve();
+  /** The driver lets the function reach memory, or no longer: it does not when this resolves. @throws VhostdError timedOut */
+  async onBusMaster(): Promise<void> {
+    if (this.host.busMaster) {
+      if ((this.state.status & Status.driverOk) !== 0) this.serve();
+    } else if (this.serving) {
+      this.serving = false;
+      await this.engine.park(workerDeadline());
+    }
   }
 
-  /** Nothing of the driver is left (VIRTIO 1.2, 2.4). @throws VhostdError timedOut */
+  /** Nothing of the driver is left (VIRTIO 1.2, 2.4). @throws VhostdError timedOut while the worker hangs in the disk */
   async reset(): Promise<void> {
-    await this.engine.stop("drop", Deadline.after(STOP_TIMEOUT, "the end of the ring worker"));
+    await this.engine.stop("drop", workerDeadline());
     this.serving = false;
     this.state = { ...RESET_STATE };
     this.isr = 0;
@@ -166,7 +171,7 @@ export class VirtioDevice {
       this.engine.setCall(index, null);
     }
     const change = this.device.reset?.();
-    if (change?.parameters !== undefined) this.engine.configure(change.parameters);
+    if (change?.parameters !== undefined) await this.engine.configure(change.parameters);
   }
 
   /** The rings cannot be used any more, or the driver broke the rules (VIRTIO 1.2, 2.1.2). */
@@ -249,12 +254,12 @@ export class VirtioDevice {
       case "queueVector":
         if (queue !== undefined) {
           queue.vector = value < this.host.vectors ? value : NO_VECTOR;
-          this.engine.setCall(state.queueSelect, this.host.vectorFd(queue.vector));
+          this.routeCalls(state.queueSelect, queue);
         }
         break;
       case "queueEnable":
         // Writing 0 is not allowed to drivers (4.1.4.3.2) and does nothing.
-        if (queue !== undefined && value === 1) this.enable(state.queueSelect, queue);
+        if (queue !== undefined && value === 1) await this.enable(state.queueSelect, queue);
         break;
       default:
         break;
@@ -310,23 +315,29 @@ export class VirtioDevice {
     }
   }
 
-  private enable(index: number, queue: QueueRegisters): void {
+  private async enable(index: number, queue: QueueRegisters): Promise<void> {
     if (queue.enabled) return;
-    const ring: RingConfig = { ...queue, lastAvail: 0, lastUsed: 0 };
-    const problem = this.findQueueProblem(ring);
-    if (problem !== undefined) {
-      this.fail(`queue ${index}: ${problem}`);
-      return;
+    try {
+      this.checkEnable(queue);
+      await this.engine.activate(index, { ...queue, lastAvail: 0, lastUsed: 0 }, this.state.driverFeatures);
+      queue.enabled = true;
+    } catch (error) {
+      this.fail(`queue ${index}: ${asError(error).message}`);
     }
-    this.engine.activate(index, ring, this.state.driverFeatures);
-    queue.enabled = true;
   }
 
-  /** Why a queue cannot be enabled now (4.1.4.3.2), or undefined. */
-  private findQueueProblem(ring: RingConfig): string | undefined {
-    if ((this.state.status & Status.featuresOk) === 0) return "enabled before FEATURES_OK";
-    if (ring.size > this.ringSize) return `ring size ${ring.size} is above the device's ${this.ringSize}`;
-    return this.engine.findProblem(ring);
+  /** @throws VhostdError invalid where a queue cannot be enabled now (4.1.4.3.2) */
+  private checkEnable({ size }: QueueRegisters): void {
+    if ((this.state.status & Status.featuresOk) === 0) throw new VhostdError("invalid", "enabled before FEATURES_OK");
+    if (size > this.ringSize) {
+      throw new VhostdError("invalid", `ring size ${size} is above the device's ${this.ringSize}`);
+    }
+  }
+
+  private routeCalls(index: number, { vector, enabled }: QueueRegisters): void {
+    this.engine.setCall(index, this.host.vectorFd(vector));
+    // A call that was under way goes to where the vector was routed before, and nobody looks there.
+    if (enabled) this.host.signal(vector);
   }
 
   private serve(): void {
@@ -339,8 +350,8 @@ export class VirtioDevice {
     }
   }
 
-  private apply(change: SoftChange): void {
-    if (change.parameters !== undefined) this.engine.configure(change.parameters);
+  private async apply(change: SoftChange): Promise<void> {
+    if (change.parameters !== undefined) await this.engine.configure(change.parameters);
     if (change.configChanged !== true) return;
     this.configGeneration = (this.configGeneration + 1) & 0xff;
     if ((this.state.status & Status.driverOk) !== 0) this.interruptConfig();
@@ -354,6 +365,10 @@ export class VirtioDevice {
 
 function freshQueue(size: number): QueueRegisters {
   return { size, vector: NO_VECTOR, enabled: false, desc: 0n, driver: 0n, device: 0n };
+}
+
+function workerDeadline(): Deadline {
+  return Deadline.after(STOP_TIMEOUT, "the end of the ring worker");
 }
 
 /** 32 bits of a feature word; a select beyond 1 shows none (4.1.4.3.1). */

@@ -29,6 +29,9 @@ const NAMES = {
   pageSizes: { name: "pgsizes", standard: 4096, least: 1, most: Number.MAX_SAFE_INTEGER },
 } as const satisfies Record<keyof Capabilities, object>;
 
+/** Bytes of a payload: what is longer is not looked at. A peer's capabilities take a few hundred. */
+const PAYLOAD_MAX = 4096;
+
 /** Payload of VERSION, request or reply. */
 export function encodeVersion({ major, minor, capabilities }: Version): Uint8Array<ArrayBuffer> {
   const named = Object.fromEntries(
@@ -49,13 +52,16 @@ export function decodeVersion(payload: Uint8Array): Version {
   if (payload.length < VERSION.size) {
     throw new VhostdError("protocol", `vfio-user version has ${payload.length} bytes; at least ${VERSION.size}`);
   }
+  if (payload.length > PAYLOAD_MAX) {
+    throw new VhostdError("protocol", `vfio-user version has ${payload.length} bytes; at most ${PAYLOAD_MAX}`);
+  }
   const { major, minor } = VERSION.read(payload);
   const given = parseCapabilities(payload.subarray(VERSION.size));
   const value = (key: keyof Capabilities): number => {
     const { name, standard, least, most } = NAMES[key];
     const seen = given[name] ?? standard;
     if (typeof seen !== "number" || !Number.isInteger(seen) || seen < least || seen > most) {
-      throw new VhostdError("protocol", `vfio-user capability ${name} is ${JSON.stringify(seen)}; ${least} to ${most}`);
+      throw new VhostdError("protocol", `vfio-user capability ${name} is ${shown(seen)}; ${least} to ${most}`);
     }
     return seen;
   };
@@ -84,6 +90,11 @@ function parseCapabilities(bytes: Uint8Array): Readonly<Record<string, unknown>>
   const { capabilities = {} } = data;
   if (!isObject(capabilities)) throw new VhostdError("protocol", "vfio-user capabilities are not a JSON object");
   return capabilities;
+}
+
+/** A peer's value for a message: of anything but a number only the type, it may be endless. */
+function shown(value: unknown): string {
+  return typeof value === "number" ? String(value) : `of type ${typeof value}`;
 }
 
 function isObject(value: unknown): value is Readonly<Record<string, unknown>> {

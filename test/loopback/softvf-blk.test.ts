@@ -1,6 +1,7 @@
 import { expect, test } from "bun:test";
 import { readFile } from "node:fs/promises";
 import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
+import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
 import {
   BlkStatus,
   discardRequest,
@@ -115,12 +116,65 @@ test("a resize truncates the file, interrupts and changes the bounds", async () 
   const beyond = (8 << 20) / SECTOR;
   expect(await driver.request(readRequest(beyond, SECTOR))).toMatchObject({ status: ioError });
   const interrupt = driver.configInterrupt();
-  vfs.vf(0).fn.set("size", 16 << 20);
+  await vfs.vf(0).fn.set("size", 16 << 20);
   await interrupt;
   const config = await driver.device.readConfig(8);
   expect(new DataView(config.slice().buffer).getBigUint64(0, true)).toBe(BigInt((16 << 20) / SECTOR));
   expect(await driver.request(readRequest(beyond, SECTOR))).toMatchObject({ status: ok });
   expect(Bun.file(vfs.disk(0)).size).toBe(16 << 20);
+});
+
+test("a disk that is made shorter ends where the file ends", async () => {
+  await using vfs = await TestVfs.serve(1);
+  await using driver = await TestDriver.start(vfs.vf(0));
+  const last = (4 << 20) / SECTOR - 1;
+  await vfs.vf(0).fn.set("size", 4 << 20);
+  expect(Bun.file(vfs.disk(0)).size).toBe(4 << 20);
+  expect(await driver.request(writeRequest(last, pattern(SECTOR, 1)))).toMatchObject({ status: ok });
+  expect(await driver.request(writeRequest(last, pattern(2 * SECTOR, 1)))).toMatchObject({ status: ioError });
+  expect(Bun.file(vfs.disk(0)).size).toBe(4 << 20);
+});
+
+for (const ringSize of [64, 1024, 4096]) {
+  test(`as many buffers as the device says fit into a request: rings up to ${ringSize}`, async () => {
+    await using vfs = await TestVfs.serve(1, { ringSize });
+    // The driver's ring has 64 entries.
+    await using driver = await TestDriver.start(vfs.vf(0));
+    const config = await driver.device.readConfig(16);
+    const segments = new DataView(config.slice().buffer).getUint32(12, true);
+    expect(segments).toBeGreaterThanOrEqual(Math.min(ringSize, 1024) - 2);
+    const request = readRequest(0, ...Array.from({ length: segments }, () => SECTOR));
+    expect(await driver.request(request)).toMatchObject({ status: ok, length: segments * SECTOR + 1 });
+  });
+}
+
+test("a queue that is never empty does not keep the others from being served", async () => {
+  await using vfs = await TestVfs.serve(1);
+  await using driver = await TestDriver.start(vfs.vf(0), 2);
+  const busy = driver.queues[0]!;
+  const { ring } = busy;
+  const [headerAt, dataAt, statusAt] = [ring.arena.take(16), ring.arena.take(512 << 10), ring.arena.take(1)];
+  driver.memory.write(headerAt, header(0));
+  const { next, write, indirect } = DescriptorFlag;
+  // The same memory many times: a request takes a millisecond or more, and 32 of them are always waiting.
+  const data = Array.from({ length: 15 }, () => ({ address: dataAt, length: 512 << 10, flags: next | write }));
+  const chain = [
+    { address: headerAt, length: 16, flags: next },
+    ...data,
+    { address: statusAt, length: 1, flags: write },
+  ];
+  const length = 16 * chain.length;
+  const table = ring.arena.take(length);
+  for (const [index, entry] of chain.entries()) ring.writeDescriptor(index, { ...entry, next: index + 1 }, table);
+  let going = true;
+  const load = Array.from({ length: 32 }, async () => {
+    while (going) await busy.requestRaw([{ address: table, length, flags: indirect }]);
+  });
+  for (let round = 0; round < 5; round++) {
+    expect(await driver.request(readRequest(0, SECTOR), 1)).toMatchObject({ status: ok });
+  }
+  going = false;
+  await Promise.all(load);
 });
 
 test("slow requests are in flight together, shuffled ones complete in another order", async () => {
@@ -136,6 +190,15 @@ test("slow requests are in flight together, shuffled ones complete in another or
   );
   expect(performance.now() - begun).toBeGreaterThanOrEqual(40);
   expect(order).not.toEqual(order.toSorted((a, b) => a - b));
+});
+
+test("delayed requests are served when the delay is taken away", async () => {
+  await using vfs = await TestVfs.serve(1, { slow: 3_600_000 });
+  await using driver = await TestDriver.start(vfs.vf(0));
+  const request = driver.request(readRequest(0, SECTOR));
+  await Bun.sleep(20);
+  await vfs.vf(0).fn.set("slow", 1);
+  expect(await request).toMatchObject({ status: ok });
 });
 
 test("without a write cache a driver may switch it on, and it is off again after a reset", async () => {

@@ -6,7 +6,7 @@ import { Deadline } from "../../src/base/deadline.ts";
 import { type Logger, silentLogger } from "../../src/base/log.ts";
 import { watch } from "../../src/native/poller.ts";
 import { eventfd, fileInfo } from "../../src/native/sys.ts";
-import { parsePciAddress } from "../../src/pci/address.ts";
+import { type PciAddress, parsePciAddress } from "../../src/pci/address.ts";
 import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
 import type { DeviceClass, SoftDeviceClass, SoftOptionValues } from "../../src/plugin.ts";
 import { BusDirectory } from "../../src/softvf/bus-directory.ts";
@@ -86,6 +86,12 @@ export class TestVfs implements AsyncDisposable {
   }
 }
 
+/** A function of this process or another. */
+export interface Reachable {
+  readonly address: PciAddress;
+  readonly server: { readonly path: string };
+}
+
 /** A driver of one VF: connects, maps memory, sets queues up and does block requests. */
 export class TestDriver implements AsyncDisposable {
   readonly queues: DriverQueue[] = [];
@@ -104,7 +110,7 @@ export class TestDriver implements AsyncDisposable {
   }
 
   /** Up to FEATURES_OK, memory mapped. */
-  static async connect(served: ServedFunction, features = USUAL_FEATURES): Promise<TestDriver> {
+  static async connect(served: Reachable, features = USUAL_FEATURES): Promise<TestDriver> {
     const deadline = Deadline.after(TIMEOUT, "connect");
     const fn = await VfioUserFunction.connect(served.address, served.server.path, deadline);
     await fn.config.write(PciConfig.command, 2, PciCommand.memory | PciCommand.busMaster);
@@ -118,7 +124,7 @@ export class TestDriver implements AsyncDisposable {
   }
 
   /** Connected and running with `count` queues. */
-  static async start(served: ServedFunction, count = 1, features = USUAL_FEATURES): Promise<TestDriver> {
+  static async start(served: Reachable, count = 1, features = USUAL_FEATURES): Promise<TestDriver> {
     const driver = await TestDriver.connect(served, features);
     await driver.run(count);
     return driver;

@@ -116,7 +116,7 @@ test("broken rings end the service of their VF, with another VF at work", async 
   await using neighbour = await TestDriver.start(vfs.vf(1));
   const stop = keepBusy(neighbour);
   for (const [name, breakRing] of Object.entries(BROKEN_RINGS)) {
-    vfs.vf(0).fn.set("slow", name.includes("in flight") ? 20 : 0);
+    await vfs.vf(0).fn.set("slow", name.includes("in flight") ? 20 : 0);
     await using driver = await TestDriver.start(vfs.vf(0));
     const interrupt = driver.configInterrupt();
     breakRing(driver.queues[0]!.ring, driver);
@@ -128,7 +128,7 @@ test("broken rings end the service of their VF, with another VF at work", async 
     expect(vfs.warnings.at(-1)).toContain(REASONS[name]!);
   }
   expect(await stop()).toBeGreaterThan(0);
-  vfs.vf(0).fn.set("slow", 0);
+  await vfs.vf(0).fn.set("slow", 0);
   await using after = await TestDriver.start(vfs.vf(0));
   expect(await after.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
 });

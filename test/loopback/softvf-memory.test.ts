@@ -3,9 +3,10 @@ import { readdirSync, truncateSync } from "node:fs";
 import { Deadline } from "../../src/base/deadline.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { MessageSocket } from "../../src/native/message-socket.ts";
-import { connectUnix, eventfd, openFile } from "../../src/native/sys.ts";
+import { connectUnix, eventfd, fileInfo, memfd, openFile } from "../../src/native/sys.ts";
 import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
-import { vfioUserFraming } from "../../src/vfio-user/framing.ts";
+import { encodeMessage, vfioUserFraming } from "../../src/vfio-user/framing.ts";
+import { Command } from "../../src/vfio-user/messages.ts";
 import { Status } from "../../src/virtio/features.ts";
 import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
 import { BlkStatus, BlkType, header, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
@@ -107,6 +108,40 @@ test("memory that is cut under load, clients that vanish: nothing is left, the n
   expect(await neighbour.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
 });
 
+test("a client gets a part of the address space, not all of it", async () => {
+  await using vfs = await TestVfs.serve(1);
+  await using driver = await TestDriver.start(vfs.vf(0));
+  using huge = memfd("huge", 4 * 2 ** 40);
+  const map = (iova: number, size: number) =>
+    driver.fn.dmaMap({ iova, size, offset: 0, file: fileInfo(huge.number) }, huge.number, Deadline.after(5000, "map"));
+  await expect(map(2 ** 44, 4 * 2 ** 40)).rejects.toThrow("ENOSPC");
+  expect(vfs.warnings.at(-1)).toContain("dmaMap refused");
+  for (let round = 0; round < 3; round++) {
+    await map(2 ** 44, 3 * 2 ** 40);
+    await expect(map(2 ** 43, 2 ** 40)).rejects.toThrow("ENOSPC");
+    await driver.unmap(2 ** 44, 3 * 2 ** 40);
+  }
+  expect(await driver.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
+});
+
+test("clients that say nothing take neither the function nor the process", async () => {
+  await using vfs = await TestVfs.serve(1);
+  const { server } = vfs.vf(0);
+  await using driver = await TestDriver.start(vfs.vf(0));
+  const framing = vfioUserFraming({ maxBody: 4096, maxFds: 1 });
+  using silent = new DisposableStack();
+  const sockets = Array.from({ length: 40 }, () => silent.use(new MessageSocket(connectUnix(server.path), framing)));
+  const order: number[] = [];
+  const ends = sockets.map(async (socket, index) => {
+    expect(await socket.receive()).toBeUndefined();
+    order.push(index);
+  });
+  await Deadline.after(5000, "hang-ups").race(Promise.all(ends));
+  // The first eight may wait; who comes then is hung up on at once.
+  expect(order.slice(-8).sort()).toEqual([0, 1, 2, 3, 4, 5, 6, 7]);
+  expect(await driver.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
+});
+
 test("a second client is answered EBUSY; one that comes when the first goes is served", async () => {
   await using vfs = await TestVfs.serve(1);
   const { address, server } = vfs.vf(0);
@@ -123,7 +158,13 @@ test("a second client is answered EBUSY; one that comes when the first goes is s
 test("a client that talks nonsense is hung up on", async () => {
   await using vfs = await TestVfs.serve(1);
   const { server } = vfs.vf(0);
-  for (const bytes of [new Uint8Array(16), Uint8Array.of(0, 0, 4, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)]) {
+  const deep = `{"capabilities":{"max_msg_fds":${"[".repeat(400_000)}${"]".repeat(400_000)}}}`;
+  const version = { id: 0, command: Command.version, flags: 0 };
+  for (const bytes of [
+    new Uint8Array(16),
+    Uint8Array.of(0, 0, 4, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    encodeMessage(version, Buffer.from(`\0\0\x01\0${deep}`)),
+  ]) {
     using socket = new MessageSocket(connectUnix(server.path), vfioUserFraming({ maxBody: 4096, maxFds: 1 }));
     await socket.send(bytes);
     expect(await socket.receive()).toBeUndefined();

@@ -1,48 +1,15 @@
 import { expect, test } from "bun:test";
 import { existsSync } from "node:fs";
-import { mkdtemp, readdir, readFile, readlink, rm, truncate, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { readdir, readFile, readlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { Deadline } from "../../src/base/deadline.ts";
+import { connectUnix } from "../../src/native/sys.ts";
 import { parsePciAddress } from "../../src/pci/address.ts";
 import { Bus } from "../../src/pci/bus.ts";
+import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
+import { run, serve, serveBy, workspace } from "./softvf-process.ts";
 
-const PROGRAM = join(import.meta.dir, "../../bin/vfe-softvf.ts");
-
-/** A temporary directory with images. */
-async function workspace(...images: readonly string[]) {
-  const directory = await mkdtemp(join(tmpdir(), "softvf-"));
-  for (const image of images) {
-    await writeFile(join(directory, image), "");
-    await truncate(join(directory, image), 1 << 20);
-  }
-  return {
-    path: (name: string) => join(directory, name),
-    [Symbol.asyncDispose]: () => rm(directory, { recursive: true, force: true }),
-  };
-}
-
-/** The program, ready. Disposal ends it by SIGTERM. */
-async function serve(...args: readonly string[]) {
-  const child = Bun.spawn(["bun", PROGRAM, ...args], { stdout: "pipe", stderr: "pipe" });
-  const first = await child.stdout.getReader().read();
-  const line = new TextDecoder().decode(first.value);
-  if (!line.startsWith("ready ")) throw new Error(await new Response(child.stderr).text());
-  const stop = async () => {
-    child.kill("SIGTERM");
-    return await child.exited;
-  };
-  return { line, stop, [Symbol.asyncDispose]: async () => void (await stop()) };
-}
-
-async function run(...args: readonly string[]) {
-  const child = Bun.spawn(["bun", PROGRAM, ...args], { stdout: "pipe", stderr: "pipe" });
-  const [out, err, code] = await Promise.all([
-    new Response(child.stdout).text(),
-    new Response(child.stderr).text(),
-    child.exited,
-  ]);
-  return { out, err, code };
-}
+const soon = () => Deadline.after(5000, "the program");
 
 test("a PF and its VFs are published like sysfs, controlled, and gone after SIGTERM", async () => {
   await using space = await workspace("disk0", "disk1");
@@ -77,7 +44,37 @@ test("a PF and its VFs are published like sysfs, controlled, and gone after SIGT
   expect(existsSync(join(devices, "0000:5a:01.0", "vfio-user.sock"))).toBe(true);
 
   expect(await program.stop()).toBe(0);
-  expect(await readdir(runtime)).toEqual([]);
+  expect(existsSync(runtime)).toBe(false);
+}, 20_000);
+
+test("a process without a descriptor left lets clients wait and goes on", async () => {
+  await using space = await workspace("disk");
+  const runtime = space.path("run");
+  const limit = ["bash", "-c", 'ulimit -n 360; exec "$@"', "limited"];
+  const args = ["--pf", "0000:5a:00.0", "--class", "blk", "--vfs", "20", "--disk", space.path("disk")];
+  await using program = await serveBy(limit, ...args, "--runtime-dir", runtime);
+  const devices = join(runtime, "devices");
+  const vfs = (await readdir(devices)).filter((name) => name !== "0000:5a:00.0");
+  {
+    using clients = new DisposableStack();
+    for (const vf of vfs) {
+      for (let count = 0; count < 10; count++) {
+        clients.use(connectUnix(join(devices, vf, "vfio-user.sock")));
+        await Bun.sleep(1);
+      }
+    }
+    await Deadline.after(5000, "the limit").poll(() => program.log.includes("no client is accepted") || undefined, 10);
+  }
+  const fn = await Deadline.after(5000, "a client").poll(
+    () =>
+      VfioUserFunction.connect(parsePciAddress(vfs[0]!), join(devices, vfs[0]!, "vfio-user.sock"), soon()).catch(
+        () => undefined,
+      ),
+    50,
+  );
+  expect(await fn.config.read(0, 2)).toBe(0x1af4);
+  await fn[Symbol.asyncDispose]();
+  expect(await program.stop()).toBe(0);
 }, 20_000);
 
 test("several PFs from a file; VF addresses run over buses", async () => {
@@ -91,12 +88,11 @@ test("several PFs from a file; VF addresses run over buses", async () => {
 address = "0000:01:00.0"
 class = "blk"
 vfs = 2
-disk = "${image}"
+disk = "a.img"
 read-only = true
 [[pf]]
 address = "0001:ff:1f.6"
 class = "blk"
-vfs = 1
 disk = "${image}"
 block-size = 4096
 `,

@@ -1,11 +1,12 @@
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type ArchiveEntry, cpioArchive } from "./cpio.ts";
+import { unpackKernel } from "./kernel.ts";
 import { moduleOrder } from "./modules.ts";
 
-/** What QEMU boots: Debian's kernel, never installed, and an initramfs around busybox. */
+/** What QEMU boots: Debian's kernel, unpacked and never installed, and an initramfs around busybox. */
 export interface GuestImage {
   readonly kernel: string;
   readonly initramfs: string;
@@ -14,7 +15,7 @@ export interface GuestImage {
 /** Modules that the guest loads, with all that they depend on. The two checksums are what ext4 asks the crypto API for. */
 const MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
 const CACHE = join(import.meta.dir, "../../../.cache/guest");
-const SOURCES = ["initramfs/init", "initramfs/verify-load", "image.ts", "modules.ts", "cpio.ts"];
+const SOURCES = ["initramfs/init", "initramfs/verify-load", "image.ts", "kernel.ts", "modules.ts", "cpio.ts"];
 
 /** Where the image of these sources is, if it was built. */
 export async function findGuestImage(): Promise<GuestImage | undefined> {
@@ -59,11 +60,11 @@ async function makeImage(busybox: string, kernel: string, image: GuestImage): Pr
   entries.set("bin/verify-load", await file(join(import.meta.dir, "initramfs/verify-load"), true));
   for (const directory of ["proc", "sys", "dev", "tmp", "mnt"]) entries.set(directory, { kind: "directory" });
   await writeFile(image.initramfs, cpioArchive(entries));
-  await copyFile(join(kernel, "boot", `vmlinuz-${release}`), image.kernel);
+  await writeFile(image.kernel, await unpackKernel(await readFile(join(kernel, "boot", `vmlinuz-${release}`))));
 }
 
 function imageIn(folder: string): GuestImage {
-  return { kernel: join(folder, "vmlinuz"), initramfs: join(folder, "initramfs") };
+  return { kernel: join(folder, "vmlinux"), initramfs: join(folder, "initramfs") };
 }
 
 /** A changed init or module list makes another image; a newer kernel in the archive does not. */

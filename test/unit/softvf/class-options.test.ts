@@ -21,8 +21,8 @@ test("options are written with dashes", () => {
 });
 
 test("values are read by type", () => {
-  const read = (type: "string" | "number" | "size" | "boolean", value: unknown) =>
-    parseOption("x", { type, description: "" }, value);
+  const read = (type: "string" | "path" | "number" | "size" | "boolean", value: unknown) =>
+    parseOption("x", { type, description: "" }, value, "/from/here");
   expect([read("size", "2G"), read("size", "512"), read("size", "3MiB"), read("size", 7)]).toEqual([
     2 ** 31,
     512,
@@ -35,6 +35,8 @@ test("values are read by type", () => {
     true,
     false,
   ]);
+  expect([read("path", "a/b"), read("path", "/a"), read("string", "a/b")]).toEqual(["/from/here/a/b", "/a", "a/b"]);
+  expect(() => read("size", "999999T")).toThrow("must be at most 8191T");
   for (const [type, value] of [
     ["size", "2X"],
     ["size", "99999999T"],

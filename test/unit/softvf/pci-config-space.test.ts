@@ -53,11 +53,21 @@ test("address registers show their size, read-only fields keep their value", () 
 test("bus master and function reset have effects", () => {
   const config = space();
   const command = Uint8Array.of(PciCommand.busMaster, 0);
-  expect(config.write(PciConfig.command, command)).toBe("busMaster");
-  expect(config.write(PciConfig.command, command)).toBe("none");
+  expect(config.write(PciConfig.command, command)).toEqual(["busMaster"]);
+  expect(config.write(PciConfig.command, command)).toEqual([]);
   expect(config.busMaster).toBe(true);
-  expect(config.write(0x48, Uint8Array.of(0, 0x80))).toBe("functionReset");
+  expect(config.write(PciConfig.command, Uint8Array.of(0, 0))).toEqual(["busMaster"]);
+  expect(config.write(0x48, Uint8Array.of(0, 0x80))).toEqual(["functionReset"]);
   expect(config.read(0x49, 1)[0]).toBe(0);
+  config.write(PciConfig.command, command);
   config.reset();
   expect(config.busMaster).toBe(false);
+});
+
+test("a write over many registers has the effects of each", () => {
+  const config = space();
+  const bytes = config.read(PciConfig.command, 252);
+  bytes[0] = PciCommand.busMaster;
+  bytes[0x49 - PciConfig.command] = 0x80;
+  expect(config.write(PciConfig.command, bytes)).toEqual(["functionReset", "busMaster", "windowWrite"]);
 });

@@ -50,7 +50,13 @@ describe("the version", () => {
     ["newer than proposed", encodeVersion({ major: 0, minor: 2, capabilities: limits }), /0\.2/],
     ["no JSON", text("{"), /not JSON/],
     ["no object", text("[1]"), /not a JSON object/],
-    ["with a text for a number", text('{"capabilities":{"max_msg_fds":"8"}}'), /max_msg_fds is "8"/],
+    ["with a text for a number", text('{"capabilities":{"max_msg_fds":"8"}}'), /max_msg_fds is of type string/],
+    [
+      "with a value without end",
+      text(`{"capabilities":{"pgsizes":${"[".repeat(1500)}${"]".repeat(1500)}}}`),
+      /of type object/,
+    ],
+    ["too long", text(" ".repeat(5000)), /5004 bytes; at most 4096/],
     ["with a negative number", text('{"capabilities":{"max_data_xfer_size":-1}}'), /max_data_xfer_size is -1/],
     ["no UTF-8", Uint8Array.of(0, 0, 1, 0, 0xff, 0xfe), /not JSON/],
   ];

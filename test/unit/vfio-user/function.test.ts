@@ -2,7 +2,15 @@ import { afterEach, describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { duplicate, liveFds } from "../../../src/native/fd.ts";
 import { Mapping } from "../../../src/native/mmio.ts";
-import { drainEventfd, eventfd, fileInfo, memfd, signalEventfd, socketPair } from "../../../src/native/sys.ts";
+import {
+  drainEventfd,
+  eventfd,
+  fileInfo,
+  memfd,
+  openFile,
+  signalEventfd,
+  socketPair,
+} from "../../../src/native/sys.ts";
 import { parsePciAddress } from "../../../src/pci/address.ts";
 import { VfioUserAddressSpace } from "../../../src/pci/vfio-user/address-space.ts";
 import { VfioUserClient } from "../../../src/pci/vfio-user/client.ts";
@@ -230,6 +238,18 @@ describe("doorbells", () => {
     signalEventfd(kick.number);
     await soon().poll(() => view.read16(0x3004) === 7 || undefined, 1);
     expect(fn.doorbell(4, 0x3004).share()).toEqual({ fd: expect.any(Number), offset: 0x3000, size: 4096 });
+  });
+
+  test("are not mapped from a file whose pages another process may serve", async () => {
+    using file = openFile("/proc/version", "read");
+    const { fn } = await open((s) => {
+      s.script.set(Command.getRegionIoFds, () => ({ errno: 22 }));
+      const body = REGION_INFO.encode({ argsz: 32, flags: RegionFlag.mmap, index: 4, size: BAR_SIZE });
+      forRegion(s, Command.getRegionInfo, 4, { body, fds: [file.number] });
+    });
+    using kick = eventfd();
+    expect(fn.doorbell(4, 0x3004).share()).toBeUndefined();
+    expect(() => fn.doorbell(4, 0x3004).connect(kick.number, 7)).toThrow(/by messages only/);
   });
 
   test("more of them than were asked for are asked for again", async () => {
