@@ -3,7 +3,7 @@ import { asError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
-import { accept, listenUnix } from "../native/sys.ts";
+import { accept, listenUnix, shutDown } from "../native/sys.ts";
 import { ClientConnection, turnAway } from "./client-connection.ts";
 import type { SoftFunction } from "./soft-function.ts";
 
@@ -52,6 +52,8 @@ export class FunctionServer {
     this.closing = true;
     clearTimeout(this.pause);
     this.arrivals[Symbol.dispose]();
+    // At once, although the close itself happens elsewhere: whoever listens here next must find nobody.
+    shutDown(this.listener.number);
     this.listener[Symbol.dispose]();
     this.current?.connection.close();
     const ended = Promise.all([this.current?.ended, ...this.greetings]);
@@ -65,7 +67,7 @@ export class FunctionServer {
   private onArrival(): void {
     try {
       for (let count = 0; count < ARRIVALS_A_TURN; count++) {
-        const fd = accept(this.listener.number);
+        const fd = accept(this.listener.number, this.listener.lane);
         if (fd === undefined) break;
         this.admit(fd);
       }

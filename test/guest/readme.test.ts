@@ -4,6 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { findAccelerator } from "../kit/guest/accelerator.ts";
 import { imageChecksum } from "../kit/guest/disk-checks.ts";
+import { commandChannel } from "../kit/guest/guest.ts";
 import { buildGuestImage } from "../kit/guest/image.ts";
 import { LineServer } from "../kit/guest/line-server.ts";
 import { Terminal } from "../kit/guest/terminal.ts";
@@ -87,8 +88,8 @@ async function runGuest(terminal: Terminal, command: string, { home, accelerator
     dd if=/tmp/a of=/dev/vda bs=1M seek=7 oflag=direct 2> /dev/null && sha256sum < /tmp/a; (sleep 1; reboot -f) &`;
   using guest = await guestScript(path, script);
   const rest = [
-    ...["-accel", accelerator, "-cpu", "max", "-no-reboot", "-chardev", `socket,id=channel,path=${path}`],
-    ...["-device", "pci-serial,chardev=channel", "-kernel", kernel, "-initrd", initramfs],
+    ...["-accel", accelerator, "-cpu", "max", "-no-reboot", ...commandChannel(path)],
+    ...["-kernel", kernel, "-initrd", initramfs],
     ...["-append", "'console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check'"],
     // Its console would take what is typed next.
     "< /dev/null",

@@ -13,10 +13,21 @@ export interface CommandResult {
   readonly output: string;
 }
 
-/** Longest script in base64: the guest's serial port buffers 4095 bytes while its shell is busy. */
+/** Longest script in base64: the port has room for one page while the guest's shell is busy. */
 const MAX_REQUEST = 4000;
 /** Milliseconds from QEMU's start, or a reset, to the first command, on a busy machine without KVM. */
 const BOOT_TIMEOUT = 60_000;
+
+/**
+ * QEMU's end of the channel to initramfs/init, over the unix socket at `path`. Not a serial port: of an emulated UART's
+ * queue the last bytes were seen to stay where they are, without an interrupt, once the guest was idle.
+ */
+export function commandChannel(path: string): string[] {
+  return [
+    ...["-chardev", `socket,id=channel,path=${path}`, "-device", "virtio-serial-pci,disable-legacy=on"],
+    ...["-device", "virtserialport,chardev=channel,name=channel"],
+  ];
+}
 
 /** A Linux guest that runs shell commands for us (initramfs/init). */
 export class Guest implements AsyncDisposable {
@@ -39,8 +50,7 @@ export class Guest implements AsyncDisposable {
     const vm = await Vm.start({
       ...options,
       arguments: [
-        // Not a second ISA port: its edge-triggered interrupt was seen to get lost, and the guest then hears nothing more.
-        ...["-chardev", `socket,id=channel,path=${path}`, "-device", "pci-serial,chardev=channel"],
+        ...commandChannel(path),
         ...["-kernel", options.image.kernel, "-initrd", options.image.initramfs],
         ...["-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"],
         ...(options.arguments ?? []),

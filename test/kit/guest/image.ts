@@ -13,7 +13,7 @@ export interface GuestImage {
 }
 
 /** Modules that the guest loads, with all that they depend on. The two checksums are what ext4 asks the crypto API for. */
-const MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"];
+const MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "crc32c_generic", "ext4"];
 const CACHE = join(import.meta.dir, "../../../.cache/guest");
 const SOURCES = ["initramfs/init", "initramfs/verify-load", "image.ts", "kernel.ts", "modules.ts", "cpio.ts"];
 
