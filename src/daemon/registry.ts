@@ -12,7 +12,8 @@ import type { Keeper } from "./keeper.ts";
 import { Pf } from "./pf.ts";
 import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
 import { parseVmUuid } from "./uuid.ts";
-import { Vf, type VfOptions, type VfSurroundings } from "./vf.ts";
+import { Vf } from "./vf.ts";
+import type { VfOptions, VfSurroundings } from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;

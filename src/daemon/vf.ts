@@ -6,52 +6,26 @@ import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { BusEntry } from "../pci/bus.ts";
-import type { DmaDomain } from "../pci/dma-domain.ts";
-import type { PciFunction } from "../pci/function.ts";
-import { openFunction, reviveFunction } from "../pci/open.ts";
 import type { DeviceClass } from "../plugin.ts";
-import type { PluginRegistry } from "../plugin-host.ts";
 import { Endpoint } from "../vhost-user/endpoint.ts";
 import { Session } from "../vhost-user/session.ts";
 import type { RingEventfds, SessionTarget } from "../vhost-user/target.ts";
-import { configSize, configValues } from "../virtio/config-space.ts";
-import { DataPath, type DataPathFailure } from "../virtio/data-path.ts";
+import { configValues } from "../virtio/config-space.ts";
+import type { DataPathFailure } from "../virtio/data-path.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 import { DEADLINES } from "./deadlines.ts";
-import type { DomainTable } from "./domains.ts";
-import type { Keeper } from "./keeper.ts";
 import { closing, joinFds, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
+import {
+  openParts,
+  reviveParts,
+  usableQueues,
+  type VfOptions,
+  type VfParts,
+  type VfSurroundings,
+  vmOf,
+} from "./vf-parts.ts";
 import { checkTransition, type VfState } from "./vf-state.ts";
-
-/** What a VF needs of the daemon around it. */
-export interface VfSurroundings {
-  readonly plugins: PluginRegistry;
-  readonly domains: DomainTable;
-  readonly keeper: Keeper;
-  readonly log: Logger;
-  readonly onState: (vf: Vf) => void;
-}
-
-export interface VfOptions {
-  readonly address: PciAddress;
-  /** Path of the vhost-user socket. */
-  readonly socket: string;
-  /** `client`: connect to the VMM's socket; `server`: listen for the VMM. */
-  readonly mode: "client" | "server";
-  /** UUID of the VM: VFs with the same one share guest memory. */
-  readonly uuid?: string;
-}
-
-/** The live objects of one VF. Made by opening the function or from a record: from there on there is no difference. */
-interface VfParts {
-  readonly entry: BusEntry;
-  readonly fn: PciFunction;
-  readonly dataPath: DataPath;
-  readonly domain: DmaDomain;
-  readonly deviceClass: DeviceClass;
-  readonly config: Uint8Array;
-}
 
 const EADDRINUSE = 98;
 /** After a connection that never got to run, the next one is taken up later and later, up to this many ms. */
@@ -103,27 +77,8 @@ export class Vf implements SessionTarget {
   static async attach(options: VfOptions, entry: BusEntry, around: VfSurroundings): Promise<Vf> {
     const deadline = Deadline.after(DEADLINES.attach, `attaching ${options.address}`);
     await using undo = new AsyncDisposableStack();
-    const fn = undo.use(await openFunction(entry, options.address, deadline));
-    const dataPath = await DataPath.open(fn, deadline);
-    undo.defer(() => dataPath.abandon());
-    const deviceClass = around.plugins.deviceClassById(dataPath.virtioId);
-    if (deviceClass === undefined) {
-      throw new VhostdError(
-        "probeFailed",
-        `${options.address} has virtio device id ${dataPath.virtioId}, which no plugin serves`,
-        {
-          fix: "load the plugin of that device class (plugins = [...] in the configuration)",
-        },
-      );
-    }
-    const config = await dataPath.readConfig(configSize(deviceClass.configSpace));
-    const transport = entry.transport.kind;
-    const vm = vmOf(options);
-    const domain = around.domains.acquire(vm, transport);
-    undo.defer(() => around.domains.release(vm, transport));
-    await domain.attach(fn);
-    undo.defer(() => domain.detach(fn));
-    const vf = new Vf(options, { entry, fn, dataPath, domain, deviceClass, config }, around, { name: "attaching" });
+    const parts = await openParts(options, entry, around, undo, deadline);
+    const vf = new Vf(options, parts, around, { name: "attaching" });
     undo.defer(() => vf.vanish());
     undo.defer(() => around.keeper.delete(vf.key));
     await vf.checkpoint();
@@ -142,21 +97,9 @@ export class Vf implements SessionTarget {
     using _unused = closing(fds);
     const options = optionsOf(record);
     await using undo = new AsyncDisposableStack();
-    const fn = reviveFunction(entry, options.address, record.function, takeFds(fds, "function"));
-    undo.defer(() => fn.abandon());
-    const dataPath = DataPath.revive(fn, record.dataPath, takeFds(fds, "dataPath"));
-    undo.defer(() => dataPath.abandon());
-    const deviceClass = around.plugins.deviceClassById(dataPath.virtioId);
-    if (deviceClass === undefined) {
-      throw new VhostdError("probeFailed", `no plugin serves virtio device id ${dataPath.virtioId} any more`);
-    }
-    const config = await dataPath.readConfig(configSize(deviceClass.configSpace));
-    const transport = entry.transport.kind;
-    const domain = around.domains.acquire(vmOf(options), transport);
-    undo.defer(() => around.domains.release(vmOf(options), transport));
-    domain.adopt(fn);
-    const vf = new Vf(options, { entry, fn, dataPath, domain, deviceClass, config }, around, { name: "adopting" });
-    vf.become({ name: dataPath.running ? "running" : "idle" });
+    const parts = await reviveParts(options, entry, record, fds, around, undo);
+    const vf = new Vf(options, parts, around, { name: "adopting" });
+    vf.become({ name: parts.dataPath.running ? "running" : "idle" });
     const { session } = record;
     vf.open(session !== null);
     if (session !== null) {
@@ -440,33 +383,7 @@ export class Vf implements SessionTarget {
   }
 }
 
-/** The name of the VM whose memory this VF may reach. */
-function vmOf(options: VfOptions): string {
-  return options.uuid ?? options.address;
-}
-
 function optionsOf(record: VfRecord): VfOptions {
   const { address, socket, mode, uuid } = record.options;
   return { address: parsePciAddress(address), socket, mode, ...(uuid === undefined ? {} : { uuid }) };
-}
-
-/** Queues that a front-end may use: what the class says, within what the function has; one vector more than queues. */
-function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfParts): number {
-  const queues = deviceClass.queues(configValues(deviceClass.configSpace, config), dataPath.features);
-  if (queues < 1 || queues > dataPath.queues) {
-    throw new VhostdError(
-      "probeFailed",
-      `${entry.directory}: ${queues} queues by its configuration, ${dataPath.queues} in its registers`,
-    );
-  }
-  if (fn.interrupts.count < queues + 1) {
-    throw new VhostdError(
-      "noVectors",
-      `${queues} queues need ${queues + 1} MSI-X vectors, the function has ${fn.interrupts.count}`,
-      {
-        fix: "provision the function with more vectors, or fewer queues",
-      },
-    );
-  }
-  return queues;
 }

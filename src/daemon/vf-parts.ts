@@ -1,0 +1,153 @@
+import type { Deadline } from "../base/deadline.ts";
+import { VhostdError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import type { PciAddress } from "../pci/address.ts";
+import type { BusEntry } from "../pci/bus.ts";
+import type { DmaDomain } from "../pci/dma-domain.ts";
+import type { PciFunction } from "../pci/function.ts";
+import { openFunction, reviveFunction } from "../pci/open.ts";
+import type { DeviceClass } from "../plugin.ts";
+import type { PluginRegistry } from "../plugin-host.ts";
+import { configSize, configValues } from "../virtio/config-space.ts";
+import { DataPath } from "../virtio/data-path.ts";
+import type { DomainTable } from "./domains.ts";
+import type { Keeper } from "./keeper.ts";
+import { takeFds, type VfRecord } from "./record.ts";
+import type { VfState } from "./vf-state.ts";
+
+/** What a VF needs of the daemon around it. */
+export interface VfSurroundings {
+  readonly plugins: PluginRegistry;
+  readonly domains: DomainTable;
+  readonly keeper: Keeper;
+  readonly log: Logger;
+  /** A VF has changed its state, or what is wrong with it. */
+  readonly onState: (vf: {
+    readonly address: PciAddress;
+    readonly state: VfState;
+    readonly reason: string | null;
+  }) => void;
+}
+
+export interface VfOptions {
+  readonly address: PciAddress;
+  /** Path of the vhost-user socket. */
+  readonly socket: string;
+  /** `client`: connect to the VMM's socket; `server`: listen for the VMM. */
+  readonly mode: "client" | "server";
+  /** UUID of the VM: VFs with the same one share guest memory. */
+  readonly uuid?: string;
+}
+
+/** The live objects of one VF. Made by opening the function or from a record: from there on there is no difference. */
+export interface VfParts {
+  readonly entry: BusEntry;
+  readonly fn: PciFunction;
+  readonly dataPath: DataPath;
+  readonly domain: DmaDomain;
+  readonly deviceClass: DeviceClass;
+  readonly config: Uint8Array;
+}
+
+/**
+ * Opens the function, resets it and gives it its DMA domain.
+ * @param undo takes what has to be undone where something fails later
+ * @throws VhostdError
+ */
+export async function openParts(
+  options: VfOptions,
+  entry: BusEntry,
+  around: VfSurroundings,
+  undo: AsyncDisposableStack,
+  deadline: Deadline,
+): Promise<VfParts> {
+  const fn = undo.use(await openFunction(entry, options.address, deadline));
+  const dataPath = await DataPath.open(fn, deadline);
+  undo.defer(() => dataPath.abandon());
+  const own = await describe(dataPath, options, around);
+  const domain = acquireDomain(options, entry, around, undo);
+  await domain.attach(fn);
+  undo.defer(() => domain.detach(fn));
+  return { entry, fn, dataPath, domain, ...own };
+}
+
+/**
+ * The same objects from a record and its fds, which are taken out of `fds`. Nothing is said to the function that would
+ * disturb it.
+ * @throws VhostdError where the record or an fd does not fit
+ */
+export async function reviveParts(
+  options: VfOptions,
+  entry: BusEntry,
+  record: VfRecord,
+  fds: Map<string, OwnedFd>,
+  around: VfSurroundings,
+  undo: AsyncDisposableStack,
+): Promise<VfParts> {
+  const fn = reviveFunction(entry, options.address, record.function, takeFds(fds, "function"));
+  undo.defer(() => fn.abandon());
+  const dataPath = DataPath.revive(fn, record.dataPath, takeFds(fds, "dataPath"));
+  undo.defer(() => dataPath.abandon());
+  const own = await describe(dataPath, options, around);
+  const domain = acquireDomain(options, entry, around, undo);
+  domain.adopt(fn);
+  return { entry, fn, dataPath, domain, ...own };
+}
+
+/** What the plugins say of the device. */
+async function describe(
+  dataPath: DataPath,
+  { address }: VfOptions,
+  { plugins }: VfSurroundings,
+): Promise<Pick<VfParts, "deviceClass" | "config">> {
+  const deviceClass = plugins.deviceClassById(dataPath.virtioId);
+  if (deviceClass === undefined) {
+    throw new VhostdError(
+      "probeFailed",
+      `${address} has virtio device id ${dataPath.virtioId}, which no plugin serves`,
+      {
+        fix: "load the plugin of that device class (plugins = [...] in the configuration)",
+      },
+    );
+  }
+  return { deviceClass, config: await dataPath.readConfig(configSize(deviceClass.configSpace)) };
+}
+
+function acquireDomain(
+  options: VfOptions,
+  entry: BusEntry,
+  { domains }: VfSurroundings,
+  undo: AsyncDisposableStack,
+): DmaDomain {
+  const [vm, transport] = [vmOf(options), entry.transport.kind];
+  const domain = domains.acquire(vm, transport);
+  undo.defer(() => domains.release(vm, transport));
+  return domain;
+}
+
+/** The name of the VM whose memory this VF may reach. */
+export function vmOf(options: VfOptions): string {
+  return options.uuid ?? options.address;
+}
+
+/** Queues that a front-end may use: what the class says, within what the function has; one vector more than queues. */
+export function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfParts): number {
+  const queues = deviceClass.queues(configValues(deviceClass.configSpace, config), dataPath.features);
+  if (queues < 1 || queues > dataPath.queues) {
+    throw new VhostdError(
+      "probeFailed",
+      `${entry.directory}: ${queues} queues by its configuration, ${dataPath.queues} in its registers`,
+    );
+  }
+  if (fn.interrupts.count < queues + 1) {
+    throw new VhostdError(
+      "noVectors",
+      `${queues} queues need ${queues + 1} MSI-X vectors, the function has ${fn.interrupts.count}`,
+      {
+        fix: "provision the function with more vectors, or fewer queues",
+      },
+    );
+  }
+  return queues;
+}
