@@ -8,17 +8,24 @@ import { closing, type DomainRecord, parseDomainRecord, RECORD_VERSION } from ".
 
 type Transport = BusEntry["transport"]["kind"];
 
+interface Entry {
+  readonly domain: DmaDomain;
+  users: number;
+  readonly vm: string;
+  readonly transport: Transport;
+}
+
 /**
  * The DMA domains of this daemon: one for each VM and transport. A VM is named by its UUID; a VF without one is a
  * domain of its own. Functions of different VMs never share one.
  */
 export class DomainTable {
-  private readonly domains = new Map<string, { domain: DmaDomain; users: number }>();
+  private readonly domains = new Map<string, Entry>();
 
   constructor(private readonly keeper: Keeper) {}
 
   /** The domain's name, for its record. */
-  static key(vm: string, transport: Transport): string {
+  private static key(vm: string, transport: Transport): string {
     return `${transport}/${vm}`;
   }
 
@@ -27,7 +34,7 @@ export class DomainTable {
     const key = DomainTable.key(vm, transport);
     let entry = this.domains.get(key);
     if (entry === undefined) {
-      entry = { domain: new DmaDomain(createAddressSpace(transport)), users: 0 };
+      entry = { domain: new DmaDomain(createAddressSpace(transport)), users: 0, vm, transport };
       this.domains.set(key, entry);
     }
     entry.users++;
@@ -38,9 +45,7 @@ export class DomainTable {
     const key = DomainTable.key(vm, transport);
     const entry = this.domains.get(key);
     if (entry === undefined || --entry.users > 0) return;
-    this.domains.delete(key);
-    entry.domain.abandon();
-    await this.keeper.delete(`domain/${key}`);
+    await this.drop(key, entry.domain);
   }
 
   /** Writes the domain's record to the keeper: what is mapped, with the files. */
@@ -50,7 +55,7 @@ export class DomainTable {
     if (domain === undefined) return;
     const { data, fds } = domain.snapshot();
     const record: DomainRecord = { version: RECORD_VERSION, vm, transport, domain: data };
-    await this.keeper.put(`domain/${key}`, record, fds);
+    await this.keeper.put(recordKey(key), record, fds);
   }
 
   /**
@@ -62,19 +67,17 @@ export class DomainTable {
     const { vm, transport, domain } = parseDomainRecord(value);
     const space = createAddressSpace(transport);
     unused.move();
-    this.domains.set(DomainTable.key(vm, transport), { domain: DmaDomain.revive(space, domain, fds), users: 0 });
+    const revived = DmaDomain.revive(space, domain, fds);
+    this.domains.set(DomainTable.key(vm, transport), { domain: revived, users: 0, vm, transport });
   }
 
   /** After an adoption: memory of owners that could not be taken up is let go, and domains that nobody uses. */
   async prune(owners: ReadonlySet<string>): Promise<void> {
-    for (const [key, { domain, users }] of [...this.domains]) {
-      if (users === 0) {
-        this.domains.delete(key);
-        domain.abandon();
-        await this.keeper.delete(`domain/${key}`);
-      } else {
-        for (const owner of domain.owners) if (!owners.has(owner)) await domain.releaseAll(owner);
-      }
+    for (const [key, { domain, users, vm, transport }] of [...this.domains]) {
+      const absent = domain.owners.filter((owner) => !owners.has(owner));
+      for (const owner of absent) if (users > 0) await domain.releaseAll(owner);
+      if (users === 0) await this.drop(key, domain);
+      else if (absent.length > 0) await this.checkpoint(vm, transport);
     }
   }
 
@@ -83,4 +86,15 @@ export class DomainTable {
     for (const { domain } of this.domains.values()) domain.abandon();
     this.domains.clear();
   }
+
+  /** Nobody uses the domain any more; its functions, which held the mappings, are gone. */
+  private async drop(key: string, domain: DmaDomain): Promise<void> {
+    this.domains.delete(key);
+    domain.abandon();
+    await this.keeper.delete(recordKey(key));
+  }
+}
+
+function recordKey(key: string): string {
+  return `domain/${key}`;
 }

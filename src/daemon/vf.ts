@@ -1,3 +1,4 @@
+import { setTimeout as pause } from "node:timers/promises";
 import { Deadline } from "../base/deadline.ts";
 import { asError, errnoText, SystemError, sentence, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
@@ -43,7 +44,7 @@ export class Vf implements SessionTarget {
   private readonly operations = new OperationQueue();
   private readonly endpoint: Endpoint;
   private readonly log: Logger;
-  private readonly stopped = Promise.withResolvers<void>();
+  private readonly stopping = new AbortController();
 
   readonly deviceClass: DeviceClass;
   readonly deviceFeatures: bigint;
@@ -82,8 +83,8 @@ export class Vf implements SessionTarget {
     undo.defer(() => vf.vanish());
     undo.defer(() => around.keeper.delete(vf.key));
     await vf.checkpoint();
-    vf.become({ name: "idle" });
     vf.open();
+    vf.become({ name: "idle" });
     undo.move();
     return vf;
   }
@@ -150,7 +151,7 @@ export class Vf implements SessionTarget {
 
   /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */
   async remove(): Promise<void> {
-    this.stopped.resolve();
+    this.stopping.abort();
     this.endpoint[Symbol.dispose]();
     this.session?.close("the VF is being removed");
     await this.serving;
@@ -172,7 +173,7 @@ export class Vf implements SessionTarget {
 
   /** Drops every live object without a word to the function or the front-end: what a crash does, in order. */
   async abandon(): Promise<void> {
-    this.stopped.resolve();
+    this.stopping.abort();
     this.endpoint[Symbol.dispose]();
     await this.session?.abandon();
     this.parts.dataPath.abandon();
@@ -332,8 +333,7 @@ export class Vf implements SessionTarget {
   /** What was begun is undone: the VF is not there. */
   private vanish(): void {
     this.endpoint[Symbol.dispose]();
-    this.current = { name: "absent" };
-    this.around.onState(this);
+    this.become({ name: "absent" });
   }
 
   private serve(begin: (target: SessionTarget, log: Logger) => Session): void {
@@ -359,7 +359,7 @@ export class Vf implements SessionTarget {
     if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${end.reason}`);
     this.around.onState(this);
     await this.checkpoint();
-    await Promise.race([Bun.sleep(this.backoff), this.stopped.promise]);
+    await pause(this.backoff, undefined, { signal: this.stopping.signal }).catch(() => {});
     this.endpoint.markFree();
   }
 

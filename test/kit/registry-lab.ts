@@ -66,9 +66,9 @@ export class RegistryLab implements AsyncDisposable {
   }
 
   /** Adds a VF in client mode and takes its connection. The PF must be there. */
-  async connect(vf = this.vf, name = "vhost.sock"): Promise<VhostUserFrontend> {
+  async connect(vf = this.vf, name = "vhost.sock", uuid = ""): Promise<VhostUserFrontend> {
     using listener = new FrontendListener(this.socket(name));
-    await this.registry.addVf({ address: vf, socket: this.socket(name), mode: "client" });
+    await this.registry.addVf({ address: vf, socket: this.socket(name), mode: "client", uuid });
     return await listener.accept();
   }
 

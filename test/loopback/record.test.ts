@@ -94,6 +94,23 @@ test("a VF whose record is not understood is left out, and can be added again", 
   await new VerifiedDisk().steps(again.queues[0]!.driver, 5);
 }, 30_000);
 
+test("memory of a VF that is left out is let go, also in the record of the domain that others of its VM use", async () => {
+  const uuid = "ee8b6429-eb1e-45e7-9dab-aff843b99075";
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  using frontend = await lab.connect(lab.vf, "one.sock", uuid);
+  using other = await lab.connect(lab.vf2, "two.sock", uuid);
+  await frontend.negotiate();
+  await frontend.setupMemory([{ gpa: 8 * 2 ** 32, size: 2 << 20 }]);
+  await lab.run(other);
+  await rebuildFrom(lab, (record) => ({ ...record, version: 99 }) as unknown as Json);
+  const domain = await lab.keeper.get(`domain/vfio-user/${uuid}`);
+  for (const fd of domain?.fds.values() ?? []) fd[Symbol.dispose]();
+  expect(JSON.stringify(domain?.record)).not.toContain(lab.vf);
+  expect(domain?.fds.size).toBe(2);
+  await new VerifiedDisk().steps(other.queues[0]!.driver, 5);
+}, 30_000);
+
 test("kicks and calls that come while nobody is there are not lost", async () => {
   await using lab = await RegistryLab.create();
   await lab.registry.addPf(lab.pf);
