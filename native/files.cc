@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <limits.h>
 #include <poll.h>
 #include <stdio.h>
@@ -28,6 +29,8 @@ int32_t vhostd_close(int32_t fd) {
 }
 
 // 3: a duplicate must never take the place of a standard stream.
+int32_t vhostd_lock(int32_t fd) { return orErrno(flock(fd, LOCK_EX | LOCK_NB)); }
+
 int32_t vhostd_dup(int32_t fd) { return orErrno(fcntl(fd, F_DUPFD_CLOEXEC, 3)); }
 
 int32_t vhostd_eventfd() { return orErrno(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)); }

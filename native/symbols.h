@@ -15,6 +15,7 @@
   X(vhostd_pending_closes, int64_t, (int64_t lane))                                                           \
   X(vhostd_wait_for_closes, int32_t, (int32_t milliseconds))                                                  \
   X(vhostd_dup, int32_t, (int32_t fd))                                                                        \
+  X(vhostd_lock, int32_t, (int32_t fd))                                                                       \
   X(vhostd_eventfd, int32_t, ())                                                                              \
   X(vhostd_signal_eventfd, int32_t, (int32_t fd))                                                             \
   X(vhostd_drain_eventfd, int64_t, (int32_t fd))                                                              \

@@ -2,7 +2,7 @@ import { existsSync } from "node:fs";
 import { Deadline } from "../base/deadline.ts";
 import { SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
-import { connectUnix, peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
+import { connectUnix, lockDirectory, peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
 import { Bus } from "../pci/bus.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
@@ -41,7 +41,9 @@ export class Daemon {
       if (!existsSync(directory)) log.info(`there is no bus directory ${directory} yet`);
     }
     const socket = rpcSocket(config.runtimeDirectory);
-    refuseSecondDaemon(socket, config.runtimeDirectory);
+    const lock = lockDirectory(config.runtimeDirectory);
+    if (lock === undefined) throw secondDaemon(socket, config.runtimeDirectory);
+    this.running.use(lock);
     log.debug(`up to ${raiseOpenFileLimit()} open files`);
 
     const sources = { builtIn: BUILT_IN_PLUGINS, plugins: config.plugins };
@@ -91,18 +93,17 @@ export class Daemon {
   }
 }
 
-/** @throws VhostdError where a daemon serves this directory already, with its pid */
-function refuseSecondDaemon(socket: string, directory: string): void {
-  let pid: number;
+/** Another daemon has this directory; its pid is known where it serves already. */
+function secondDaemon(socket: string, directory: string): VhostdError {
+  let who = "another daemon";
   try {
     using connection = connectUnix(socket);
-    pid = peerCredentials(connection.number).pid;
+    who = `the daemon with pid ${peerCredentials(connection.number).pid}`;
   } catch (error) {
-    // Nobody there is what is hoped for; whatever else is wrong with the path shows when it is bound.
-    if (error instanceof SystemError) return;
-    throw error;
+    // It is just starting, or ending.
+    if (!(error instanceof SystemError)) throw error;
   }
-  throw new VhostdError("busy", `the daemon with pid ${pid} runs in ${directory} already`, {
+  return new VhostdError("busy", `${who} runs in ${directory} already`, {
     fix: "stop it first, or choose another directory with --runtime-dir",
   });
 }

@@ -29,6 +29,7 @@ const SYMBOLS = {
   vhostd_pending_closes: { args: ["i64_fast"], returns: "i64_fast" },
   vhostd_wait_for_closes: { args: ["i32"], returns: "i32" },
   vhostd_dup: { args: ["i32"], returns: "i32" },
+  vhostd_lock: { args: ["i32"], returns: "i32" },
   vhostd_eventfd: { args: [], returns: "i32" },
   vhostd_signal_eventfd: { args: ["i32"], returns: "i32" },
   vhostd_drain_eventfd: { args: ["i32"], returns: "i64_fast" },

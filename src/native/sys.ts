@@ -150,6 +150,20 @@ export function openFile(path: string, access: "read" | "read-write"): OwnedFd {
   return new OwnedFd(check(c.vhostd_open(cString(path, "path"), access === "read-write" ? 1 : 0), `open ${path}`));
 }
 
+/**
+ * Locks a directory for this process (flock(2)), until the fd is closed or the process ends, however it ends.
+ * @returns undefined where another process has it
+ */
+export function lockDirectory(path: string): OwnedFd | undefined {
+  using undo = new DisposableStack();
+  const directory = undo.use(openFile(path, "read"));
+  const result = Number(c.vhostd_lock(directory.number));
+  if (result === -EAGAIN) return undefined;
+  check(result, `flock ${path}`);
+  undo.move();
+  return directory;
+}
+
 /** @param size bytes */
 export function truncate(fd: number, size: number): void {
   check(c.vhostd_truncate(checkFd(fd), checkSize(size, "size of a file")), "ftruncate");

@@ -77,6 +77,19 @@ describe("the daemon as a process", () => {
     expect(await call("pf.list")).toEqual({ pfs: [] });
   });
 
+  test("of several that start at the same moment over a dead one's socket, one serves", async () => {
+    const first = await startReady();
+    first.kill("SIGKILL");
+    await first.exited;
+    const all = Array.from({ length: 4 }, () => start());
+    await Deadline.after(15_000, "the end of all but one").poll(
+      () => all.filter(({ exitCode }) => exitCode !== null).length === 3 || undefined,
+      5,
+    );
+    expect(all.filter(({ exitCode }) => exitCode === 1)).toHaveLength(3);
+    await Deadline.after(5_000, "an answer").poll(() => call("pf.list").catch(() => undefined), 20);
+  });
+
   test("after kill -9 a new one takes the place", async () => {
     const first = await startReady();
     first.kill("SIGKILL");
