@@ -17,6 +17,17 @@ namespace vhostd::ring {
 using Parameter = std::variant<bool, int64_t, std::string>;
 using Parameters = std::map<std::string, Parameter>;
 
+/** A chain that control serves. */
+struct ForwardedRequest {
+  /** Never used twice. */
+  uint64_t id;
+  uint16_t queue;
+  /** A copy of its readable buffers. */
+  std::vector<uint8_t> readable;
+  /** Room in its writable buffers, bytes. */
+  uint64_t writable;
+};
+
 /**
  * What a backend may do while the worker calls it. All of it on the worker's thread, inside its turn at the gate.
  */
@@ -41,6 +52,8 @@ class ServiceContext {
   virtual void complete(Chain* chain, uint32_t written, uint64_t bytes, bool error) = 0;
   /** Ends the chain's life without giving it back: the function is being stopped. */
   virtual void abandon(Chain* chain) = 0;
+  /** Control shall ask for `takeRequests`. */
+  virtual void callControl() = 0;
   /** The function needs a reset; nothing is served any more. */
   virtual void fail(std::string reason) = 0;
 
@@ -73,8 +86,13 @@ class RingBackend {
   virtual void resume(int64_t /*now*/, ServiceContext& /*context*/) {}
   /** Serves all that is kept, without waiting. */
   virtual void drain(ServiceContext& /*context*/) {}
-  /** Forgets all that is kept; the chains are dead. */
+  /** Forgets all that is kept; the chains are dead. Called while there is no worker. */
   virtual void drop() {}
+
+  /** For backends that let control serve. By control at any time, outside its turns too: what was not yet taken. */
+  virtual std::vector<ForwardedRequest> takeRequests() { return {}; }
+  /** By control at any time. True where the request was there; the worker is to be woken then. */
+  virtual bool answer(uint64_t /*id*/, std::vector<uint8_t> /*bytes*/) { return false; }
 };
 
 /** CLOCK_MONOTONIC, ns. */
@@ -85,5 +103,7 @@ std::unique_ptr<RingBackend> createBackend(const std::string& name);
 
 /** One for each class that has a worker. */
 std::unique_ptr<RingBackend> createBlkBackend();
+/** Has no class: control serves. */
+std::unique_ptr<RingBackend> createForwardBackend();
 
 }  // namespace vhostd::ring

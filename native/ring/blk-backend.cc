@@ -50,6 +50,17 @@ struct Result {
   bool abandoned = false;
 };
 
+/** One buffer is the usual case, and cheaper without a list of it. */
+ssize_t readFile(int fd, const std::vector<iovec>& parts, off_t offset) {
+  if (parts.size() == 1) return pread(fd, parts[0].iov_base, parts[0].iov_len, offset);
+  return preadv(fd, parts.data(), static_cast<int>(parts.size()), offset);
+}
+
+ssize_t writeFile(int fd, const std::vector<iovec>& parts, off_t offset) {
+  if (parts.size() == 1) return pwrite(fd, parts[0].iov_base, parts[0].iov_len, offset);
+  return pwritev(fd, parts.data(), static_cast<int>(parts.size()), offset);
+}
+
 /** A block device over a regular file. */
 class BlkBackend final : public RingBackend {
  public:
@@ -216,10 +227,8 @@ Result BlkBackend::transfer(const Chain& chain, bool write, uint64_t sector, Ser
       break;
     }
     const off_t offset = static_cast<off_t>(sector * kSector + result.moved);
-    const int count = static_cast<int>(parts->size());
     // The kernel answers EFAULT where the memory behind a buffer is gone.
-    const ssize_t done = write ? pwritev(file_.number(), parts->data(), count, offset)
-                               : preadv(file_.number(), parts->data(), count, offset);
+    const ssize_t done = write ? writeFile(file_.number(), *parts, offset) : readFile(file_.number(), *parts, offset);
     if (done < 0 && errno == EINTR) {
       if (!context.giveWay()) return {kIoError, 0, 0, true};
       continue;

@@ -22,6 +22,15 @@ struct QueueIndices {
   uint16_t lastUsed;
 };
 
+/** What a device needs to go on with a ring. */
+struct QueueState {
+  uint16_t queue;
+  uint16_t lastAvail;
+  uint16_t lastUsed;
+  /** Heads. */
+  std::vector<uint16_t> inFlight;
+};
+
 struct QueueStats {
   uint64_t requests;
   /** Data moved, without headers and status bytes. */
@@ -55,7 +64,7 @@ class RingFunction final : private ServiceContext {
   uint16_t queues() const { return static_cast<uint16_t>(slots_.size()); }
   /** Non-blocking eventfd of the function: a signal is a notification of the queue. */
   int doorbell(uint16_t queue) const { return slots_[queue]->doorbell.number(); }
-  /** Non-blocking eventfd, signalled when the worker has failed. */
+  /** Non-blocking eventfd, signalled when the worker has failed or there is something for `takeRequests`. */
   int events() const { return events_.number(); }
 
   /** Control's turn, if it is to be had in that time. After false the worker gives way: try again or `withdraw`. */
@@ -73,12 +82,25 @@ class RingFunction final : private ServiceContext {
   void unmapAll();
   bool unmapping() const { return *unmapsUnderWay_ > 0; }
 
-  /** Sets a ring up; served from `start` on, or at once while running. Empty, or why not. */
+  /** Sets a ring up that is not active; served from `start` on, or at once while running. Empty, or why not. */
   std::string activate(uint16_t queue, const QueueConfig& config, uint64_t features);
   /** Starts the worker, also after it was parked. Empty, or why not: a failure lasts until it is stopped. */
   std::string start(uint64_t features);
   /** The queue's calls go to a duplicate of `fd`, -1 for nowhere; one may be on its way to the former. Never waits. */
   bool setCall(uint16_t queue, int fd);
+  /**
+   * Signals of `fd`, of which a duplicate is kept and never read, notify the queue too; -1 for no longer. 0 or -errno:
+   * the former stays then. Never waits.
+   */
+  int setKick(uint16_t queue, int fd);
+  /** When it returns no chain is taken until `unquiesce`, however often the worker is stopped and started. */
+  void quiesce();
+  /** Never waits. */
+  void unquiesce();
+  /** Chains that were taken and not yet shown to the driver as used. Never waits. */
+  uint32_t inFlight() const { return inFlight_.load(std::memory_order_acquire); }
+  /** Of the active rings; they stand still while there is no worker, or nothing for it to do. */
+  std::vector<QueueState> rings();
   /** Empty, or which parameter was refused and why. */
   std::string configure(const Parameters& parameters);
 
@@ -91,6 +113,11 @@ class RingFunction final : private ServiceContext {
 
   /** Of the rings that were active when the worker was stopped last. */
   const std::vector<QueueIndices>& indices() const { return indices_; }
+  /** Requests for control, since the last time. Never waits. */
+  std::vector<ForwardedRequest> takeRequests() { return backend_->takeRequests(); }
+  /** What is to be written to a request's buffers, as far as there is room. Unknown ids are ignored. Never waits. */
+  void answer(uint64_t id, std::vector<uint8_t> bytes);
+
   /** Why the function needs a reset; empty where it does not. */
   std::string failure() const;
   QueueStats stats(uint16_t queue) const;
@@ -99,6 +126,8 @@ class RingFunction final : private ServiceContext {
   struct Slot {
     SplitQueue queue;
     File doorbell;
+    /** Control's: an eventfd of someone else that notifies too. */
+    File kick;
     /** By `callMutex_`. */
     std::shared_ptr<File> call;
     /** What the worker has to signal when its turn is over. */
@@ -109,12 +138,18 @@ class RingFunction final : private ServiceContext {
     std::atomic<uint64_t> bytes{0};
     std::atomic<uint64_t> errors{0};
   };
+  /** In the place of a queue's number: control wants the worker to look around. */
+  static constexpr uint32_t kWakeEvent = UINT32_MAX;
+
   RingFunction() = default;
   bool open(std::string& reason);
+  static void signalOwn(const File& file);
 
   void run();
   bool turn();
   bool serveQueue(Slot& slot, uint16_t index);
+  void serveAgain(Slot& slot, uint16_t index);
+  Pop popNext(Slot& slot, Chain& chain, std::string& reason);
   void publish();
   void signalCalls();
   void collectNotifications(int timeout);
@@ -127,6 +162,7 @@ class RingFunction final : private ServiceContext {
   bool copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) override;
   void complete(Chain* chain, uint32_t written, uint64_t bytes, bool error) override;
   void abandon(Chain* chain) override;
+  void callControl() override;
   void fail(std::string reason) override;
   bool giveWay() override;
   void blocking(const std::function<void()>& work) override;
@@ -145,6 +181,11 @@ class RingFunction final : private ServiceContext {
   pthread_t thread_{};
   bool threadStarted_ = false;
   std::atomic<Stop> stop_{Stop::no};
+  std::atomic<bool> quiesced_{false};
+  /** Written inside turns only. */
+  std::atomic<uint32_t> inFlight_{0};
+  /** Chains that ended in this turn: they are in flight until the driver can see it. */
+  uint32_t endedInTurn_ = 0;
   std::atomic<bool> failed_{false};
   std::atomic<bool> ended_{false};
   mutable std::mutex failureMutex_;

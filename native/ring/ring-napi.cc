@@ -1,4 +1,4 @@
-#include <cerrno>
+#include <algorithm>
 
 #include "../module.h"
 #include "../thread.h"
@@ -44,6 +44,8 @@ QueueConfig queueConfigOf(Napi::Object object) {
   config.device = word(object.Get("device"));
   config.lastAvail = queueIndex(object.Get("lastAvail"));
   config.lastUsed = queueIndex(object.Get("lastUsed"));
+  const Napi::Array inFlight = object.Get("inFlight").As<Napi::Array>();
+  for (uint32_t index = 0; index < inFlight.Length(); index++) config.inFlight.push_back(queueIndex(inFlight.Get(index)));
   return config;
 }
 
@@ -69,6 +71,13 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
                                                 InstanceMethod<&RingFunctionObject::activate>("activate"),
                                                 InstanceMethod<&RingFunctionObject::start>("start"),
                                                 InstanceMethod<&RingFunctionObject::setCall>("setCall"),
+                                                InstanceMethod<&RingFunctionObject::setKick>("setKick"),
+                                                InstanceMethod<&RingFunctionObject::quiesce>("quiesce"),
+                                                InstanceMethod<&RingFunctionObject::unquiesce>("unquiesce"),
+                                                InstanceMethod<&RingFunctionObject::inFlight>("inFlight"),
+                                                InstanceMethod<&RingFunctionObject::rings>("rings"),
+                                                InstanceMethod<&RingFunctionObject::takeRequests>("takeRequests"),
+                                                InstanceMethod<&RingFunctionObject::answer>("answer"),
                                                 InstanceMethod<&RingFunctionObject::configure>("configure"),
                                                 InstanceMethod<&RingFunctionObject::requestStop>("requestStop"),
                                                 InstanceMethod<&RingFunctionObject::tryStop>("tryStop"),
@@ -85,6 +94,14 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
  private:
   Napi::Value text(const std::string& value) { return Napi::String::New(Env(), value); }
   Napi::Value number(double value) { return Napi::Number::New(Env(), value); }
+
+  Napi::Object indicesObject(uint16_t queue, uint16_t lastAvail, uint16_t lastUsed) {
+    Napi::Object object = Napi::Object::New(Env());
+    object.Set("queue", number(queue));
+    object.Set("lastAvail", number(lastAvail));
+    object.Set("lastUsed", number(lastUsed));
+    return object;
+  }
 
   Napi::Value create(const Napi::CallbackInfo& info) {
     std::string reason;
@@ -115,6 +132,41 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
   Napi::Value setCall(const Napi::CallbackInfo& info) {
     return Napi::Boolean::New(Env(), function_->setCall(queueIndex(info[0]), integer(info[1])));
   }
+  Napi::Value setKick(const Napi::CallbackInfo& info) {
+    return number(function_->setKick(queueIndex(info[0]), integer(info[1])));
+  }
+  void quiesce(const Napi::CallbackInfo&) { function_->quiesce(); }
+  void unquiesce(const Napi::CallbackInfo&) { function_->unquiesce(); }
+  Napi::Value inFlight(const Napi::CallbackInfo&) { return number(function_->inFlight()); }
+  Napi::Value rings(const Napi::CallbackInfo&) {
+    Napi::Array list = Napi::Array::New(Env());
+    for (const QueueState& state : function_->rings()) {
+      Napi::Object object = indicesObject(state.queue, state.lastAvail, state.lastUsed);
+      Napi::Array heads = Napi::Array::New(Env());
+      for (const uint16_t head : state.inFlight) heads.Set(heads.Length(), number(head));
+      object.Set("inFlight", heads);
+      list.Set(list.Length(), object);
+    }
+    return list;
+  }
+  Napi::Value takeRequests(const Napi::CallbackInfo&) {
+    Napi::Array list = Napi::Array::New(Env());
+    for (const ForwardedRequest& request : function_->takeRequests()) {
+      Napi::Object object = Napi::Object::New(Env());
+      Napi::Uint8Array readable = Napi::Uint8Array::New(Env(), request.readable.size());
+      std::copy(request.readable.begin(), request.readable.end(), readable.Data());
+      object.Set("id", number(static_cast<double>(request.id)));
+      object.Set("queue", number(request.queue));
+      object.Set("readable", readable);
+      object.Set("writable", number(static_cast<double>(request.writable)));
+      list.Set(list.Length(), object);
+    }
+    return list;
+  }
+  void answer(const Napi::CallbackInfo& info) {
+    const Napi::Uint8Array bytes = info[1].As<Napi::Uint8Array>();
+    function_->answer(unsignedInteger(info[0]), {bytes.Data(), bytes.Data() + bytes.ByteLength()});
+  }
   Napi::Value configure(const Napi::CallbackInfo& info) {
     return text(function_->configure(parametersOf(info[0].As<Napi::Object>())));
   }
@@ -131,11 +183,7 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
   Napi::Value indices(const Napi::CallbackInfo&) {
     Napi::Array list = Napi::Array::New(Env());
     for (const QueueIndices& entry : function_->indices()) {
-      Napi::Object object = Napi::Object::New(Env());
-      object.Set("queue", number(entry.queue));
-      object.Set("lastAvail", number(entry.lastAvail));
-      object.Set("lastUsed", number(entry.lastUsed));
-      list.Set(list.Length(), object);
+      list.Set(list.Length(), indicesObject(entry.queue, entry.lastAvail, entry.lastUsed));
     }
     return list;
   }

@@ -32,6 +32,27 @@ bool passed(uint16_t event, uint16_t now, uint16_t before) {
   return static_cast<uint16_t>(now - event - 1) < static_cast<uint16_t>(now - before);
 }
 
+/** Chains that were taken and not given back are those between the two indices. */
+std::string checkInFlight(const QueueConfig& config) {
+  const uint16_t ahead = config.lastAvail - config.lastUsed;
+  if (ahead > config.size) {
+    return "available index " + std::to_string(config.lastAvail) + " is " + std::to_string(ahead) +
+           " ahead of used index " + std::to_string(config.lastUsed) + ", the ring has " + std::to_string(config.size);
+  }
+  if (config.inFlight.size() > ahead) {
+    return std::to_string(config.inFlight.size()) + " chains are in flight, by the indices " + std::to_string(ahead);
+  }
+  std::vector<bool> seen(config.size);
+  for (const uint16_t head : config.inFlight) {
+    if (head >= config.size) {
+      return "head in flight " + std::to_string(head) + " is outside the ring of " + std::to_string(config.size);
+    }
+    if (seen[head]) return "head " + std::to_string(head) + " is in flight twice";
+    seen[head] = true;
+  }
+  return {};
+}
+
 bool overlaps(uint64_t one, uint64_t oneSize, uint64_t other, uint64_t otherSize) {
   return one < other + otherSize && other < one + oneSize;
 }
@@ -58,7 +79,7 @@ std::string SplitQueue::check(const QueueConfig& config, const DmaTable& dma) {
       return std::string(part.name) + " at " + hex(part.at) + "+" + hex(part.bytes) + " is not in one mapped range";
     }
   }
-  return {};
+  return checkInFlight(config);
 }
 
 void SplitQueue::activate(const QueueConfig& config, const DmaTable& dma, bool indirect, bool eventIdx) {
@@ -74,7 +95,10 @@ void SplitQueue::activate(const QueueConfig& config, const DmaTable& dma, bool i
   lastAvail_ = availIndex_ = config.lastAvail;
   lastUsed_ = published_ = config.lastUsed;
   disarmed_ = false;
-  inFlight_.assign(size, 0);
+  taken_.assign(size, 0);
+  takenCount_ = 0;
+  for (const uint16_t head : config.inFlight) taken_[head] = ++takenCount_;
+  readAgain_ = 0;
   direct_.resize(size);
   indirectTable_.resize(std::max(size, kIndirectEntries));
   active_ = true;
@@ -86,13 +110,24 @@ bool SplitQueue::uses(uint64_t iova, uint64_t size) const {
                      overlaps(iova, size, config_.device, usedBytes(config_.size)));
 }
 
+Pop SplitQueue::popAgain(const DmaTable& dma, Chain& chain, std::string& reason) {
+  if (readAgain_ == config_.inFlight.size()) return Pop::empty;
+  return readChain(dma, config_.inFlight[readAgain_++], chain, reason) ? Pop::chain : Pop::broken;
+}
+
 Pop SplitQueue::pop(const DmaTable& dma, Chain& chain, std::string& reason) {
   uint16_t head = 0;
   bool empty = false;
-  if (!takeHead(head, empty, reason)) return Pop::broken;
+  if (!nextHead(head, empty, reason)) return Pop::broken;
   if (empty) return Pop::empty;
-  if (!readDirect(head, reason)) return Pop::broken;
+  if (!readChain(dma, head, chain, reason)) return Pop::broken;
+  taken_[head] = ++takenCount_;
+  lastAvail_++;
+  return Pop::chain;
+}
 
+bool SplitQueue::readChain(const DmaTable& dma, uint16_t head, Chain& chain, std::string& reason) {
+  if (!readDirect(head, reason)) return false;
   chain.clear();
   chain.head = head;
   const auto add = [&chain](const Descriptor& descriptor) {
@@ -110,14 +145,14 @@ Pop SplitQueue::pop(const DmaTable& dma, Chain& chain, std::string& reason) {
   const bool viaTable = (last.flags & kIndirect) != 0;
   for (size_t index = 0; index < directCount_ - (viaTable ? 1 : 0); index++) add(direct_[index]);
   if (viaTable) {
-    if (!readIndirect(dma, last, chain, reason)) return Pop::broken;
+    if (!readIndirect(dma, last, chain, reason)) return false;
     const uint32_t entries = last.length / sizeof(Descriptor);
     uint32_t at = 0;
     for (uint32_t count = 1;; count++) {
       const Descriptor& descriptor = indirectTable_[at];
       if (descriptor.flags & kIndirect) {
         reason = "chain " + std::to_string(head) + " has an indirect table inside an indirect table";
-        return Pop::broken;
+        return false;
       }
       add(descriptor);
       if ((descriptor.flags & kNext) == 0) break;
@@ -125,20 +160,18 @@ Pop SplitQueue::pop(const DmaTable& dma, Chain& chain, std::string& reason) {
       if (at >= entries) {
         reason = "indirect table of chain " + std::to_string(head) + " links to entry " + std::to_string(at) + " of " +
                  std::to_string(entries);
-        return Pop::broken;
+        return false;
       }
       if (count == entries) {
         reason = "indirect table of chain " + std::to_string(head) + " loops";
-        return Pop::broken;
+        return false;
       }
     }
   }
-  inFlight_[head] = 1;
-  lastAvail_++;
-  return Pop::chain;
+  return true;
 }
 
-bool SplitQueue::takeHead(uint16_t& head, bool& empty, std::string& reason) {
+bool SplitQueue::nextHead(uint16_t& head, bool& empty, std::string& reason) {
   const uint16_t size = config_.size;
   const bool readable = guarded([&] {
     if (availIndex_ == lastAvail_) availIndex_ = __atomic_load_n(avail_ + 1, __ATOMIC_ACQUIRE);
@@ -159,7 +192,7 @@ bool SplitQueue::takeHead(uint16_t& head, bool& empty, std::string& reason) {
     reason = "available head " + std::to_string(head) + " is outside the ring of " + std::to_string(size);
     return false;
   }
-  if (!empty && inFlight_[head]) {
+  if (!empty && taken_[head] != 0) {
     reason = "available head " + std::to_string(head) + " has not been given back yet";
     return false;
   }
@@ -241,7 +274,16 @@ bool SplitQueue::push(uint16_t head, uint32_t written) {
 }
 
 void SplitQueue::forget(uint16_t head) {
-  inFlight_[head] = 0;
+  taken_[head] = 0;
+}
+
+std::vector<uint16_t> SplitQueue::inFlight() const {
+  std::vector<uint16_t> heads;
+  for (uint32_t head = 0; head < config_.size; head++) {
+    if (taken_[head] != 0) heads.push_back(static_cast<uint16_t>(head));
+  }
+  std::sort(heads.begin(), heads.end(), [this](uint16_t one, uint16_t other) { return taken_[one] < taken_[other]; });
+  return heads;
 }
 
 bool SplitQueue::publish(bool& call) {

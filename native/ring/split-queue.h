@@ -20,6 +20,8 @@ struct QueueConfig {
   uint64_t device = 0;
   uint16_t lastAvail = 0;
   uint16_t lastUsed = 0;
+  /** Heads of chains that were taken before `lastAvail` and not given back. */
+  std::vector<uint16_t> inFlight;
 };
 
 enum class Pop { empty, chain, broken };
@@ -30,7 +32,7 @@ enum class Pop { empty, chain, broken };
  */
 class SplitQueue {
  public:
-  /** Empty, or what is wrong with the configuration: size, alignment, a part that is not mapped. */
+  /** Empty, or what is wrong with the configuration: size, alignment, a part that is not mapped, indices, heads. */
   static std::string check(const QueueConfig& config, const DmaTable& dma);
 
   /** `config` has been checked against `dma` in the same turn. */
@@ -40,6 +42,8 @@ class SplitQueue {
   /** A part of the ring lies in [iova, iova + size). */
   bool uses(uint64_t iova, uint64_t size) const;
 
+  /** Reads the next of the chains that were in flight when the ring was activated; empty when all have been. */
+  Pop popAgain(const DmaTable& dma, Chain& chain, std::string& reason);
   /** Takes the next available chain. `reason` is set where the ring is broken. */
   Pop pop(const DmaTable& dma, Chain& chain, std::string& reason);
   /** Gives a chain back with `written` bytes; the driver sees it after `publish`. False where the ring's memory is gone. */
@@ -54,6 +58,8 @@ class SplitQueue {
   /** Asks for a notification of the next chain; `more` where one is there already. False where the memory is gone. */
   bool arm(bool& more);
 
+  /** Heads of chains that were taken and neither given back nor forgotten, in the order they were taken. */
+  std::vector<uint16_t> inFlight() const;
   uint16_t lastAvail() const { return lastAvail_; }
   uint16_t lastUsed() const { return lastUsed_; }
 
@@ -68,7 +74,8 @@ class SplitQueue {
     uint32_t id;
     uint32_t length;
   };
-  bool takeHead(uint16_t& head, bool& empty, std::string& reason);
+  bool nextHead(uint16_t& head, bool& empty, std::string& reason);
+  bool readChain(const DmaTable& dma, uint16_t head, Chain& chain, std::string& reason);
   bool readDirect(uint16_t head, std::string& reason);
   bool readIndirect(const DmaTable& dma, const Descriptor& table, Chain& chain, std::string& reason);
 
@@ -91,8 +98,11 @@ class SplitQueue {
   /** What the driver has been shown. */
   uint16_t published_ = 0;
   bool disarmed_ = false;
-  /** By head: popped and neither pushed nor forgotten. */
-  std::vector<uint8_t> inFlight_;
+  /** By head: when it was taken, counted from 1; 0 where it is not in flight. */
+  std::vector<uint64_t> taken_;
+  uint64_t takenCount_ = 0;
+  /** Of `config_.inFlight`. */
+  size_t readAgain_ = 0;
   /** The chain being read, as found in the descriptor table. */
   std::vector<Descriptor> direct_;
   size_t directCount_ = 0;

@@ -1,7 +1,4 @@
-#include "ring/ring-function.h"
-
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -12,10 +9,13 @@
 #include <fstream>
 
 #include "test/check.h"
+#include "test/ring-rig.h"
 
 using namespace vhostd::ring;
 
 namespace {
+
+constexpr uint64_t kExtra = 0x200000000;
 
 /** Reads of the disk hang while it is set; how many do. */
 std::atomic<bool> diskHangs{false};
@@ -24,120 +24,14 @@ std::atomic<int> hanging{0};
 }  // namespace
 
 /** In the place of the C library's. */
-extern "C" ssize_t preadv(int fd, const iovec* parts, int count, off_t offset) {
+extern "C" ssize_t pread(int fd, void* to, size_t length, off_t offset) {
   hanging++;
   while (diskHangs) usleep(100);
   hanging--;
-  return syscall(SYS_preadv, fd, parts, count, offset, 0);
+  return syscall(SYS_pread64, fd, to, length, offset);
 }
 
 namespace {
-
-constexpr uint64_t kIova = 0x100000000;
-constexpr uint64_t kMemory = 4 << 20;
-constexpr uint64_t kExtra = 0x200000000;
-constexpr uint64_t kDisk = 1 << 20;
-constexpr uint16_t kRing = 64;
-constexpr uint64_t kFeatures = 1ull << 32 | 1ull << 29 | 1ull << 9;
-constexpr size_t kSector = 512;
-
-int sizedMemfd(uint64_t size) {
-  int fd = memfd_create("ring-test", MFD_CLOEXEC);
-  (void)!ftruncate(fd, static_cast<off_t>(size));
-  return fd;
-}
-
-/** A block function with one queue and the driver's side of it, through a mapping of its own. */
-class Rig {
- public:
-  explicit Rig(Parameters extra = {}) : disk(sizedMemfd(kDisk)), file(sizedMemfd(kMemory)) {
-    memory = static_cast<uint8_t*>(mmap(nullptr, kMemory, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0));
-    Parameters parameters = {{"fd", int64_t{disk}}, {"capacity", int64_t{kDisk}}, {"maxRanges", int64_t{4}},
-                             {"maxRangeSectors", int64_t{1024}}};
-    parameters.merge(extra);
-    std::string reason;
-    function = RingFunction::create("blk", parameters, 2, reason);
-    CHECK(reason.empty());
-    CHECK(function->map(kIova, kMemory, file, 0, true) == 0);
-    call = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    CHECK(function->setCall(0, call));
-  }
-  ~Rig() {
-    function.reset();
-    munmap(memory, kMemory);
-    for (int fd : {disk, file, call}) close(fd);
-  }
-
-  static QueueConfig config() {
-    QueueConfig config;
-    config.size = kRing;
-    config.desc = kIova;
-    config.driver = kIova + 4096;
-    config.device = kIova + 8192;
-    return config;
-  }
-  void start() {
-    CHECK(function->activate(0, config(), kFeatures).empty());
-    CHECK(function->start(kFeatures).empty());
-  }
-  void stop(bool drain) {
-    function->requestStop(drain ? Stop::finish : Stop::drop);
-    CHECK(check::eventually([&] { return function->tryStop(1); }));
-  }
-
-  /** Request number `slot` with one sector of data; its header, data and status have places of their own. */
-  void put(uint16_t slot, uint32_t type, uint64_t sector, uint64_t data) {
-    const uint64_t at = kIova + 65536 + slot * 64;
-    memcpy(memory + (at - kIova), &type, 4);
-    memcpy(memory + (at - kIova) + 8, &sector, 8);
-    memory[at - kIova + 16] = 0xff;
-    const uint16_t first = slot * 3;
-    describe(first, at, 16, 1, first + 1);
-    describe(first + 1, data, kSector, 1 | (type == 0 ? 2 : 0), first + 2);
-    describe(first + 2, at + 16, 1, 2, 0);
-    offer(first);
-  }
-  void describe(uint16_t index, uint64_t address, uint32_t length, uint16_t flags, uint16_t next) {
-    uint8_t* at = memory + 16 * index;
-    memcpy(at, &address, 8);
-    memcpy(at + 8, &length, 4);
-    memcpy(at + 12, &flags, 2);
-    memcpy(at + 14, &next, 2);
-  }
-  void offer(uint16_t head) {
-    uint16_t* avail = reinterpret_cast<uint16_t*>(memory + 4096);
-    avail[2 + available % kRing] = head;
-    const uint16_t before = available++;
-    __atomic_store_n(avail + 1, available, __ATOMIC_RELEASE);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    const uint16_t event = __atomic_load_n(reinterpret_cast<uint16_t*>(memory + 8192 + 4 + 8 * kRing), __ATOMIC_RELAXED);
-    if (static_cast<uint16_t>(available - event - 1) >= static_cast<uint16_t>(available - before)) return;
-    const uint64_t one = 1;
-    (void)!write(function->doorbell(0), &one, sizeof one);
-  }
-  uint16_t used() const { return __atomic_load_n(reinterpret_cast<uint16_t*>(memory + 8192 + 2), __ATOMIC_ACQUIRE); }
-  uint8_t status(uint16_t slot) const { return memory[65536 + slot * 64 + 16]; }
-  /** Waits for `count` completions by calls alone: a call that is left out wrongly is a hang. */
-  bool awaitUsed(uint16_t count) {
-    for (;;) {
-      uint16_t* event = reinterpret_cast<uint16_t*>(memory + 4096) + 2 + kRing;
-      __atomic_store_n(event, static_cast<uint16_t>(count - 1), __ATOMIC_RELAXED);
-      __atomic_thread_fence(__ATOMIC_SEQ_CST);
-      if (static_cast<int16_t>(used() - count) >= 0) return true;
-      pollfd ready = {call, POLLIN, 0};
-      if (poll(&ready, 1, 10000) != 1) return false;
-      uint64_t value;
-      (void)!read(call, &value, sizeof value);
-    }
-  }
-
-  int disk;
-  int file;
-  int call;
-  uint8_t* memory;
-  std::unique_ptr<RingFunction> function;
-  uint16_t available = 0;
-};
 
 TEST(ring_moves_data_while_memory_is_mapped_and_unmapped) {
   Rig rig;

@@ -16,6 +16,11 @@ export interface RingConfig {
   /** Where both indices begin, mod 2^16. */
   readonly lastAvail: number;
   readonly lastUsed: number;
+  /**
+   * Heads of chains that the device has taken before `lastAvail` and not given back, in the order they were taken; none
+   * unless said. They are read again from the descriptor table and served at `start`.
+   */
+  readonly inFlight?: readonly number[];
 }
 
 /** Where a ring stood when its worker ended. */
@@ -23,6 +28,23 @@ export interface RingIndices {
   readonly queue: number;
   readonly lastAvail: number;
   readonly lastUsed: number;
+}
+
+/** Where an active ring stands: what a device needs to go on with it. */
+export interface RingState extends RingIndices {
+  /** Heads of chains that were taken and not given back, in the order they were taken. */
+  readonly inFlight: readonly number[];
+}
+
+/** A chain that the backend "forward" hands to JavaScript. */
+export interface ForwardedRequest {
+  /** For `answer`; never used twice. */
+  readonly id: number;
+  readonly queue: number;
+  /** A copy of its device-readable buffers. */
+  readonly readable: Uint8Array;
+  /** Room in its device-writable buffers, bytes. */
+  readonly writable: number;
 }
 
 export interface RingStats {
@@ -49,6 +71,13 @@ interface NativeRingFunction {
   activate(queue: number, config: RingConfig, features: bigint): string;
   start(features: bigint): string;
   setCall(queue: number, fd: number): boolean;
+  setKick(queue: number, fd: number): number;
+  quiesce(): void;
+  unquiesce(): void;
+  inFlight(): number;
+  rings(): RingState[];
+  takeRequests(): ForwardedRequest[];
+  answer(id: number, bytes: Uint8Array): void;
   configure(parameters: RingParameters): string;
   requestStop(how: "finish" | "drop" | "park"): void;
   tryStop(milliseconds: number): boolean;
@@ -59,6 +88,11 @@ interface NativeRingFunction {
   close(): void;
 }
 const { RingFunction } = addon as unknown as { readonly RingFunction: new () => NativeRingFunction };
+
+/** Limits of open files (of this process or the system), and of what an epoll waits for. */
+const ENFILE = 23;
+const EMFILE = 24;
+const ENOSPC = 28;
 
 /** Milliseconds that the first attempt to have the worker give way or end may hold up the event loop; others none. */
 const FIRST_ATTEMPT = 1;
@@ -81,12 +115,14 @@ export class RingEngine implements Disposable {
   /**
    * @param worker name of the native backend, and its parameters
    * @param onFailure the rings have failed: nothing is served until they are stopped and set up again
+   * @param onRequests with the backend "forward": `takeRequests` may have something
    * @throws VhostdError invalid
    */
   constructor(
     worker: { readonly name: string; readonly parameters: RingParameters },
     readonly queues: number,
     onFailure: (reason: string) => void,
+    onRequests?: () => void,
   ) {
     checkInteger(queues, 0, 0xffff, "number of queues");
     refuse(this.native.create(worker.name, worker.parameters, queues));
@@ -95,6 +131,7 @@ export class RingEngine implements Disposable {
       this.events.rearm();
       const reason = this.native.failure();
       if (reason !== "") onFailure(reason);
+      if (!this.closed) onRequests?.();
     });
   }
 
@@ -139,13 +176,14 @@ export class RingEngine implements Disposable {
   }
 
   /**
-   * Sets a ring up. It is served from `start` on, or at once while running.
+   * Sets a ring up that is not active. It is served from `start` on, or at once while running.
    * @throws VhostdError invalid with the reason, timedOut
    */
   async activate(queue: number, config: RingConfig, features: bigint): Promise<void> {
     this.checkQueue(queue);
     checkRing(config);
-    await this.turn(() => refuse(this.native.activate(queue, config, features)));
+    const inFlight = config.inFlight ?? [];
+    await this.turn(() => refuse(this.native.activate(queue, { ...config, inFlight }, features)));
   }
 
   /** Starts serving, or goes on after `park`. @throws VhostdError invalid with the reason */
@@ -160,6 +198,67 @@ export class RingEngine implements Disposable {
   setCall(queue: number, fd: number | null): void {
     const accepted = this.native.setCall(this.checkQueue(queue), fd === null ? -1 : checkFd(fd));
     if (!accepted) throw new VhostdError("limitExceeded", "no file descriptor is left for a call");
+  }
+
+  /**
+   * Signals of an eventfd notify the queue too, also one that waits in it already; null: no longer. It replaces an
+   * earlier one and stays until it is replaced. The fd is borrowed for the call; the eventfd is never read or written.
+   * @throws VhostdError limitExceeded where no file descriptor is left; SystemError EPERM for what cannot be waited for
+   */
+  setKick(queue: number, fd: number | null): void {
+    const result = this.native.setKick(this.checkQueue(queue), fd === null ? -1 : checkFd(fd));
+    if ([ENFILE, EMFILE, ENOSPC].includes(-result)) {
+      throw new VhostdError("limitExceeded", "no file descriptor is left for a kick");
+    }
+    succeed(result, "wait for a kick");
+  }
+
+  /**
+   * When this resolves the worker takes no further chain, over `park`, `stop` and `start`, until `unquiesce`. What it
+   * has taken goes on and completes.
+   * @throws VhostdError timedOut while the worker is held up by the system; it is not quiesced then
+   */
+  async quiesce(): Promise<void> {
+    await this.turn(() => this.native.quiesce());
+  }
+
+  /** The worker takes chains again; those that were made available meanwhile are seen, kicked or not. */
+  unquiesce(): void {
+    this.native.unquiesce();
+  }
+
+  /** Chains that were taken, of all queues, and that the driver has not been shown as used. */
+  inFlight(): number {
+    return this.native.inFlight();
+  }
+
+  /**
+   * The active rings. They stand still while parked, and while quiesced with nothing in flight.
+   * @throws VhostdError busy while the worker is in a piece of I/O
+   */
+  rings(): readonly RingState[] {
+    if (!this.native.tryEnter(FIRST_ATTEMPT)) {
+      this.native.withdraw();
+      throw new VhostdError("busy", "the ring worker is in a piece of I/O: park it first");
+    }
+    try {
+      return this.native.rings();
+    } finally {
+      this.native.leave();
+    }
+  }
+
+  /** Backend "forward": the chains that were handed over since the last call. They live until answered or stopped. */
+  takeRequests(): readonly ForwardedRequest[] {
+    return this.native.takeRequests();
+  }
+
+  /**
+   * Copies `bytes`, as far as there is room, to the start of the request's writable buffers and gives the chain back
+   * with their number. Never waits. An unknown id is ignored: the ring was stopped meanwhile.
+   */
+  answer(id: number, bytes: Uint8Array): void {
+    this.native.answer(checkSize(id, "id of a request"), bytes);
   }
 
   /** Parameters of the backend, also while it runs. @throws VhostdError invalid with the reason, timedOut */
@@ -178,7 +277,8 @@ export class RingEngine implements Disposable {
 
   /**
    * Stops serving; all rings are inactive afterwards and a failure is forgotten.
-   * @param requests that were taken: "finish" completes them, "drop" forgets them
+   * @param requests that were taken: "finish" completes them, "drop" forgets them. While parked, and where JavaScript
+   * has not answered, they are forgotten
    * @returns where the rings stood
    * @throws VhostdError timedOut while the worker is held up by the system; it ends later, ask again
    */
@@ -252,6 +352,7 @@ function checkRing(config: RingConfig): RingConfig {
   checkInteger(config.size, 0, 0xffff, "ring size");
   checkInteger(config.lastAvail, 0, 0xffff, "available index");
   checkInteger(config.lastUsed, 0, 0xffff, "used index");
+  for (const head of config.inFlight ?? []) checkInteger(head, 0, 0xffff, "head in flight");
   return config;
 }
 

@@ -1,0 +1,134 @@
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "backend.h"
+
+namespace vhostd::ring {
+namespace {
+
+/** Of one chain, in each direction. */
+constexpr uint64_t kMostBytes = 1 << 20;
+/** Copied out and not yet taken by control: a ring full of the largest chains must not fill this process. */
+constexpr uint64_t kMostWaitingBytes = 64 << 20;
+
+/** Hands chains to control, which answers them when it likes. */
+class ForwardBackend final : public RingBackend {
+ public:
+  std::string set(const std::string&, const Parameter&) override { return "there are no parameters"; }
+  std::string missing() const override { return {}; }
+  void start(uint64_t) override {}
+  void serve(Chain* chain, ServiceContext& context) override;
+  int64_t due() const override;
+  void resume(int64_t now, ServiceContext& context) override;
+  /** Only what is answered: nobody knows when the rest will be. */
+  void drain(ServiceContext& context) override { resume(0, context); }
+  void drop() override;
+  std::vector<ForwardedRequest> takeRequests() override;
+  bool answer(uint64_t id, std::vector<uint8_t> bytes) override;
+
+ private:
+  struct Answer {
+    Chain* chain;
+    std::vector<uint8_t> bytes;
+  };
+  static std::string refusal(const Chain& chain);
+  bool takeAnswer(Answer& answer);
+
+  /** For all below; held for list operations only. */
+  mutable std::mutex mutex_;
+  uint64_t nextId_ = 1;
+  std::vector<ForwardedRequest> waiting_;
+  uint64_t waitingBytes_ = 0;
+  std::map<uint64_t, Chain*> unanswered_;
+  std::deque<Answer> answers_;
+};
+
+/** Empty, or why the chain is not served. */
+std::string ForwardBackend::refusal(const Chain& chain) {
+  const std::string name = "request " + std::to_string(chain.head) + " of queue " + std::to_string(chain.queue);
+  if (chain.misordered) return name + " has a readable buffer behind a writable one";
+  const uint64_t bytes = std::max(chain.readableSize, chain.writableSize);
+  if (bytes <= kMostBytes) return {};
+  return name + " has buffers of " + std::to_string(bytes) + " bytes, at most " + std::to_string(kMostBytes);
+}
+
+void ForwardBackend::serve(Chain* chain, ServiceContext& context) {
+  const std::string reason = refusal(*chain);
+  if (!reason.empty()) return context.fail(reason);
+  ForwardedRequest request{0, chain->queue, std::vector<uint8_t>(chain->readableSize), chain->writableSize};
+  if (!context.copyFrom(*chain, 0, request.readable.data(), request.readable.size())) {
+    return context.fail("a readable buffer of request " + std::to_string(chain->head) + " of queue " +
+                        std::to_string(chain->queue) + " is not in mapped memory");
+  }
+  {
+    std::lock_guard lock(mutex_);
+    waitingBytes_ += request.readable.size();
+    if (waitingBytes_ <= kMostWaitingBytes) {
+      request.id = nextId_++;
+      unanswered_[request.id] = chain;
+      waiting_.push_back(std::move(request));
+    }
+  }
+  if (request.id == 0) return context.fail("more than " + std::to_string(kMostWaitingBytes) + " bytes of requests wait");
+  context.callControl();
+}
+
+int64_t ForwardBackend::due() const {
+  std::lock_guard lock(mutex_);
+  return answers_.empty() ? -1 : 0;
+}
+
+void ForwardBackend::resume(int64_t, ServiceContext& context) {
+  for (Answer answer; takeAnswer(answer);) {
+    Chain* chain = answer.chain;
+    const size_t written = std::min<uint64_t>(answer.bytes.size(), chain->writableSize);
+    if (!context.copyTo(*chain, 0, answer.bytes.data(), written)) {
+      return context.fail("a writable buffer of request " + std::to_string(chain->head) + " of queue " +
+                          std::to_string(chain->queue) + " is not in mapped memory");
+    }
+    context.complete(chain, static_cast<uint32_t>(written), chain->readableSize + written, false);
+    if (!context.giveWay()) return;
+  }
+}
+
+bool ForwardBackend::takeAnswer(Answer& answer) {
+  std::lock_guard lock(mutex_);
+  if (answers_.empty()) return false;
+  answer = std::move(answers_.front());
+  answers_.pop_front();
+  return true;
+}
+
+void ForwardBackend::drop() {
+  std::lock_guard lock(mutex_);
+  waiting_.clear();
+  waitingBytes_ = 0;
+  unanswered_.clear();
+  answers_.clear();
+}
+
+std::vector<ForwardedRequest> ForwardBackend::takeRequests() {
+  std::lock_guard lock(mutex_);
+  waitingBytes_ = 0;
+  return std::exchange(waiting_, {});
+}
+
+bool ForwardBackend::answer(uint64_t id, std::vector<uint8_t> bytes) {
+  std::lock_guard lock(mutex_);
+  const auto request = unanswered_.find(id);
+  if (request == unanswered_.end()) return false;
+  answers_.push_back({request->second, std::move(bytes)});
+  unanswered_.erase(request);
+  return true;
+}
+
+}  // namespace
+
+std::unique_ptr<RingBackend> createForwardBackend() {
+  return std::make_unique<ForwardBackend>();
+}
+
+}  // namespace vhostd::ring

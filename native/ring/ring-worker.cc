@@ -1,0 +1,283 @@
+#include <sys/epoll.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "../guard.h"
+#include "ring-function.h"
+
+/** The worker's side of a function: all of it runs on its thread but `fail`. */
+namespace vhostd::ring {
+namespace {
+
+/** Of one queue in one turn. */
+constexpr int kBatch = 64;
+constexpr uint64_t kBatchBytes = 1 << 18;
+constexpr size_t kMostVectors = 1024;
+/** Taken from the system at a time. */
+constexpr int kNotifications = 64;
+
+}  // namespace
+
+void RingFunction::run() {
+  while (stop_ == Stop::no && !failed_) {
+    gate_.enterWorker();
+    const bool more = turn();
+    gate_.leaveWorker();
+    signalCalls();
+    if (stop_ != Stop::no || failed_) break;
+    if (!more) {
+      collectNotifications(untilDue());
+    } else if (severalActive_) {
+      // A queue that is never empty keeps no other from being seen.
+      collectNotifications(0);
+    }
+  }
+  if (stop_ == Stop::finish && !failed_) {
+    gate_.enterWorker();
+    for (uint16_t index = 0; index < slots_.size(); index++) serveAgain(*slots_[index], index);
+    if (!failed_) backend_->drain(*this);
+    publish();
+    gate_.leaveWorker();
+    signalCalls();
+  }
+  ended_ = true;
+}
+
+/** One round over the queues that have something to do. True where there is more. */
+bool RingFunction::turn() {
+  bool more = false;
+  int active = 0;
+  turnBytes_ = 0;
+  for (uint16_t index = 0; index < slots_.size() && !failed_; index++) {
+    Slot& slot = *slots_[index];
+    if (!slot.queue.active()) continue;
+    active++;
+    if (slot.ready) more |= serveQueue(slot, index);
+  }
+  severalActive_ = active > 1;
+  const int64_t due = failed_ ? -1 : backend_->due();
+  if (due >= 0) {
+    const int64_t now = monotonicNow();
+    if (due <= now) backend_->resume(now, *this);
+  }
+  publish();
+  due_ = backend_->due();
+  return more;
+}
+
+/** A bounded batch of one queue. True where it is not empty afterwards. */
+bool RingFunction::serveQueue(Slot& slot, uint16_t index) {
+  if (!quiesced_ && !slot.queue.disarm()) {
+    fail("memory of the used ring of queue " + std::to_string(index) + " is gone");
+    return false;
+  }
+  const uint64_t before = turnBytes_;
+  for (int count = 0; count < kBatch && turnBytes_ - before < kBatchBytes; count++) {
+    if (failed_ || stop_ != Stop::no || gate_.wanted()) return true;
+    Chain* chain = takeChain();
+    std::string reason;
+    const Pop pop = popNext(slot, *chain, reason);
+    if (pop == Pop::chain) {
+      chain->queue = index;
+      backend_->serve(chain, *this);
+      continue;
+    }
+    releaseChain(chain);
+    if (pop == Pop::broken) {
+      fail("queue " + std::to_string(index) + ": " + reason);
+      return false;
+    }
+    // Still to be looked at: `ready` stays.
+    if (quiesced_) return false;
+    // First: what control says from here on stays. And reading it shows what was there before control said so.
+    slot.ready.exchange(false);
+    bool more = false;
+    if (!slot.queue.arm(more)) {
+      fail("memory of the used ring of queue " + std::to_string(index) + " is gone");
+      return false;
+    }
+    if (more) slot.ready = true;
+    return more;
+  }
+  return true;
+}
+
+/** What was in flight when the ring was activated and has not been read since. */
+void RingFunction::serveAgain(Slot& slot, uint16_t index) {
+  std::string reason;
+  while (slot.queue.active() && !failed_ && giveWay()) {
+    Chain* chain = takeChain();
+    const Pop pop = slot.queue.popAgain(dma_, *chain, reason);
+    if (pop == Pop::chain) {
+      chain->queue = index;
+      backend_->serve(chain, *this);
+      continue;
+    }
+    releaseChain(chain);
+    if (pop == Pop::broken) fail("queue " + std::to_string(index) + ": " + reason);
+    return;
+  }
+}
+
+/** What the device has taken goes on while it is quiesced. */
+Pop RingFunction::popNext(Slot& slot, Chain& chain, std::string& reason) {
+  Pop pop = slot.queue.popAgain(dma_, chain, reason);
+  if (pop != Pop::empty || quiesced_) return pop;
+  pop = slot.queue.pop(dma_, chain, reason);
+  if (pop == Pop::chain) inFlight_.store(inFlight_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  return pop;
+}
+
+void RingFunction::publish() {
+  for (uint16_t index = 0; index < slots_.size() && !failed_; index++) {
+    Slot& slot = *slots_[index];
+    if (!slot.queue.active()) continue;
+    bool call = false;
+    if (!slot.queue.publish(call)) fail("memory of the rings of queue " + std::to_string(index) + " is gone");
+    if (!call) continue;
+    std::lock_guard lock(callMutex_);
+    slot.signalTo = slot.call;
+  }
+  if (endedInTurn_ == 0) return;
+  inFlight_.store(inFlight_.load(std::memory_order_relaxed) - endedInTurn_, std::memory_order_release);
+  endedInTurn_ = 0;
+}
+
+/** Outside the turn: a peer's eventfd may block. */
+void RingFunction::signalCalls() {
+  for (const auto& slot : slots_) {
+    if (!slot->signalTo) continue;
+    const std::shared_ptr<File> call = std::move(slot->signalTo);
+    const uint64_t one = 1;
+    while (write(call->number(), &one, sizeof one) < 0 && errno == EINTR && stop_ == Stop::no) {
+    }
+  }
+}
+
+/** Milliseconds; -1 for ever. */
+int RingFunction::untilDue() const {
+  if (due_ < 0) return -1;
+  return static_cast<int>(std::max<int64_t>(0, (due_ - monotonicNow() + 999'999) / 1'000'000));
+}
+
+/** Where there are more than fit, the system gives the others first when it is asked again, after the next turn. */
+void RingFunction::collectNotifications(int timeout) {
+  epoll_event events[kNotifications];
+  const int count = epoll_wait(epoll_.number(), events, kNotifications, timeout);
+  for (int index = 0; index < count; index++) {
+    if (events[index].data.u32 != kWakeEvent) slots_[events[index].data.u32]->ready = true;
+  }
+}
+
+Chain* RingFunction::takeChain() {
+  if (freeChains_.empty()) {
+    chains_.push_back(std::make_unique<Chain>());
+    freeChains_.reserve(chains_.size());
+    return chains_.back().get();
+  }
+  Chain* chain = freeChains_.back();
+  freeChains_.pop_back();
+  return chain;
+}
+
+void RingFunction::releaseChain(Chain* chain) {
+  freeChains_.push_back(chain);
+}
+
+const std::vector<iovec>* RingFunction::vectors(const Chain& chain, Direction direction, uint64_t skip,
+                                                uint64_t length) {
+  const bool writable = direction == Direction::writable;
+  vectors_.clear();
+  for (const Segment& segment : writable ? chain.writable : chain.readable) {
+    if (skip >= segment.length) {
+      skip -= segment.length;
+      continue;
+    }
+    const uint64_t part = std::min(segment.length - skip, length);
+    if (!dma_.translate(segment.iova + skip, part, writable, vectors_)) return nullptr;
+    skip = 0;
+    length -= part;
+    if (length == 0 || vectors_.size() >= kMostVectors) break;
+  }
+  if (vectors_.size() > kMostVectors) vectors_.resize(kMostVectors);
+  return &vectors_;
+}
+
+bool RingFunction::copyFrom(const Chain& chain, uint64_t skip, void* to, size_t length) {
+  if (vectors(chain, Direction::readable, skip, length) == nullptr) return false;
+  uint8_t* at = static_cast<uint8_t*>(to);
+  return guarded([&] {
+    for (const iovec& part : vectors_) {
+      memcpy(at, part.iov_base, part.iov_len);
+      at += part.iov_len;
+    }
+  });
+}
+
+bool RingFunction::copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) {
+  if (vectors(chain, Direction::writable, skip, length) == nullptr) return false;
+  const uint8_t* at = static_cast<const uint8_t*>(from);
+  return guarded([&] {
+    for (const iovec& part : vectors_) {
+      memcpy(part.iov_base, at, part.iov_len);
+      at += part.iov_len;
+    }
+  });
+}
+
+void RingFunction::complete(Chain* chain, uint32_t written, uint64_t bytes, bool error) {
+  Slot& slot = *slots_[chain->queue];
+  const uint16_t head = chain->head;
+  turnBytes_ += bytes;
+  slot.requests.fetch_add(1, std::memory_order_relaxed);
+  slot.bytes.fetch_add(bytes, std::memory_order_relaxed);
+  if (error) slot.errors.fetch_add(1, std::memory_order_relaxed);
+  const uint16_t queue = chain->queue;
+  releaseChain(chain);
+  endedInTurn_++;
+  // The ring may have been unmapped while the request was served with the gate open.
+  if (failed_) return;
+  if (!slot.queue.push(head, written)) fail("memory of the used ring of queue " + std::to_string(queue) + " is gone");
+}
+
+void RingFunction::abandon(Chain* chain) {
+  slots_[chain->queue]->queue.forget(chain->head);
+  releaseChain(chain);
+  endedInTurn_++;
+}
+
+void RingFunction::callControl() {
+  signalOwn(events_);
+}
+
+/** Inside a turn, the worker's or control's. The first reason is kept. */
+void RingFunction::fail(std::string reason) {
+  {
+    std::lock_guard lock(failureMutex_);
+    if (failed_) return;
+    failure_ = std::move(reason);
+    failed_ = true;
+  }
+  signalOwn(wake_);
+  signalOwn(events_);
+}
+
+bool RingFunction::giveWay() {
+  if (stop_ == Stop::drop || failed_) return false;
+  if (!gate_.wanted()) return true;
+  gate_.leaveWorker();
+  gate_.enterWorker();
+  return stop_ != Stop::drop && !failed_;
+}
+
+void RingFunction::blocking(const std::function<void()>& work) {
+  publish();
+  gate_.leaveWorker();
+  signalCalls();
+  work();
+  gate_.enterWorker();
+}
+
+}  // namespace vhostd::ring
