@@ -73,6 +73,11 @@ export interface Doorbell {
    * @throws VhostdError notSupported where only `ring` can reach the doorbell
    */
   connect(kick: number, value: number): Disposable;
+  /**
+   * The function itself waits on `kick` from now on, after the death of this process too; null ends that. A kick that
+   * was signalled before counts. The fd is borrowed for the call. Left out where the function cannot.
+   */
+  readonly takeKick?: ((kick: number | null) => Promise<void>) | undefined;
   /** Where a front-end may map the doorbell itself (host notifier), or undefined. Bytes; page-aligned. */
   share(): { readonly fd: number; readonly offset: number; readonly size: number } | undefined;
 }

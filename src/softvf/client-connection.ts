@@ -32,6 +32,7 @@ import {
   decodeMap,
   decodeRegionIndex,
   decodeSetIrqs,
+  decodeSetKick,
   decodeUnmap,
   refusal,
   SERVER_CAPABILITIES,
@@ -148,6 +149,8 @@ export class ClientConnection {
         return this.regionWrite(request);
       case Command.reset:
         return this.reset();
+      case Command.setKick:
+        return this.setKick(request);
       default:
         throw refusal(EOPNOTSUPP, commandName(command));
     }
@@ -160,7 +163,8 @@ export class ClientConnection {
     }
     this.client = capabilities;
     const agreed = Math.min(minor, PROTOCOL_VERSION.minor);
-    const offered = { ...SERVER_CAPABILITIES, maxDmaMaps: this.fn.maxDmaMaps };
+    const kickFds = Math.min(capabilities.kickFds, SERVER_CAPABILITIES.kickFds);
+    const offered = { ...SERVER_CAPABILITIES, maxDmaMaps: this.fn.maxDmaMaps, kickFds };
     return { body: encodeVersion({ major, minor: agreed, capabilities: offered }) };
   }
 
@@ -242,6 +246,19 @@ export class ClientConnection {
   private async reset(): Promise<Answer> {
     await this.fn.reset();
     return {};
+  }
+
+  private setKick({ body, fds }: Request): Answer {
+    const { queue, connect } = decodeSetKick(body, fds, (region, offset) => this.queueAt(region, offset));
+    this.fn.setKick(queue, connect ? fds[0]!.number : null);
+    return {};
+  }
+
+  /** The queue whose doorbell lies there. */
+  private queueAt(region: number, offset: number): number | undefined {
+    const queue = (offset - VirtioBlock.notify.offset) / NOTIFY_MULTIPLIER;
+    const exists = Number.isInteger(queue) && queue >= 0 && queue < this.fn.layout.queues;
+    return region === VIRTIO_BAR && exists ? queue : undefined;
   }
 }
 

@@ -12,6 +12,8 @@ import {
   REGION_ACCESS,
   REGION_INFO,
   REGION_IO_FDS,
+  SET_KICK,
+  SetKickFlag,
 } from "../vfio-user/messages.ts";
 import type { Capabilities } from "../vfio-user/version.ts";
 import { MEMORY_LIMITS } from "./memory-share.ts";
@@ -28,6 +30,7 @@ export const SERVER_CAPABILITIES: Capabilities = {
   maxDataTransfer: 1 << 20,
   maxDmaMaps: MEMORY_LIMITS.ranges,
   pageSizes: 4096,
+  kickFds: 1,
 };
 
 const PAGE = 4096;
@@ -128,6 +131,31 @@ export function decodeSetIrqs(body: Uint8Array, fds: readonly OwnedFd[], vectors
     if (kind !== "eventfd") throw refusal(EINVAL, `an interrupt's descriptor is a ${kind} file; an eventfd is taken`);
   }
   return { start, count, action: "route" };
+}
+
+/** @param queueAt the queue whose doorbell lies there @returns whether an eventfd came, which is the queue's kick then */
+export function decodeSetKick(
+  body: Uint8Array,
+  fds: readonly OwnedFd[],
+  queueAt: (region: number, offset: number) => number | undefined,
+): { readonly queue: number; readonly connect: boolean } {
+  const { flags, region, reserved, offset } = fixedPart(SET_KICK, body);
+  if ((flags & ~SetKickFlag.connect) !== 0 || reserved !== 0) {
+    throw refusal(
+      EINVAL,
+      `kick has flags 0x${flags.toString(16)}, reserved 0x${reserved.toString(16)}; connect (1), 0`,
+    );
+  }
+  const connect = flags === SetKickFlag.connect;
+  const expected = connect ? 1 : 0;
+  if (fds.length !== expected) throw refusal(EINVAL, `kick has ${fds.length} file descriptors; ${expected}`);
+  for (const fd of fds) {
+    const { kind } = fileInfo(fd.number);
+    if (kind !== "eventfd") throw refusal(EINVAL, `a kick's descriptor is a ${kind} file; an eventfd is taken`);
+  }
+  const queue = queueAt(region, offset);
+  if (queue === undefined) throw refusal(EINVAL, `no doorbell at 0x${offset.toString(16)} of region ${region}`);
+  return { queue, connect };
 }
 
 export interface AccessRequest {

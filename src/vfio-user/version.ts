@@ -11,6 +11,8 @@ export type Capabilities = {
   readonly maxDmaMaps: number;
   /** Page sizes of DMA mappings, or'ed. */
   readonly pageSizes: number;
+  /** 1: SET_KICK, an extension of this software. A server says so only to a client that does. */
+  readonly kickFds: number;
 };
 
 export interface Version {
@@ -27,6 +29,7 @@ const NAMES = {
   maxDataTransfer: { name: "max_data_xfer_size", standard: 1 << 20, least: 8, most: Number.MAX_SAFE_INTEGER },
   maxDmaMaps: { name: "max_dma_maps", standard: 65535, least: 1, most: Number.MAX_SAFE_INTEGER },
   pageSizes: { name: "pgsizes", standard: 4096, least: 1, most: Number.MAX_SAFE_INTEGER },
+  kickFds: { name: "vfe_kick_fds", standard: 0, least: 0, most: 1 },
 } as const satisfies Record<keyof Capabilities, object>;
 
 /** Bytes of a payload: what is longer is not looked at. A peer's capabilities take a few hundred. */
@@ -34,8 +37,11 @@ const PAYLOAD_MAX = 4096;
 
 /** Payload of VERSION, request or reply. */
 export function encodeVersion({ major, minor, capabilities }: Version): Uint8Array<ArrayBuffer> {
+  // Some peers warn of a name that they do not know.
+  const { kickFds, ...standard } = NAMES;
+  const said = capabilities.kickFds === kickFds.standard ? standard : NAMES;
   const named = Object.fromEntries(
-    Object.entries(NAMES).map(([key, { name }]) => [name, capabilities[key as keyof Capabilities]]),
+    Object.entries(said).map(([key, { name }]) => [name, capabilities[key as keyof Capabilities]]),
   );
   const text = new TextEncoder().encode(`${JSON.stringify({ capabilities: named })}\0`);
   const payload = new Uint8Array(VERSION.size + text.length);
@@ -73,6 +79,7 @@ export function decodeVersion(payload: Uint8Array): Version {
       maxDataTransfer: value("maxDataTransfer"),
       maxDmaMaps: value("maxDmaMaps"),
       pageSizes: value("pageSizes"),
+      kickFds: value("kickFds"),
     },
   };
 }

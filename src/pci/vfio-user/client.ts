@@ -13,6 +13,7 @@ const CLIENT_CAPABILITIES: Capabilities = {
   maxDataTransfer: 1 << 20,
   maxDmaMaps: 65535,
   pageSizes: 4096,
+  kickFds: 1,
 };
 
 /** Milliseconds for an answer where the caller names no deadline. */

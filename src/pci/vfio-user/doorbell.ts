@@ -30,6 +30,7 @@ export class VfioUserDoorbell implements Doorbell {
     private readonly offset: number,
     private readonly paths: FastPaths,
     private readonly name: string,
+    readonly takeKick: Doorbell["takeKick"],
   ) {
     if (offset + WIDTH > region.size) {
       throw new VhostdError("barRead", `${name} lies outside its region of ${region.size} bytes`);

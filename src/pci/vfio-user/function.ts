@@ -15,6 +15,8 @@ import {
   REGION_INFO,
   REGION_IO_FDS,
   Region,
+  SET_KICK,
+  SetKickFlag,
   SUB_REGION,
 } from "../../vfio-user/messages.ts";
 import type { PciAddress } from "../address.ts";
@@ -137,7 +139,10 @@ export class VfioUserFunction implements PciFunction {
     const region = this.region(bar);
     const { info, file, eventfds } = this.bars[bar]!;
     const name = `doorbell 0x${offset.toString(16)} in BAR ${bar} of ${this.address}`;
-    return new VfioUserDoorbell(region, offset, { eventfds, file, mappable: info.mappable }, name);
+    const paths = { eventfds, file, mappable: info.mappable };
+    const takeKick = (kick: number | null) => this.setKick(bar, offset, kick);
+    const { kickFds } = this.client.capabilities;
+    return new VfioUserDoorbell(region, offset, paths, name, kickFds === 1 ? takeKick : undefined);
   }
 
   async reset(deadline: Deadline): Promise<void> {
@@ -209,6 +214,13 @@ export class VfioUserFunction implements PciFunction {
   async [Symbol.asyncDispose](): Promise<void> {
     this.client[Symbol.dispose]();
     closeAll(this.fds);
+  }
+
+  private async setKick(bar: number, offset: number, kick: number | null): Promise<void> {
+    const flags = kick === null ? 0 : SetKickFlag.connect;
+    const body = SET_KICK.encode({ argsz: SET_KICK.size, flags, region: bar, offset });
+    const fds = kick === null ? [] : [kick];
+    (await this.client.request(Command.setKick, body, { fds }))[Symbol.dispose]();
   }
 
   private async route(vector: number, eventfd: number | null): Promise<void> {

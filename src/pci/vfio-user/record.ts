@@ -32,6 +32,7 @@ const FunctionSchema = Type.Object({
       maxDataTransfer: Type.Integer({ minimum: 8, maximum: Number.MAX_SAFE_INTEGER }),
       maxDmaMaps: Bytes,
       pageSizes: Type.Integer({ minimum: 1, maximum: Number.MAX_SAFE_INTEGER }),
+      kickFds: Type.Integer({ minimum: 0, maximum: 1 }),
     }),
   }),
   configSize: Bytes,

@@ -9,9 +9,10 @@ import {
   decodeMap,
   decodeRegionIndex,
   decodeSetIrqs,
+  decodeSetKick,
   decodeUnmap,
 } from "../../../src/softvf/requests.ts";
-import { DMA_MAP, IRQ_SET } from "../../../src/vfio-user/messages.ts";
+import { DMA_MAP, IRQ_SET, SET_KICK } from "../../../src/vfio-user/messages.ts";
 
 test("whatever a client sends is taken within its limits or refused with an errno", () => {
   using memory = memfd("test", 8192);
@@ -36,6 +37,9 @@ test("whatever a client sends is taken within its limits or refused with an errn
       if (typeof range === "object") expect(range.iova % 4096).toBe(0);
       const irqs = attempt(() => decodeSetIrqs(body, given, 5));
       if (irqs !== undefined) expect(irqs.start + irqs.count).toBeLessThanOrEqual(5);
+      const kick = attempt(() => decodeSetKick(body, given, (_, offset) => (offset < 8 ? offset : undefined)));
+      if (kick?.connect === true) expect(given).toEqual([event]);
+      if (kick !== undefined) expect(kick.queue).toBeLessThan(8);
       const access = attempt(() => decodeAccess(body, (region) => (region === 4 ? 8192 : 0)));
       if (access !== undefined) expect(access.offset + access.count).toBeLessThanOrEqual(8192);
       for (const decode of [decodeRegionIndex, decodeIoFdsRequest, decodeIrqIndex]) {
@@ -57,4 +61,23 @@ test("good requests are taken", () => {
   expect(decodeSetIrqs(route, [], 5)).toEqual({ start: 1, count: 1, action: "unroute" });
   const none = IRQ_SET.encode({ argsz: 20, flags: 0x21, index: 2, start: 0, count: 0 });
   expect(decodeSetIrqs(none, [], 5)).toEqual({ start: 0, count: 5, action: "unroute" });
+});
+
+test("a kick comes as one eventfd, for a place that is a doorbell", () => {
+  using memory = memfd("test", 8192);
+  using event = eventfd();
+  const queueAt = (region: number, offset: number) => (region === 4 && offset === 0x3000 ? 0 : undefined);
+  const good = { argsz: 24, flags: 1, region: 4, offset: 0x3000 };
+  const decode = (change: Parameters<typeof SET_KICK.encode>[0], fds = [event]) =>
+    decodeSetKick(SET_KICK.encode({ ...good, ...change }), fds, queueAt);
+  expect(decode({})).toEqual({ queue: 0, connect: true });
+  expect(decode({ flags: 0 }, [])).toEqual({ queue: 0, connect: false });
+  expect(() => decode({}, [])).toThrow(/0 file descriptors; 1/);
+  expect(() => decode({}, [event, event])).toThrow(/2 file descriptors; 1/);
+  expect(() => decode({ flags: 0 })).toThrow(/1 file descriptors; 0/);
+  expect(() => decode({}, [memory])).toThrow(/a regular file; an eventfd/);
+  expect(() => decode({ flags: 3 })).toThrow(/flags 0x3/);
+  expect(() => decode({ reserved: 7 })).toThrow(/reserved 0x7/);
+  expect(() => decode({ region: 3 })).toThrow(/no doorbell at 0x3000 of region 3/);
+  expect(() => decode({ offset: 0x3002 })).toThrow(/no doorbell at 0x3002 of region 4/);
 });

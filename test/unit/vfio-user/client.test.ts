@@ -39,11 +39,23 @@ describe("the version", () => {
 
   test("has defaults where the server says nothing", () => {
     const { capabilities } = decodeVersion(VERSION.encode({ major: 0, minor: 1 }));
-    expect(capabilities).toEqual({ maxMsgFds: 1, maxDataTransfer: 1 << 20, maxDmaMaps: 65535, pageSizes: 4096 });
+    expect(capabilities).toEqual({
+      maxMsgFds: 1,
+      maxDataTransfer: 1 << 20,
+      maxDmaMaps: 65535,
+      pageSizes: 4096,
+      kickFds: 0,
+    });
+  });
+
+  test("names an extension only where there is one", () => {
+    const said = (kickFds: number) => encodeVersion({ major: 0, minor: 1, capabilities: { ...limits, kickFds } });
+    expect(new TextDecoder().decode(said(0))).not.toContain("vfe_");
+    expect(decodeVersion(said(1)).capabilities).toEqual({ ...limits, kickFds: 1 });
   });
 
   const text = (json: string) => Uint8Array.of(0, 0, 1, 0, ...new TextEncoder().encode(json));
-  const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096 };
+  const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096, kickFds: 0 };
   const bad: [string, Uint8Array, RegExp][] = [
     ["cut short", Uint8Array.of(0, 0, 1), /3 bytes/],
     ["of another major", encodeVersion({ major: 1, minor: 0, capabilities: limits }), /1\.0/],
@@ -58,6 +70,7 @@ describe("the version", () => {
     ],
     ["too long", text(" ".repeat(5000)), /5004 bytes; at most 4096/],
     ["with a negative number", text('{"capabilities":{"max_data_xfer_size":-1}}'), /max_data_xfer_size is -1/],
+    ["with an extension of another meaning", text('{"capabilities":{"vfe_kick_fds":2}}'), /vfe_kick_fds is 2; 0 to 1/],
     ["no UTF-8", Uint8Array.of(0, 0, 1, 0, 0xff, 0xfe), /not JSON/],
   ];
   test.each(bad)("%s is refused and the connection closed", async (_, body, message) => {

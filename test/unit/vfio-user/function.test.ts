@@ -27,10 +27,12 @@ import {
   REGION_INFO,
   REGION_IO_FDS,
   RegionFlag,
+  SET_KICK,
   SPARSE_AREA,
   SPARSE_MMAP,
 } from "../../../src/vfio-user/messages.ts";
-import { type Answer, BAR_SIZE, ioFds, type Request, ScriptedServer } from "./scripted-server.ts";
+import { encodeVersion } from "../../../src/vfio-user/version.ts";
+import { type Answer, BAR_SIZE, CAPABILITIES, ioFds, type Request, ScriptedServer } from "./scripted-server.ts";
 
 const ADDRESS = parsePciAddress("5a:00.1");
 const soon = (ms = 1000) => Deadline.after(ms, "the test");
@@ -250,6 +252,33 @@ describe("doorbells", () => {
     using kick = eventfd();
     expect(fn.doorbell(4, 0x3004).share()).toBeUndefined();
     expect(() => fn.doorbell(4, 0x3004).connect(kick.number, 7)).toThrow(/by messages only/);
+  });
+
+  test("wait for a kick themselves where the server says that it can", async () => {
+    const { fn, server } = await open((s) => {
+      const capabilities = { ...CAPABILITIES, kickFds: 1 };
+      s.script.set(Command.version, () => ({ body: encodeVersion({ major: 0, minor: 1, capabilities }) }));
+    });
+    const doorbell = fn.doorbell(4, 0x3004);
+    using kick = eventfd();
+    await doorbell.takeKick?.(kick.number);
+    await doorbell.takeKick?.(null);
+    const [connect, disconnect] = server.requests;
+    expect(server.commands).toEqual(["setKick", "setKick"]);
+    const there = { argsz: 24, region: 4, reserved: 0, offset: 0x3004 };
+    expect(SET_KICK.read(connect!.body)).toEqual({ ...there, flags: 1 });
+    expect(SET_KICK.read(disconnect!.body)).toEqual({ ...there, flags: 0 });
+    expect(disconnect!.fds).toHaveLength(0);
+    signalEventfd(kick.number);
+    expect(drainEventfd(connect!.fds[0]!.number)).toBe(1);
+
+    server.script.set(Command.setKick, () => ({ errno: 24 }));
+    await expect(doorbell.takeKick?.(kick.number)).rejects.toMatchObject({ errno: 24 });
+  });
+
+  test("do not take a kick where the server says nothing of it", async () => {
+    const { fn } = await open();
+    expect(fn.doorbell(4, 0x3004).takeKick).toBeUndefined();
   });
 
   test("more of them than were asked for are asked for again", async () => {

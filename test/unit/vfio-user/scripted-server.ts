@@ -35,7 +35,14 @@ export interface Answer {
 }
 
 export const BAR_SIZE = 0x4000;
-const CAPABILITIES = { maxMsgFds: 8, maxDataTransfer: 1 << 20, maxDmaMaps: 16, pageSizes: 4096 };
+/** What it says of itself: nothing beyond the specification. */
+export const CAPABILITIES = {
+  maxMsgFds: 8,
+  maxDataTransfer: 1 << 20,
+  maxDmaMaps: 16,
+  pageSizes: 4096,
+  kickFds: 0,
+};
 
 /** A vfio-user server that answers sanely, unless a test puts another answer in the place of a command's. */
 export class ScriptedServer implements Disposable {
