@@ -189,6 +189,7 @@ const DeviceClassSchema: TSchema = Type.Object(
       ),
     ),
     describe: Type.Optional(Type.Unknown()),
+    adminQueue: Type.Optional(Type.Unknown()),
     softDevice: Type.Optional(
       Type.Object(
         {
@@ -235,7 +236,10 @@ function findProblem(candidate: unknown): string | undefined {
   if (unknown !== undefined) return `member "writableConfig" names ${unknown}, which is not in "configSpace"`;
   return (
     findNonFunction(deviceClass, ["queues"]) ??
-    (deviceClass.describe === undefined ? undefined : findNonFunction(deviceClass, ["describe"])) ??
+    findNonFunction(
+      deviceClass,
+      (["describe", "adminQueue"] as const).filter((member) => deviceClass[member] !== undefined),
+    ) ??
     (softDevice === undefined ? undefined : findNonFunction(softDevice, ["create"], "softDevice.")) ??
     Object.entries(messages)
       .map(([number, message]) => findNonFunction(message, ["handle"], `messages.${number}.`))

@@ -42,6 +42,11 @@ export interface DeviceClass {
   readonly messages?: Readonly<Record<number, ClassMessage>>;
   /** What `vf -i` shows of the configuration space and the features that the function offers, in this order. */
   describe?(config: ConfigValues, features: bigint): Readonly<Record<string, string>>;
+  /**
+   * The admin virtqueue of a PF of this class whose registers do not say where it is, given the configuration space and
+   * the features that the PF offers. Such a PF cannot be managed where this is left out.
+   */
+  adminQueue?(config: ConfigValues, features: bigint): number;
   /** A software implementation, for vfe-softvf. */
   readonly softDevice?: SoftDeviceClass;
 }

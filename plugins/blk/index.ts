@@ -18,6 +18,7 @@ export default {
       messages: MESSAGES,
       queues,
       describe,
+      adminQueue: () => 0,
       softDevice,
     });
   },

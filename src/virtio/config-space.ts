@@ -10,8 +10,7 @@ export function configSize(table: ConfigTable): number {
 export function configValues(table: ConfigTable, bytes: Uint8Array): ConfigValues {
   const padded = new Uint8Array(configSize(table));
   padded.set(bytes.subarray(0, padded.length));
-  const data = new DataView(padded.buffer);
   return Object.fromEntries(
-    Object.entries(table).map(([name, [offset, type]]) => [name, readField(data, offset, type)]),
+    Object.entries(table).map(([name, [offset, type]]) => [name, readField(padded, offset, type)]),
   );
 }

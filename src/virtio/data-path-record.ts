@@ -12,13 +12,16 @@ const U16 = Type.Integer({ minimum: 0, maximum: 0xffff });
 const U32 = Type.Integer({ minimum: 0, maximum: 0xffff_ffff });
 const Place = { bar: Type.Integer({ minimum: 0, maximum: 5 }), offset: U32, size: U32 };
 
+/** PciLayout as it may be found in a record. */
+export const PciLayoutSchema = Type.Object({
+  virtioId: Type.Integer({ minimum: 1, maximum: 0x3f }),
+  common: Type.Object(Place),
+  notify: Type.Object({ ...Place, multiplier: U32 }),
+  device: Type.Union([Type.Null(), Type.Object(Place)]),
+});
+
 const DataPathSchema = Type.Object({
-  layout: Type.Object({
-    virtioId: Type.Integer({ minimum: 1, maximum: 0x3f }),
-    common: Type.Object(Place),
-    notify: Type.Object({ ...Place, multiplier: U32 }),
-    device: Type.Union([Type.Null(), Type.Object(Place)]),
-  }),
+  layout: PciLayoutSchema,
   features: Type.String({ pattern: "^0x[0-9a-f]{1,16}$" }),
   limits: Type.Array(Type.Object({ sizeMax: U16, notifyOff: U16 })),
   mover: Type.Union([

@@ -8,7 +8,15 @@ import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts
 import { parseDataPathRecord } from "./data-path-record.ts";
 import type { DeviceState } from "./device-state.ts";
 import { FeatureBit, featureBits, Status } from "./features.ts";
-import type { MoverSnapshot, StateMover } from "./mover.ts";
+import type {
+  FreezeMode,
+  ManualControl,
+  MoverCapabilities,
+  MoverFactory,
+  MoverHost,
+  MoverSnapshot,
+  StateMover,
+} from "./mover.ts";
 import { RegistersMover } from "./movers/registers.ts";
 import { describeStatus, ownFeatures, type QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
@@ -22,14 +30,7 @@ const VHOST_BITS = featureBits(FeatureBit.vhostLogAll, FeatureBit.vhostUserProto
 /** Milliseconds to bring the device to rest after a start that failed. */
 const CLEAN_UP_TIMEOUT = 5000;
 
-/** Makes the mover of a device, from the snapshot of an earlier one or { kind: "reset" }. */
-export type MoverFactory = (
-  device: VirtioPciDevice,
-  ringDoorbell: (queue: number) => Promise<void>,
-  snapshot: MoverSnapshot,
-) => StateMover;
-
-const registersMover: MoverFactory = (device, ring, snapshot) => new RegistersMover(device, ring, snapshot);
+const registersMover: MoverFactory = (host, snapshot) => new RegistersMover(host, snapshot);
 
 /** The eventfds of one ring, borrowed; undefined where there is none. */
 export interface QueueEventfds {
@@ -46,7 +47,8 @@ export interface DataPathFailure {
 /** A front-end's kick that is connected to a doorbell, and our own descriptor of it. */
 interface ConnectedKick {
   readonly fd: OwnedFd;
-  readonly connection: Disposable;
+  /** The relay's; undefined where the function itself waits on the kick. */
+  readonly relay: Disposable | undefined;
 }
 
 /**
@@ -73,7 +75,8 @@ export class DataPath {
     makeMover: MoverFactory,
     snapshot: MoverSnapshot,
   ) {
-    this.mover = makeMover(device, (queue) => this.doorbell(queue).ring(queue), snapshot);
+    const ringDoorbell: MoverHost["ringDoorbell"] = async (queue) => this.doorbell(queue).ring(queue);
+    this.mover = makeMover({ device, features, limits, ringDoorbell }, snapshot);
     this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
     void device.fn.lost.then((error) => this.fail({ gone: true, error }));
   }
@@ -140,6 +143,19 @@ export class DataPath {
     return this.device.fn.interrupts.count;
   }
 
+  get moverKind(): StateMover["kind"] {
+    return this.mover.kind;
+  }
+
+  get capabilities(): MoverCapabilities {
+    return this.mover.capabilities;
+  }
+
+  /** The device's internal status by hand; undefined where it is not managed. */
+  get manual(): ManualControl | undefined {
+    return this.mover.manual;
+  }
+
   /** The device uses guest memory. */
   get running(): boolean {
     return this.mover.snapshot().kind === "running";
@@ -184,7 +200,8 @@ export class DataPath {
     try {
       await deadline.race(Promise.all(queues.map(({ index, call }) => this.routeCall(index, call ?? null))));
       await this.mover.configure(state, deadline);
-      for (const { index, kick } of queues) if (kick !== undefined) this.connectKick(index, kick);
+      const kicks = queues.map(({ index, kick }) => (kick === undefined ? undefined : this.connectKick(index, kick)));
+      await deadline.race(Promise.all(kicks));
       // async, so that a doorbell that cannot be found rejects like one that cannot be rung.
       await deadline.race(Promise.all(queues.map(async ({ index }) => this.doorbell(index).ring(index))));
       for (const { call } of queues) if (call !== undefined) signalEventfd(call);
@@ -201,30 +218,30 @@ export class DataPath {
   }
 
   /**
-   * Disconnects the kicks, lets the device write back what it has taken, and disconnects the calls.
+   * Disconnects the kicks, freezes the device, and disconnects the calls.
    * @returns the state it stopped in, ring indices included
    * @throws VhostdError timedOut where the device does not drain; the kicks stay disconnected
    */
-  async stop(memory: RingMemory, deadline: Deadline): Promise<DeviceState> {
-    this.disconnectKicks();
-    const state = await this.mover.freeze(memory, deadline);
+  async stop(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
+    await deadline.race(this.disconnectKicks());
+    const state = await this.mover.freeze(memory, mode, deadline);
     await this.disconnectCalls(deadline);
     return state;
   }
 
   /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
   async reset(deadline: Deadline): Promise<void> {
-    this.disconnectKicks();
-    await this.mover.reset(deadline);
+    // A function that cannot be told of the kicks cannot be reset either: that failure is the one to know of.
+    await Promise.all([this.mover.reset(deadline), this.disconnectKicks()]);
     await this.disconnectCalls(deadline);
   }
 
   /** Another eventfd kicks this queue from now on; null for none. The doorbell is rung once. */
   async setKick(queue: number, fd: number | null): Promise<void> {
     this.checkActive(queue);
-    this.disconnectKick(queue);
-    if (fd === null) return;
-    this.connectKick(queue, fd);
+    if (fd === null) return this.disconnectKick(queue);
+    this.forgetKick(queue);
+    await this.connectKick(queue, fd);
     await this.doorbell(queue).ring(queue);
   }
 
@@ -254,7 +271,7 @@ export class DataPath {
     if (this.closed) return;
     this.closed = true;
     this.watch[Symbol.dispose]();
-    this.disconnectKicks();
+    for (const queue of [...this.kicks.keys()]) this.forgetKick(queue);
     this.configInterrupt[Symbol.dispose]();
   }
 
@@ -291,27 +308,37 @@ export class DataPath {
     return doorbell;
   }
 
-  private connectKick(queue: number, kick: number): void {
+  private async connectKick(queue: number, kick: number): Promise<void> {
     using undo = new DisposableStack();
     const fd = undo.use(duplicate(kick));
+    await this.doorbell(queue).takeKick?.(fd.number);
     this.adoptKick(queue, fd);
     undo.move();
   }
 
+  /** Takes the fd. A function that waits on it itself does so already. */
   private adoptKick(queue: number, fd: OwnedFd): void {
-    this.kicks.set(queue, { fd, connection: this.doorbell(queue).connect(fd.number, queue) });
+    const doorbell = this.doorbell(queue);
+    const relay = doorbell.takeKick === undefined ? doorbell.connect(fd.number, queue) : undefined;
+    this.kicks.set(queue, { fd, relay });
   }
 
-  private disconnectKick(queue: number): void {
+  /** Nothing of this process looks at the kick any more. */
+  private forgetKick(queue: number): boolean {
     const kick = this.kicks.get(queue);
-    if (kick === undefined) return;
+    if (kick === undefined) return false;
     this.kicks.delete(queue);
-    kick.connection[Symbol.dispose]();
+    kick.relay?.[Symbol.dispose]();
     kick.fd[Symbol.dispose]();
+    return true;
   }
 
-  private disconnectKicks(): void {
-    for (const queue of [...this.kicks.keys()]) this.disconnectKick(queue);
+  private async disconnectKick(queue: number): Promise<void> {
+    if (this.forgetKick(queue)) await this.doorbell(queue).takeKick?.(null);
+  }
+
+  private async disconnectKicks(): Promise<void> {
+    await Promise.all([...this.kicks.keys()].map((queue) => this.disconnectKick(queue)));
   }
 
   private routeCall(queue: number, call: number | null): Promise<void> {
@@ -356,7 +383,9 @@ export class DataPath {
 /** A snapshot as JSON: what is in it is plain, but not by its type. */
 function moverData(snapshot: MoverSnapshot): Json {
   if (snapshot.kind === "reset") return { kind: snapshot.kind };
-  const { features, status, configVector, config, queues } = snapshot.state;
-  const plain = { features, status, configVector, config, queues: queues.map((queue) => ({ ...queue })) };
-  return { kind: snapshot.kind, state: plain };
+  const { features, status, configVector, config } = snapshot.state;
+  const queues = snapshot.state.queues.map(({ inFlight, ...queue }) =>
+    inFlight === undefined ? queue : { ...queue, inFlight: [...inFlight] },
+  );
+  return { kind: snapshot.kind, state: { features, status, configVector, config, queues } };
 }

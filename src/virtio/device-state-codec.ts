@@ -23,6 +23,7 @@ export const DeviceStateSchema = Type.Object({
       device: Address,
       lastAvail: U16,
       lastUsed: U16,
+      inFlight: Type.Optional(Type.Array(U16, { maxItems: RING_SIZE_MAX })),
     }),
   ),
 });
@@ -69,6 +70,7 @@ export function compare(a: DeviceState, b: DeviceState): string[] {
       continue;
     }
     for (const field of QUEUE_FIELDS) note(`queue ${index} ${field}`, left[field], right[field]);
+    note(`queue ${index} inFlight`, showHeads(left), showHeads(right));
   }
   return differences;
 }
@@ -83,8 +85,15 @@ const QUEUE_FIELDS = [
   "lastUsed",
 ] as const satisfies readonly (keyof QueueState)[];
 
-function plainQueue({ index, size, vector, desc, driver, device, lastAvail, lastUsed }: QueueState): QueueState {
-  return { index, size, vector, desc, driver, device, lastAvail, lastUsed };
+function plainQueue(queue: QueueState): QueueState {
+  const { index, size, vector, desc, driver, device, lastAvail, lastUsed, inFlight } = queue;
+  const plain = { index, size, vector, desc, driver, device, lastAvail, lastUsed };
+  return inFlight === undefined ? plain : { ...plain, inFlight: [...inFlight] };
+}
+
+/** The order in which a device lists its heads means nothing. */
+function showHeads({ inFlight = [] }: QueueState): string {
+  return [...inFlight].sort((a, b) => a - b).join(" ") || "none";
 }
 
 function show(value: unknown): string {

@@ -31,4 +31,9 @@ export interface QueueState {
   readonly lastAvail: number;
   /** Index of the next used entry the device writes, mod 2^16. */
   readonly lastUsed: number;
+  /**
+   * Heads that the device has taken and not given back, where it lists them; left out otherwise. Without such a list
+   * `lastAvail` equals `lastUsed`.
+   */
+  readonly inFlight?: readonly number[];
 }

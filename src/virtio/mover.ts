@@ -1,5 +1,6 @@
 import type { Deadline } from "../base/deadline.ts";
 import type { DeviceState } from "./device-state.ts";
+import type { QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
 
 /** What a mover can do, as data: the session offers only that. */
@@ -9,6 +10,25 @@ export interface MoverCapabilities {
   /** The pages that the device writes can be logged. */
   readonly dirtyTracking: boolean;
 }
+
+/**
+ * How a device is to be frozen. `drained`: everything that it has taken is given back, so that the indices say all.
+ * `listed`: it may keep what it lists as in flight, because the same mover goes on from there.
+ */
+export type FreezeMode = "drained" | "listed";
+
+/** The device that a mover moves, and what was read of it when it was opened. */
+export interface MoverHost {
+  readonly device: VirtioPciDevice;
+  /** All 64 feature bits that the function offers. */
+  readonly features: bigint;
+  readonly limits: readonly QueueLimits[];
+  /** Rings the doorbell of a queue once. */
+  ringDoorbell(queue: number): Promise<void>;
+}
+
+/** Makes the mover of a device, from the snapshot of an earlier one or { kind: "reset" }. */
+export type MoverFactory = (host: MoverHost, snapshot: MoverSnapshot) => StateMover;
 
 /** Moves the state of one VF in and out of the device. */
 export interface StateMover {
@@ -20,15 +40,25 @@ export interface StateMover {
    */
   configure(wanted: DeviceState, deadline: Deadline): Promise<void>;
   /**
-   * Stops the device from using guest memory and returns its state, indices included: every buffer it has taken is
-   * written back. The caller has disconnected the kicks.
+   * Stops the device from using guest memory and returns its state, indices included. The caller has disconnected the
+   * kicks.
    * @throws VhostdError timedOut where the device does not drain
    */
-  freeze(memory: RingMemory, deadline: Deadline): Promise<DeviceState>;
-  /** Forgets everything: status 0, no queues. */
+  freeze(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState>;
+  /** Forgets everything: status 0, no queues. When it resolves the device uses no guest memory. */
   reset(deadline: Deadline): Promise<void>;
+  /** What an operator does by hand; left out where the device is moved by its registers only. */
+  readonly manual?: ManualControl;
   /** Plain data for the record, and back. */
   snapshot(): MoverSnapshot;
+}
+
+/** The internal status of a managed device, by hand: for tests and for repair. */
+export interface ManualControl {
+  /** @throws VhostdError where the device cannot be asked */
+  status(deadline: Deadline): Promise<"init" | "running" | "quiesced" | "freezed">;
+  /** @throws VhostdError quiesceFailed, freezeFailed, adminQueue */
+  change(to: "running" | "quiesced" | "freezed", deadline: Deadline): Promise<void>;
 }
 
 export type MoverSnapshot =

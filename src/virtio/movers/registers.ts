@@ -3,7 +3,7 @@ import { VhostdError } from "../../base/errors.ts";
 import type { DeviceState, QueueState } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
 import { Status } from "../features.ts";
-import type { MoverCapabilities, MoverSnapshot, StateMover } from "../mover.ts";
+import type { FreezeMode, MoverCapabilities, MoverHost, MoverSnapshot, StateMover } from "../mover.ts";
 import { describeStatus, type VirtioPciDevice } from "../pci-device.ts";
 import { availIndex, type RingMemory, usedIndex } from "../split-ring.ts";
 
@@ -27,17 +27,15 @@ type State =
 export class RegistersMover implements StateMover {
   readonly kind = "registers";
   readonly capabilities: MoverCapabilities = { resumeAnywhere: false, dirtyTracking: false };
+  private readonly device: VirtioPciDevice;
   private current: State;
 
-  /**
-   * @param ringDoorbell rings the doorbell of a queue once
-   * @throws VhostdError invalid where the snapshot of an earlier process is malformed
-   */
+  /** @throws VhostdError invalid where the snapshot of an earlier process is malformed */
   constructor(
-    private readonly device: VirtioPciDevice,
-    private readonly ringDoorbell: (queue: number) => Promise<void>,
+    private readonly host: Pick<MoverHost, "device" | "ringDoorbell">,
     snapshot: MoverSnapshot = { kind: "reset" },
   ) {
+    this.device = host.device;
     this.current = snapshot.kind === "reset" ? snapshot : { ...snapshot, state: decodeDeviceState(snapshot.state) };
   }
 
@@ -57,12 +55,12 @@ export class RegistersMover implements StateMover {
     this.current = { kind: "running", state: wanted };
   }
 
-  async freeze(memory: RingMemory, deadline: Deadline): Promise<DeviceState> {
+  async freeze(memory: RingMemory, _mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
     const { current } = this;
     if (current.kind === "frozen") return current.state;
     if (current.kind === "reset") throw new VhostdError("invalid", `${this.name} is not running`);
     // What became available after the last signal that the relay passed on.
-    await Promise.all(current.state.queues.map(({ index }) => this.ringDoorbell(index)));
+    await Promise.all(current.state.queues.map(({ index }) => this.host.ringDoorbell(index)));
     let reason = "";
     try {
       await deadline.poll(async () => {
@@ -73,7 +71,7 @@ export class RegistersMover implements StateMover {
       if (!(cause instanceof VhostdError && cause.code === "timedOut")) throw cause;
       throw new VhostdError("timedOut", `${cause.message}: ${reason}`, { cause });
     }
-    const queues = current.state.queues.map((queue) => {
+    const queues = current.state.queues.map(({ inFlight: _, ...queue }) => {
       const used = usedIndex(memory, queue);
       return { ...queue, lastAvail: used, lastUsed: used };
     });

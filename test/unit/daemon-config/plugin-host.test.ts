@@ -50,6 +50,7 @@ describe("refused, naming the plugin and the member", () => {
     ["a missing member", plugin("x", { ...rng, virtioId: undefined }), `device class rng: member "virtioId"`],
     ["an unknown member", plugin("x", { ...rng, queue: 1 }), `device class rng: member "queue" is not known`],
     ["queues is no function", plugin("x", { ...rng, queues: 1 }), `member "queues" is not a function`],
+    ["adminQueue is no function", plugin("x", { ...rng, adminQueue: 0 }), `member "adminQueue" is not a function`],
     ["a bit of the core is named", plugin("x", { ...rng, features: { names: { 32: "V" } } }), "names bit 32"],
     ["a bit of the core is added", plugin("x", { ...rng, features: { names: {}, add: [33] } }), "features.add[0]"],
     ["a bad config field", plugin("x", { ...rng, configSpace: { a: ["u8", 0] } }), `"configSpace.a" is ["u8",0]`],

@@ -80,7 +80,7 @@ describe("a data path", () => {
       expect(fn.connected.size).toBe(0);
       if (queue === 0) rings.set(0, { available: 3, used: 3 });
     };
-    const state = await path.stop(rings, soon());
+    const state = await path.stop(rings, "drained", soon());
     expect(state.queues[0]?.lastUsed).toBe(3);
     expect(path.running).toBe(false);
     expect([...fn.routes.keys()]).toEqual([0]);

@@ -11,7 +11,8 @@ async function setUp(queues = 2) {
   const fn = new FakeFunction({ queues });
   const device = await VirtioPciDevice.probe(fn, soon());
   const ring = async (queue: number) => device.doorbell(queue, queue).ring(queue);
-  return { fn, device, ring, mover: new RegistersMover(device, ring), rings: new FakeRings() };
+  const host = { device, ringDoorbell: ring };
+  return { fn, host, mover: new RegistersMover(host), rings: new FakeRings() };
 }
 
 describe("configure", () => {
@@ -72,7 +73,7 @@ describe("freeze", () => {
     rings.set(0, { available: 9, used: 9 });
     rings.set(1, { available: 0x10003, used: 0xffff });
     setTimeout(() => rings.set(1, { available: 3, used: 3 }), 10);
-    const state = await mover.freeze(rings, soon());
+    const state = await mover.freeze(rings, "drained", soon());
     expect(fn.rung).toEqual([0, 1]);
     expect(state.queues.map(({ lastAvail, lastUsed }) => [lastAvail, lastUsed])).toEqual([
       [9, 9],
@@ -85,7 +86,7 @@ describe("freeze", () => {
     const { mover, rings } = await setUp();
     await mover.configure(wantedState(2), soon());
     rings.set(1, { available: 5, used: 2 });
-    const refused = mover.freeze(rings, soon(20));
+    const refused = mover.freeze(rings, "drained", soon(20));
     await expect(refused).rejects.toMatchObject({
       code: "timedOut",
       message: expect.stringMatching(/queue 1 has 3 buffers/),
@@ -105,7 +106,7 @@ describe("freeze", () => {
         return bytes;
       },
     };
-    const { queues } = await mover.freeze(busy, soon());
+    const { queues } = await mover.freeze(busy, "drained", soon());
     expect(queues[0]).toMatchObject({ lastAvail: 6, lastUsed: 6 });
   });
 
@@ -113,9 +114,9 @@ describe("freeze", () => {
     const { fn, mover, rings } = await setUp();
     await mover.configure(wantedState(1), soon());
     rings.set(0, { available: 500, used: 1 });
-    await expect(mover.freeze(rings, soon())).rejects.toThrow(/499 entries in use, of 128/);
+    await expect(mover.freeze(rings, "drained", soon())).rejects.toThrow(/499 entries in use, of 128/);
     fn.status |= 0x40;
-    await expect(mover.freeze(rings, soon())).rejects.toThrow(/needsReset/);
+    await expect(mover.freeze(rings, "drained", soon())).rejects.toThrow(/needsReset/);
   });
 });
 
@@ -124,7 +125,7 @@ describe("continuing", () => {
     const parts = await setUp();
     await parts.mover.configure(wantedState(2), soon());
     for (const queue of [0, 1]) parts.rings.set(queue, { available: 7, used: 7 });
-    const state = await parts.mover.freeze(parts.rings, soon());
+    const state = await parts.mover.freeze(parts.rings, "drained", soon());
     parts.fn.statusWrites.length = 0;
     return { ...parts, state };
   }
@@ -148,13 +149,11 @@ describe("continuing", () => {
   });
 
   test("a mover made from the snapshot stands where the first one stood", async () => {
-    const { fn, device, ring, mover, state } = await frozen();
+    const { fn, host, mover, state } = await frozen();
     const snapshot = JSON.parse(JSON.stringify(mover.snapshot()));
-    const revived = new RegistersMover(device, ring, snapshot);
+    const revived = new RegistersMover(host, snapshot);
     await revived.configure(state, soon());
     expect(fn.statusWrites).toEqual([]);
-    expect(() => new RegistersMover(device, ring, { ...snapshot, state: { features: "-1" } })).toThrow(
-      /not understood/,
-    );
+    expect(() => new RegistersMover(host, { ...snapshot, state: { features: "-1" } })).toThrow(/not understood/);
   });
 });

@@ -1,0 +1,190 @@
+import type { Deadline } from "../../base/deadline.ts";
+import { VhostdError } from "../../base/errors.ts";
+import { TRANSFER_MAX } from "./admin-memory.ts";
+import type { AdminQueue } from "./admin-queue.ts";
+import { BLOB_SIZE_MAX, decodeState, encodeState, type VendorState } from "./state-blob.ts";
+import {
+  ADMIN_DO_NOT_RETRY,
+  ADMIN_HEADER,
+  ADMIN_STATUS_CODE,
+  AdminClass,
+  AdminStatus,
+  IDENTITY_RESULT,
+  InternalStatus,
+  type InternalStatusName,
+  internalStatusName,
+  MigrationCommand,
+  type MigrationCommandName,
+  MODIFY_STATUS_DATA,
+  PENDING_RESULT,
+  type SettableStatus,
+  STATUS_RESULT,
+  TRANSFER_DATA,
+  VDEV_DATA,
+} from "./vendor.ts";
+
+/** Milliseconds between two tries of a command that may be tried again, and how many there are. */
+const RETRY_INTERVAL = 1_000;
+const RETRIES_MAX = 120;
+
+type FailureCode = "quiesceFailed" | "freezeFailed" | "stateSave" | "io";
+
+/** A command that the device refused for good. */
+export class AdminRefusal extends VhostdError {
+  constructor(
+    code: FailureCode,
+    message: string,
+    /** The status code, without the bit that says whether to try again. */
+    readonly status: number,
+  ) {
+    super(code, message);
+    this.name = "AdminRefusal";
+  }
+}
+
+interface Request {
+  readonly command: MigrationCommandName;
+  readonly vdevId: number;
+  readonly data?: Uint8Array;
+  readonly payload?: Uint8Array;
+  readonly resultLength?: number;
+  /** Of the error where it fails. */
+  readonly code?: FailureCode;
+}
+
+/**
+ * The vendor's commands over an admin queue. A VF is named by its vdev id. All throw VhostdError adminQueue where the
+ * queue is dead; where the device refuses or does not answer in time, the code that each one names. A command is tried
+ * again where the device allows it and there is time.
+ */
+export class VendorAdmin {
+  /** @param retryInterval milliseconds between two tries */
+  constructor(
+    readonly queue: AdminQueue,
+    private readonly retryInterval = RETRY_INTERVAL,
+  ) {}
+
+  /** Why nothing can be asked any more, or undefined. */
+  get dead(): string | undefined {
+    const { state } = this.queue;
+    return state.kind === "dead" ? state.reason : undefined;
+  }
+
+  /** The version of the commands: "1.0.0". @throws VhostdError io, AdminRefusal */
+  async identity(deadline: Deadline): Promise<string> {
+    const request: Request = { command: "identity", vdevId: 0, resultLength: IDENTITY_RESULT.size };
+    const { major, minor, tertiary } = IDENTITY_RESULT.read(await this.ask(request, deadline));
+    return `${major}.${minor}.${tertiary}`;
+  }
+
+  /** @throws VhostdError io */
+  async status(vdevId: number, deadline: Deadline): Promise<InternalStatusName> {
+    const data = VDEV_DATA.encode({ vdevId });
+    const result = await this.ask({ command: "getStatus", vdevId, data, resultLength: STATUS_RESULT.size }, deadline);
+    const { status } = STATUS_RESULT.read(result);
+    const name = internalStatusName(status);
+    if (name === undefined) throw new VhostdError("io", `${nameOf(vdevId)} has the internal status ${status}; 0 to 3`);
+    return name;
+  }
+
+  /** One step. @throws VhostdError quiesceFailed, freezeFailed; io for running */
+  async modify(vdevId: number, to: SettableStatus, deadline: Deadline): Promise<void> {
+    const data = MODIFY_STATUS_DATA.encode({ vdevId, status: InternalStatus[to] });
+    const codes = { quiesced: "quiesceFailed", freezed: "freezeFailed", running: "io" } as const;
+    await this.ask({ command: "modifyStatus", vdevId, data, code: codes[to] }, deadline);
+  }
+
+  /** Bytes of state that `save` will read. @throws VhostdError stateSave */
+  async pendingBytes(vdevId: number, deadline: Deadline): Promise<number> {
+    const data = VDEV_DATA.encode({ vdevId });
+    const request: Request = {
+      command: "pendingBytes",
+      vdevId,
+      data,
+      resultLength: PENDING_RESULT.size,
+      code: "stateSave",
+    };
+    const { pending } = PENDING_RESULT.read(await this.ask(request, deadline));
+    if (pending === 0n || pending > BigInt(BLOB_SIZE_MAX)) {
+      throw new VhostdError("stateSave", `${nameOf(vdevId)} has ${pending} bytes of state; 1 to ${BLOB_SIZE_MAX}`);
+    }
+    return Number(pending);
+  }
+
+  /** The state of a freezed VF. @throws VhostdError stateSave, also where the state makes no sense */
+  async save(vdevId: number, deadline: Deadline): Promise<VendorState> {
+    const blob = new Uint8Array(await this.pendingBytes(vdevId, deadline));
+    for (const { offset, length } of pieces(blob.length)) {
+      const data = transfer(vdevId, offset, length);
+      const request: Request = { command: "save", vdevId, data, resultLength: length, code: "stateSave" };
+      blob.set(await this.ask(request, deadline), offset);
+    }
+    try {
+      return decodeState(blob);
+    } catch (cause) {
+      if (!(cause instanceof VhostdError)) throw cause;
+      throw new VhostdError("stateSave", `${nameOf(vdevId)}: ${cause.message}`, { cause });
+    }
+  }
+
+  /** Into a freezed VF. @throws VhostdError io */
+  async restore(vdevId: number, state: VendorState, deadline: Deadline): Promise<void> {
+    const blob = encodeState(state);
+    for (const { offset, length } of pieces(blob.length)) {
+      const data = transfer(vdevId, offset, length);
+      const payload = blob.subarray(offset, offset + length);
+      await this.ask({ command: "restore", vdevId, data, payload }, deadline);
+    }
+  }
+
+  /** @returns the result of a command that ended well */
+  private async ask(request: Request, deadline: Deadline): Promise<Uint8Array> {
+    const { command, vdevId, data = new Uint8Array(0), payload, resultLength = 0, code = "io" } = request;
+    const header = ADMIN_HEADER.encode({ class: AdminClass.migration, command: MigrationCommand[command] });
+    const buffers = { vdevId, header, data, resultLength, ...(payload === undefined ? {} : { payload }) };
+    const what = `${command} of ${nameOf(vdevId)}`;
+    let refusal: AdminRefusal | undefined;
+    try {
+      for (let tries = 0; ; tries++) {
+        const { status, result } = await this.queue.submit(buffers, deadline);
+        const number = status & ADMIN_STATUS_CODE;
+        if (number === AdminStatus.ok) return result;
+        const final = (status & ADMIN_DO_NOT_RETRY) !== 0;
+        const why = final ? "" : `, also after ${tries} more tries`;
+        refusal = new AdminRefusal(
+          code,
+          `${this.queue.address} refused ${what}: ${describeCode(number)}${why}`,
+          number,
+        );
+        if (final || tries === RETRIES_MAX || deadline.remaining <= this.retryInterval) throw refusal;
+        await Bun.sleep(this.retryInterval);
+      }
+    } catch (cause) {
+      if (!(cause instanceof VhostdError && cause.code === "timedOut")) throw cause;
+      throw (
+        refusal ?? new VhostdError(code, `${this.queue.address} did not answer ${what}: ${cause.message}`, { cause })
+      );
+    }
+  }
+}
+
+/** For people: VFs are counted from 0. */
+function nameOf(vdevId: number): string {
+  return vdevId === 0 ? "the PF" : `VF ${vdevId - 1}`;
+}
+
+function describeCode(code: number): string {
+  const name = Object.entries(AdminStatus).find(([, value]) => value === code)?.[0];
+  return name === undefined ? `code ${code}` : `${name} (code ${code})`;
+}
+
+function transfer(vdevId: number, offset: number, length: number): Uint8Array {
+  return TRANSFER_DATA.encode({ vdevId, offset: BigInt(offset), length: BigInt(length) });
+}
+
+function pieces(length: number): { readonly offset: number; readonly length: number }[] {
+  return Array.from({ length: Math.ceil(length / TRANSFER_MAX) }, (_, i) => {
+    const offset = i * TRANSFER_MAX;
+    return { offset, length: Math.min(TRANSFER_MAX, length - offset) };
+  });
+}

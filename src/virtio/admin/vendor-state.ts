@@ -1,0 +1,159 @@
+import { VhostdError } from "../../base/errors.ts";
+import type { DeviceState, QueueState } from "../device-state.ts";
+import type { FreezeMode, MoverHost } from "../mover.ts";
+import { describeStatus } from "../pci-device.ts";
+import { NO_VECTOR } from "../registers.ts";
+import { type RingMemory, usedIndex } from "../split-ring.ts";
+import type { VendorState } from "./state-blob.ts";
+
+/** The state of a device as it was saved, checked against what it was configured with. */
+export interface SavedState {
+  readonly state: DeviceState;
+  /** By queue: buffers that were completed and are not in the used ring yet. */
+  readonly unreported: ReadonlyMap<number, number>;
+}
+
+/**
+ * Each queue says where it begins.
+ * @throws VhostdError notSupported where buffers are in flight that it does not list
+ */
+export function checkBases(wanted: DeviceState, name: string): void {
+  for (const { index, lastAvail, lastUsed, inFlight = [] } of wanted.queues) {
+    const difference = (lastAvail - lastUsed) & 0xffff;
+    if (difference === inFlight.length) continue;
+    throw new VhostdError(
+      "notSupported",
+      `queue ${index} of ${name} is to resume with available index ${lastAvail} and used index ${lastUsed}, ` +
+        `but ${inFlight.length} of the ${difference} buffers between them are known`,
+      { fix: "restart the guest's driver (reboot the guest)", data: { queue: index, lastAvail, lastUsed } },
+    );
+  }
+}
+
+/**
+ * A state in the vendor's form. All queues of the device are in it, as the vendor's software has it.
+ * @param configGeneration as the device's register says
+ */
+export function toVendorState(
+  wanted: DeviceState,
+  { features, limits }: Pick<MoverHost, "features" | "limits">,
+  configGeneration: number,
+): VendorState {
+  const queueOf = (index: number) => wanted.queues.find((queue) => queue.index === index);
+  return {
+    common: {
+      deviceFeatureSelect: 0,
+      deviceFeatures: features,
+      driverFeatureSelect: 0,
+      driverFeatures: wanted.features,
+      configVector: wanted.configVector,
+      numQueues: limits.length,
+      queueSelect: 0,
+      status: wanted.status,
+      configGeneration,
+    },
+    config: wanted.config,
+    queues: limits.map(({ sizeMax, notifyOff }, index) => {
+      const queue = queueOf(index);
+      return {
+        index,
+        size: queue?.size ?? sizeMax,
+        vector: queue?.vector ?? NO_VECTOR,
+        enable: queue === undefined ? 0 : 1,
+        notifyOff,
+        desc: BigInt(queue?.desc ?? 0),
+        driver: BigInt(queue?.driver ?? 0),
+        device: BigInt(queue?.device ?? 0),
+        // Means nothing without NOTIF_CONFIG_DATA.
+        notifyData: 0,
+        reset: 0,
+      };
+    }),
+    indices: limits.map((_, index) => {
+      const { lastAvail = 0, lastUsed = 0 } = queueOf(index) ?? {};
+      return { index, lastAvail, lastUsed };
+    }),
+    inFlight: wanted.queues.flatMap(({ index, inFlight = [] }) =>
+      inFlight.length === 0 ? [] : [{ queue: index, heads: inFlight }],
+    ),
+    completed: [],
+    others: [],
+  };
+}
+
+/**
+ * What the device saved, which is not trusted: all but the indices must be what it was configured with.
+ * @throws VhostdError io, naming what differs
+ */
+export function readSaved(saved: VendorState, configured: DeviceState, name: string): SavedState {
+  const { common } = saved;
+  const differs = (what: string, seen: string | number | bigint, known: string | number | bigint) => {
+    if (seen === known) return;
+    throw new VhostdError("io", `${name} saved another state than it was given: ${what} ${seen} instead of ${known}`);
+  };
+  differs("status", describeStatus(common.status), describeStatus(configured.status));
+  differs("features", `0x${common.driverFeatures.toString(16)}`, `0x${configured.features.toString(16)}`);
+  differs("configuration vector", common.configVector, configured.configVector);
+  const enabled = saved.queues.filter(({ enable }) => enable !== 0);
+  const indices = (queues: readonly { readonly index: number }[]) =>
+    queues
+      .map(({ index }) => index)
+      .sort((a, b) => a - b)
+      .join(", ");
+  differs("queues", `[${indices(enabled)}]`, `[${indices(configured.queues)}]`);
+  for (const queue of enabled) {
+    const known = configured.queues.find(({ index }) => index === queue.index)!;
+    differs(`queue ${queue.index} size`, queue.size, known.size);
+    differs(`queue ${queue.index} vector`, queue.vector, known.vector);
+    for (const ring of ["desc", "driver", "device"] as const) {
+      differs(`queue ${queue.index} ${ring}`, queue[ring], BigInt(known[ring]));
+    }
+  }
+  const config = new Uint8Array(configured.config.length);
+  config.set(saved.config.subarray(0, config.length));
+  const queues = configured.queues.map((queue) => withIndices(queue, saved, name));
+  return {
+    state: { ...configured, config, queues },
+    unreported: new Map(saved.completed.map(({ queue, heads }) => [queue, heads.length])),
+  };
+}
+
+/**
+ * Why a freezed device cannot be left as it is, or undefined. The memory is the guest's, and the used index in it what
+ * the guest goes by.
+ * @throws VhostdError badAddress where the memory is gone; io where the device contradicts it
+ */
+export function undrained({ state, unreported }: SavedState, memory: RingMemory, mode: FreezeMode): string | undefined {
+  for (const queue of state.queues) {
+    const { index, lastAvail, lastUsed, inFlight = [] } = queue;
+    const used = usedIndex(memory, queue);
+    const taken = (lastAvail - lastUsed) & 0xffff;
+    const at = `(available ${lastAvail}, used ${lastUsed}, in the guest's memory ${used})`;
+    if (used !== lastUsed) return `queue ${index} has not written back all of its used buffers ${at}`;
+    const completed = unreported.get(index) ?? 0;
+    if (completed > 0) return `queue ${index} has ${completed} completed buffers that are not in the used ring ${at}`;
+    if (taken === 0) continue;
+    if (mode === "drained") return `queue ${index} has ${taken} buffers in use ${at}`;
+    if (inFlight.length !== taken) {
+      return `queue ${index} has ${taken} buffers in use and lists ${inFlight.length} of them ${at}`;
+    }
+  }
+  return undefined;
+}
+
+/** @throws VhostdError io */
+function withIndices(queue: QueueState, saved: VendorState, name: string): QueueState {
+  const { index, size } = queue;
+  const broken = (what: string) =>
+    new VhostdError("io", `${name} saved a state that makes no sense: queue ${index} ${what}`);
+  const state = saved.indices.find((one) => one.index === index);
+  if (state === undefined) throw broken("has no indices");
+  const { lastAvail, lastUsed } = state;
+  const taken = (lastAvail - lastUsed) & 0xffff;
+  if (taken > size) throw broken(`has ${taken} buffers in use, of ${size} (available ${lastAvail}, used ${lastUsed})`);
+  const heads = saved.inFlight.find((one) => one.queue === index)?.heads ?? [];
+  const wrong = heads.find((head, i) => head >= size || heads.indexOf(head) !== i);
+  if (wrong !== undefined) throw broken(`lists descriptor ${wrong} of ${size} in flight, or twice`);
+  const { inFlight: _, ...rest } = queue;
+  return { ...rest, lastAvail, lastUsed, ...(heads.length === 0 ? {} : { inFlight: heads }) };
+}

@@ -1,0 +1,249 @@
+import { Deadline } from "../../src/base/deadline.ts";
+import { struct } from "../../src/base/layout.ts";
+import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
+import { pread, pwrite, signalEventfd, truncate } from "../../src/native/sys.ts";
+import type { AddressSpace } from "../../src/pci/address-space.ts";
+import { DmaDomain } from "../../src/pci/dma-domain.ts";
+import type { DeviceClass } from "../../src/plugin.ts";
+import type { AdminQueueTimeouts } from "../../src/virtio/admin/admin-queue.ts";
+import { type AdminDiscovery, openAdmin } from "../../src/virtio/admin/open-admin.ts";
+import {
+  ADMIN_HEADER,
+  AdminClass,
+  MigrationCommand,
+  type MigrationCommandName,
+  VDEV_DATA,
+} from "../../src/virtio/admin/vendor.ts";
+import type { VendorAdmin } from "../../src/virtio/admin/vendor-admin.ts";
+import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
+import { VirtioPciDevice } from "../../src/virtio/pci-device.ts";
+import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
+import { FakeFunction, type FakeFunctionOptions } from "./fake-function.ts";
+import { FakeVf, honestAnswer } from "./fake-vf.ts";
+
+const DESCRIPTOR = struct("descriptor", 16, {
+  address: [0, "addr"],
+  length: [8, "u32"],
+  flags: [12, "u16"],
+  next: [14, "u16"],
+});
+const USED_ELEMENT = struct("used element", 8, { id: [0, "u32"], length: [4, "u32"] });
+const PF_FEATURES = featureBits(FeatureBit.accessPlatform, FeatureBit.adminVq);
+const TIMEOUT = 5000;
+
+/** A command as the device has taken it off the ring. */
+export interface FakeCommand {
+  /** Its first descriptor. */
+  readonly head: number;
+  readonly class: number;
+  readonly command: number;
+  /** undefined for a command of another class, or one that there is not. */
+  readonly name: MigrationCommandName | undefined;
+  readonly vdevId: number;
+  readonly data: Uint8Array;
+  readonly payload: Uint8Array;
+  /** Bytes of the result that there is room for. */
+  readonly room: number;
+}
+
+/** `silence`: never. A result may be shorter or longer than the room. */
+export type FakeAnswer = { readonly status: number; readonly result?: Uint8Array } | "silence";
+
+export interface FakeAdminOptions extends FakeFunctionOptions {
+  /** 2. */
+  readonly vfs?: number;
+  readonly queue?: number;
+  readonly timeouts?: AdminQueueTimeouts;
+  /** Milliseconds between two tries of a command; 1. */
+  readonly retryInterval?: number;
+}
+
+/**
+ * A PF made of registers and JavaScript: reads the admin queue's memory as a device does, by the fd that was mapped.
+ * It is an honest device until `answer` is replaced, or it is made to lie on the ring itself.
+ */
+export class FakeAdmin implements AsyncDisposable {
+  readonly fn: FakeFunction;
+  readonly vfs: readonly FakeVf[];
+  /** Everything taken off the ring, oldest first. */
+  readonly seen: FakeCommand[] = [];
+  /** What the device answers, at once or later. */
+  answer: (command: FakeCommand) => FakeAnswer | Promise<FakeAnswer> = (command) => this.honest(command);
+  /** Whether completions raise the queue's vector. */
+  interrupts = true;
+  readonly domain: DmaDomain;
+  readonly space: AddressSpace;
+  readonly queue: number;
+  private memory: { readonly iova: number; readonly size: number; readonly fd: OwnedFd } | undefined;
+  private readonly routes = new Map<number, OwnedFd>();
+  private taken = 0;
+  /** There is no ring left to look at. */
+  private blind = false;
+  private opened: VendorAdmin | undefined;
+
+  constructor(private readonly options: FakeAdminOptions = {}) {
+    const { vfs = 2, queue = 0, features = PF_FEATURES, queues = queue + 1 } = options;
+    this.queue = queue;
+    this.fn = new FakeFunction({ ...options, features, queues });
+    this.fn.onRing = (rung) => {
+      if (rung === queue) this.serve();
+    };
+    // As a function does it, which goes on signalling when the process dies that routed.
+    this.fn.interrupts.route = async (vector, eventfd) => {
+      this.routes.get(vector)?.[Symbol.dispose]();
+      if (eventfd === null) this.routes.delete(vector);
+      else this.routes.set(vector, duplicate(eventfd));
+    };
+    this.vfs = Array.from({ length: vfs }, () => new FakeVf());
+    this.space = this.makeSpace();
+    this.domain = new DmaDomain(this.space);
+  }
+
+  /** What the driver finds out about it. */
+  async discover(
+    deviceClass: Pick<DeviceClass, "configSpace" | "adminQueue"> = { configSpace: {}, adminQueue: () => this.queue },
+    deadline = Deadline.after(TIMEOUT, "the discovery"),
+  ): Promise<AdminDiscovery> {
+    const device = await VirtioPciDevice.probe(this.fn, deadline);
+    const { timeouts, retryInterval = 1 } = this.options;
+    const found = await openAdmin(device, this, deviceClass, deadline, { ...timeouts, retry: retryInterval });
+    if (found.kind === "vendor") this.opened = found.admin;
+    return found;
+  }
+
+  /** The driver's side, working. */
+  async open(): Promise<VendorAdmin> {
+    const found = await this.discover();
+    if (found.kind === "none") throw new Error(found.reason);
+    return found.admin;
+  }
+
+  /** What a device does that keeps to the specification and has these VFs. */
+  honest(command: FakeCommand): FakeAnswer {
+    return honestAnswer(this.vfs, command);
+  }
+
+  /** Commands of one name that were taken, of one VF where said. */
+  commands(name: MigrationCommandName, vdevId?: number): FakeCommand[] {
+    return this.seen.filter((one) => one.name === name && (vdevId === undefined || one.vdevId === vdevId));
+  }
+
+  /** Gives a chain back, whether or not there is one. */
+  complete(id: number, length = 1): void {
+    const { used, index, size } = this.usedRing();
+    this.write(used + 4 + 8 * (index % size), USED_ELEMENT.encode({ id, length }));
+    this.setUsedIndex(index + 1);
+  }
+
+  /** The used index alone; the driver is told. */
+  setUsedIndex(value: number): void {
+    const { used } = this.usedRing();
+    this.write(used + 2, Uint8Array.of(value & 0xff, (value >> 8) & 0xff));
+    const eventfd = this.routes.get(this.fn.queues[this.queue]!.vector);
+    if (this.interrupts && eventfd !== undefined) signalEventfd(eventfd.number);
+  }
+
+  /** The file of the queue's memory becomes this short, as a hostile process that has it could do. Bytes. */
+  shrinkMemory(size: number): void {
+    truncate(this.memory!.fd.number, size);
+    this.blind = true;
+  }
+
+  /** Takes and answers whatever is there. */
+  serve(): void {
+    const { desc, driver, size, enable } = this.fn.queues[this.queue]!;
+    if (enable === 0) return;
+    while (!this.blind) {
+      const [low = 0, high = 0] = this.read(Number(driver) + 2, 2);
+      if ((low | (high << 8)) === this.taken) return;
+      const [first = 0, second = 0] = this.read(Number(driver) + 4 + 2 * (this.taken % size), 2);
+      this.taken = (this.taken + 1) & 0xffff;
+      void this.execute(first | (second << 8), Number(desc));
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.opened?.queue[Symbol.asyncDispose]();
+    this.domain.abandon();
+    this.memory?.fd[Symbol.dispose]();
+    this.memory = undefined;
+    for (const fd of this.routes.values()) fd[Symbol.dispose]();
+  }
+
+  private async execute(head: number, table: number): Promise<void> {
+    const chain: { address: number; length: number; flags: number; next: number }[] = [];
+    for (let at = head; ; at = chain.at(-1)!.next) {
+      chain.push(DESCRIPTOR.read(this.read(table + 16 * at, 16)));
+      if ((chain.at(-1)!.flags & DescriptorFlag.next) === 0) break;
+    }
+    const writable = chain.filter(({ flags }) => (flags & DescriptorFlag.write) !== 0);
+    const [header = new Uint8Array(2), data = new Uint8Array(0), payload = new Uint8Array(0)] = chain
+      .filter(({ flags }) => (flags & DescriptorFlag.write) === 0)
+      .map(({ address, length }) => this.read(address, length));
+    const status = writable.at(-1);
+    const result = writable.length > 1 ? writable[0] : undefined;
+    const number = ADMIN_HEADER.read(header);
+    const names = Object.entries(MigrationCommand) as [MigrationCommandName, number][];
+    const found = names.find(([, value]) => value === number.command)?.[0];
+    const command: FakeCommand = {
+      head,
+      ...number,
+      name: number.class === AdminClass.migration ? found : undefined,
+      vdevId: data.length < VDEV_DATA.size ? 0 : VDEV_DATA.read(data).vdevId,
+      data,
+      payload,
+      room: result?.length ?? 0,
+    };
+    this.seen.push(command);
+    const answer = await this.answer(command);
+    // The queue may be gone meanwhile.
+    if (answer === "silence" || this.fn.queues[this.queue]!.enable === 0 || this.memory === undefined) return;
+    if (result !== undefined)
+      this.write(result.address, (answer.result ?? new Uint8Array(0)).subarray(0, result.length));
+    if (status !== undefined) this.write(status.address, Uint8Array.of(answer.status));
+    this.complete(head, 1 + (result?.length ?? 0));
+  }
+
+  private usedRing(): { used: number; index: number; size: number } {
+    const { device, size } = this.fn.queues[this.queue]!;
+    const used = Number(device);
+    const [low = 0, high = 0] = this.read(used + 2, 2);
+    return { used, index: low | (high << 8), size };
+  }
+
+  private read(iova: number, length: number): Uint8Array {
+    const bytes = new Uint8Array(length);
+    pread(this.memory!.fd.number, bytes, this.offset(iova, length));
+    return bytes;
+  }
+
+  private write(iova: number, bytes: Uint8Array): void {
+    pwrite(this.memory!.fd.number, bytes, this.offset(iova, bytes.length));
+  }
+
+  private offset(iova: number, length: number): number {
+    const { memory } = this;
+    if (memory === undefined || iova < memory.iova || iova + length > memory.iova + memory.size) {
+      throw new Error(`the driver named ${length} bytes at 0x${iova.toString(16)}, which are not mapped`);
+    }
+    return iova - memory.iova;
+  }
+
+  private makeSpace(): AddressSpace {
+    return {
+      ioRanges: [{ start: 0, end: Number.MAX_SAFE_INTEGER }],
+      pageSize: 4096,
+      attach: async () => {},
+      detach: async () => {},
+      map: async ({ iova, size }, fd) => {
+        this.memory = { iova, size, fd: duplicate(fd) };
+        this.taken = 0;
+      },
+      unmap: async () => {
+        this.memory?.fd[Symbol.dispose]();
+        this.memory = undefined;
+      },
+      adopt: () => {},
+    };
+  }
+}

@@ -1,0 +1,407 @@
+import { afterEach, describe, expect, test } from "bun:test";
+import { Deadline } from "../../../src/base/deadline.ts";
+import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
+import { AdminQueue } from "../../../src/virtio/admin/admin-queue.ts";
+import { VendorAdmin } from "../../../src/virtio/admin/vendor-admin.ts";
+import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
+import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
+import { FakeAdmin, type FakeAdminOptions, type FakeAnswer } from "../../kit/fake-admin.ts";
+
+const soon = (ms = 2000) => Deadline.after(ms, "the test");
+const undo: AsyncDisposable[] = [];
+
+afterEach(async () => {
+  for (const one of undo.splice(0).reverse()) await one[Symbol.asyncDispose]();
+  expect(liveFds()).toBe(0);
+});
+
+function make(options: FakeAdminOptions = {}): FakeAdmin {
+  const fake = new FakeAdmin(options);
+  undo.push(fake);
+  return fake;
+}
+
+async function open(options: FakeAdminOptions = {}) {
+  const fake = make(options);
+  return { fake, admin: await fake.open() };
+}
+
+async function until(condition: () => boolean): Promise<void> {
+  await soon().poll(() => condition() || undefined, 1);
+}
+
+describe("discovery", () => {
+  const class0 = { configSpace: {}, adminQueue: () => 0 };
+
+  test("negotiates three features and no more, sets the one queue up, and learns the version", async () => {
+    const features = featureBits(5, 28, FeatureBit.accessPlatform, FeatureBit.ringReset, FeatureBit.adminVq);
+    const fake = make({ features });
+    expect(await fake.discover()).toMatchObject({ kind: "vendor", version: "1.0.0" });
+    expect(fake.fn.driverFeatures).toBe(featureBits(32, 33, 41));
+    expect(fake.fn.queues[0]).toMatchObject({ size: 256, vector: 1, enable: 1 });
+    expect(fake.fn.status).toBe(0x0f);
+  });
+
+  test("asks the class with what the PF says of itself", async () => {
+    const fake = make({ queue: 3, config: Uint8Array.of(3, 0) });
+    const configSpace = { pairs: [0, "u16"] } as const;
+    const adminQueue = (config: Readonly<Record<string, number | bigint>>, features: bigint) =>
+      (features & featureBits(41)) === 0n ? 0 : Number(config["pairs"]);
+    expect(await fake.discover({ configSpace, adminQueue })).toMatchObject({ kind: "vendor" });
+    expect(fake.fn.queues.map(({ enable }) => enable)).toEqual([0, 0, 0, 1]);
+  });
+
+  test("believes the registers before the class", async () => {
+    const fake = make({ queue: 2 });
+    const region = fake.fn.region.bind(fake.fn);
+    fake.fn.region = (bar) => {
+      const space = region(bar);
+      const admin: Record<number, number> = { 60: 2, 62: 1 };
+      // Valid only once ADMIN_VQ is negotiated.
+      const valid = () => (fake.fn.driverFeatures & featureBits(41)) !== 0n;
+      return {
+        ...space,
+        read: async (offset, width) =>
+          valid() && admin[offset] !== undefined ? admin[offset] : space.read(offset, width),
+      };
+    };
+    expect(await fake.discover(class0)).toMatchObject({ kind: "vendor" });
+    expect(fake.fn.queues.map(({ enable }) => enable)).toEqual([0, 0, 1]);
+  });
+
+  test("a PF without the feature bits has none, and is not touched", async () => {
+    for (const [bits, reason] of [
+      [[33], /ADMIN_VQ/],
+      [[41], /ACCESS_PLATFORM/],
+    ] as const) {
+      const fake = make({ features: featureBits(...bits) });
+      expect(await fake.discover()).toEqual({ kind: "none", reason: expect.stringMatching(reason) });
+      expect(fake.fn.statusWrites).toEqual([]);
+      expect(fake.domain.owners).toEqual([]);
+    }
+  });
+
+  test("a PF that speaks other commands has none, and nothing is left behind", async () => {
+    const fake = make();
+    fake.answer = () => ({ status: 0x82 });
+    expect(await fake.discover()).toMatchObject({ kind: "none", reason: expect.stringMatching(/vendor's commands/) });
+    expect(fake.fn.status).toBe(0);
+    expect(fake.domain.owners).toEqual([]);
+  });
+
+  test("a queue that does not work is an error that says why, and nothing is left behind", async () => {
+    const cases: [(fake: FakeAdmin) => void, RegExp, typeof class0?][] = [
+      [(fake) => Object.assign(fake.fn.faults, { queueEnableIgnored: true }), /did not take queue 0/],
+      [(fake) => Object.assign(fake, { answer: () => ({ status: 0x85 }) }), /refused identity of the PF: internal/],
+      [(fake) => Object.assign(fake, { answer: () => "silence" }), /did not answer identity/],
+      [() => {}, /queue 7 of 1/, { configSpace: {}, adminQueue: () => 7 }],
+      [() => {}, /neither the PF nor/, { configSpace: {} } as typeof class0],
+    ];
+    for (const [bend, reason, deviceClass] of cases) {
+      const fake = make();
+      bend(fake);
+      const refused = fake.discover(deviceClass ?? class0, soon(100));
+      await expect(refused).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(reason) });
+      expect(fake.fn.status).toBe(0);
+      expect(fake.domain.owners).toEqual([]);
+    }
+  });
+});
+
+describe("commands", () => {
+  test("several are in flight and each gets its own answer, in whatever order", async () => {
+    const { fake, admin } = await open({ vfs: 8 });
+    fake.vfs[3]!.change("quiesced");
+    const held: (() => void)[] = [];
+    fake.answer = (command) => new Promise<FakeAnswer>((resolve) => held.push(() => resolve(fake.honest(command))));
+    const asked = [1, 2, 3, 4, 5, 6, 7, 8].map((vdev) => admin.status(vdev, soon()));
+    await until(() => held.length === 8);
+    for (const release of held.reverse()) release();
+    expect(await Promise.all(asked)).toEqual(["init", "init", "init", "quiesced", "init", "init", "init", "init"]);
+  });
+
+  test("more than there are slots wait their turn; the indices wrap", async () => {
+    const { fake, admin } = await open({ queueSize: 8 });
+    let most = 0;
+    let inFlight = 0;
+    fake.answer = async (command) => {
+      most = Math.max(most, ++inFlight);
+      await Bun.sleep(0);
+      inFlight--;
+      return fake.honest(command);
+    };
+    await Promise.all(Array.from({ length: 40 }, () => admin.status(1, soon())));
+    expect(fake.seen.length).toBe(41);
+    expect(most).toBe(1);
+  });
+
+  test("a device that raises no interrupt is looked at", async () => {
+    for (const vectors of [2, 1]) {
+      const fake = make({ vectors });
+      fake.interrupts = false;
+      const admin = await fake.open();
+      expect(await admin.status(1, soon())).toBe("init");
+    }
+  });
+
+  test("one that is never answered expires alone; its slot comes back when it is", async () => {
+    const { fake, admin } = await open();
+    fake.answer = (command) => (command.vdevId === 1 && command.name === "save" ? "silence" : fake.honest(command));
+    fake.vfs[0]!.blob = new Uint8Array(4096);
+    const silent = admin.save(1, soon(300));
+    await until(() => fake.commands("save").length === 1);
+    const other = admin.status(2, soon());
+    await expect(silent).rejects.toMatchObject({ code: "stateSave", message: expect.stringMatching(/save of VF 0/) });
+    expect(await other).toBe("init");
+    const { head } = fake.commands("save")[0]!;
+    // Others were answered meanwhile: nobody has to ask whether there is life.
+    expect(fake.commands("identity").length).toBe(1);
+    fake.complete(head);
+    expect(await admin.status(1, soon())).toBe("init");
+    await until(() => admin.queue.state.kind === "ready");
+    await Promise.all(Array.from({ length: 60 }, () => admin.status(2, soon())));
+    expect(fake.seen.filter((command) => command.head === head).length).toBeGreaterThan(1);
+  });
+
+  test("a VF that is never answered does not use up the slots of others", async () => {
+    const { fake, admin } = await open();
+    fake.answer = (command) => (command.vdevId === 1 ? "silence" : fake.honest(command));
+    const results = await Promise.allSettled(Array.from({ length: 26 }, () => admin.status(1, soon(20))));
+    expect(results.every(({ status }) => status === "rejected")).toBe(true);
+    await expect(admin.status(1, soon())).rejects.toMatchObject({
+      code: "busy",
+      message: expect.stringMatching(/vdev 1/),
+    });
+    expect(await admin.status(2, soon())).toBe("init");
+  });
+
+  test("one that expires while it waits for a slot is never given to the device", async () => {
+    const { fake, admin } = await open({ queueSize: 8 });
+    const held: (() => void)[] = [];
+    fake.answer = (command) => new Promise<FakeAnswer>((resolve) => held.push(() => resolve(fake.honest(command))));
+    const first = admin.status(1, soon());
+    const expired = admin.modify(2, "quiesced", soon(20));
+    await expect(expired).rejects.toMatchObject({ code: "quiesceFailed" });
+    fake.answer = (command) => fake.honest(command);
+    held[0]!();
+    expect(await first).toBe("init");
+    expect(await admin.status(2, soon())).toBe("init");
+    expect(fake.commands("modifyStatus")).toEqual([]);
+  });
+
+  test("one that comes back without a status was not carried out", async () => {
+    const { fake, admin } = await open();
+    fake.answer = (command) => {
+      queueMicrotask(() => fake.complete(command.head));
+      return "silence";
+    };
+    await expect(admin.modify(1, "quiesced", soon())).rejects.toThrow(/code 127/);
+  });
+
+  test("a refusal is tried again unless the device says not to", async () => {
+    const { fake, admin } = await open();
+    let refusals = 3;
+    fake.answer = (command) => (refusals-- > 0 ? { status: 5 } : fake.honest(command));
+    expect(await admin.status(1, soon())).toBe("init");
+    fake.answer = () => ({ status: 0x85 });
+    const before = fake.seen.length;
+    await expect(admin.modify(2, "quiesced", soon())).rejects.toMatchObject({
+      code: "quiesceFailed",
+      message: "0000:5a:00.1 refused modifyStatus of VF 1: internal (code 5)",
+    });
+    expect(fake.seen.length).toBe(before + 1);
+    fake.answer = () => ({ status: 1 });
+    const endless = admin.modify(2, "freezed", soon(60));
+    await expect(endless).rejects.toMatchObject({
+      code: "freezeFailed",
+      message: expect.stringMatching(/error \(code 1\), also after \d+ more tries/),
+    });
+  });
+
+  test("a state goes over in pieces and comes back the same", async () => {
+    const { fake, admin } = await open();
+    const [vf] = fake.vfs;
+    for (const step of ["quiesced", "freezed"] as const) await admin.modify(1, step, soon());
+    const others = [{ type: 10, bytes: crypto.getRandomValues(new Uint8Array(50_000)) }];
+    const common = { numQueues: 0, status: 0, configGeneration: 0, configVector: 0, queueSelect: 0 };
+    const selects = { deviceFeatureSelect: 0, driverFeatureSelect: 0, deviceFeatures: 1n, driverFeatures: 1n };
+    const empty = { config: new Uint8Array(0), queues: [], indices: [], inFlight: [], completed: [] };
+    const state = { common: { ...common, ...selects }, others, ...empty };
+    await admin.restore(1, state, soon());
+    await admin.modify(1, "quiesced", soon());
+    expect(vf!.restored).toEqual([state]);
+    expect(await admin.save(1, soon())).toEqual(state);
+    expect(fake.commands("save").length).toBe(4);
+  });
+
+  test("what a device says of its state is not believed", async () => {
+    const { fake, admin } = await open();
+    for (const size of [0n, (16n << 20n) + 1n, 1n << 63n]) {
+      const result = new Uint8Array(new BigUint64Array([size]).buffer);
+      fake.answer = () => ({ status: 0, result });
+      await expect(admin.save(1, soon())).rejects.toMatchObject({
+        code: "stateSave",
+        message: `VF 0 has ${size} bytes of state; 1 to 16777216`,
+      });
+    }
+    fake.answer = (command) => fake.honest(command);
+    fake.vfs[0]!.blob = new Uint8Array(4096).fill(0xff);
+    await expect(admin.save(1, soon())).rejects.toThrow(/malformed/);
+    fake.answer = () => ({ status: 0, result: Uint8Array.of(9) });
+    await expect(admin.status(1, soon())).rejects.toThrow(/internal status 9; 0 to 3/);
+  });
+});
+
+describe("a dead queue", () => {
+  type Lie = [string, (fake: FakeAdmin) => void, RegExp];
+  const lies: Lie[] = [
+    ["an id beyond the ring", (fake) => fake.complete(0x8000_0000), /descriptor 2147483648/],
+    ["an id that is no head", (fake) => fake.complete(1), /descriptor 1 is no command's first/],
+    ["a head that is not in flight", (fake) => fake.complete(50), /came back twice/],
+    ["an index that jumps", (fake) => fake.setUsedIndex(0x7000), /used index moved by/],
+    ["an index that goes back", (fake) => fake.setUsedIndex(0), /used index moved by/],
+    ["memory that shrinks", (fake) => fake.shrinkMemory(0), /made smaller/],
+  ];
+  test.each(lies)("is what a lie makes of it: %s", async (_, lie, reason) => {
+    const { fake, admin } = await open();
+    const reasons: string[] = [];
+    admin.queue.onDead((error) => reasons.push(error.message));
+    fake.answer = () => "silence";
+    const waiting = admin.status(1, soon());
+    lie(fake);
+    await expect(waiting).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(reason) });
+    expect(admin.queue.state).toMatchObject({ kind: "dead", reason: expect.stringMatching(reason) });
+    await expect(admin.status(2, soon())).rejects.toMatchObject({ code: "adminQueue" });
+    expect(reasons.length).toBe(1);
+    admin.queue.onDead((error) => reasons.push(error.message));
+    expect(reasons.length).toBe(2);
+  });
+
+  test("a command that comes back twice", async () => {
+    const { fake, admin } = await open();
+    fake.answer = (command) => {
+      if (command.vdevId === 1) fake.complete(command.head);
+      return command.vdevId === 1 ? fake.honest(command) : "silence";
+    };
+    const other = admin.status(2, soon());
+    await Promise.allSettled([admin.status(1, soon())]);
+    await expect(other).rejects.toMatchObject({ code: "adminQueue" });
+  });
+
+  test("is one that answers nothing any more", async () => {
+    const { fake, admin } = await open({ timeouts: { lifeSign: 50 } });
+    fake.answer = () => "silence";
+    await expect(admin.status(1, soon(20))).rejects.toMatchObject({ code: "io" });
+    await until(() => admin.queue.state.kind === "dead");
+    expect(admin.dead).toMatch(/answers nothing any more/);
+  });
+
+  test("is not one that is slow with one command", async () => {
+    const { fake, admin } = await open({ timeouts: { lifeSign: 1000 } });
+    fake.answer = (command) => (command.name === "identity" ? fake.honest(command) : "silence");
+    await expect(admin.status(1, soon(20))).rejects.toMatchObject({ code: "io" });
+    await until(() => fake.commands("identity").length === 2);
+    await Bun.sleep(10);
+    expect(admin.queue.state).toEqual({ kind: "ready" });
+  });
+
+  test("is one whose device asks for a reset, or is gone", async () => {
+    const first = await open();
+    first.fake.answer = () => "silence";
+    first.fake.fn.status |= 0x40;
+    await expect(first.admin.status(1, soon(20))).rejects.toMatchObject({ code: "io" });
+    await until(() => first.admin.dead !== undefined);
+    expect(first.admin.dead).toMatch(/needsReset/);
+
+    const second = await open();
+    second.fake.answer = () => "silence";
+    const waiting = second.admin.status(1, soon());
+    second.fake.fn.lose(new Error("unplugged"));
+    await expect(waiting).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(/unplugged/) });
+  });
+});
+
+describe("revival", () => {
+  /** What a daemon leaves behind that dies with two commands in flight. */
+  async function crashed() {
+    const { fake, admin } = await open();
+    const held: (() => void)[] = [];
+    fake.answer = (command) => new Promise<FakeAnswer>((resolve) => held.push(() => resolve(fake.honest(command))));
+    const cut = Promise.allSettled([admin.status(1, soon()), admin.status(2, soon())]);
+    const { data, fds } = admin.queue.snapshot();
+    const copies = new Map([...fds].map(([name, number]) => [name, dup(number)]));
+    admin.queue.abandon();
+    expect((await cut).map(({ status }) => status)).toEqual(["rejected", "rejected"]);
+    const device = await VirtioPciDevice.probe(fake.fn, soon());
+    fake.fn.statusWrites.length = 0;
+    return { fake, device, held, record: JSON.parse(JSON.stringify(data)), fds: copies };
+  }
+
+  test("waits for what is in flight before it says anything", async () => {
+    const { fake, device, held, record, fds } = await crashed();
+    const queue = AdminQueue.revive(device, record, fds);
+    undo.push(queue);
+    const admin = new VendorAdmin(queue);
+    expect(queue.state).toEqual({ kind: "draining" });
+    const asked = admin.status(2, soon());
+    await Bun.sleep(5);
+    expect(fake.commands("getStatus").length).toBe(2);
+    fake.answer = (command) => fake.honest(command);
+    for (const release of held.reverse()) release();
+    expect(await asked).toBe("init");
+    expect(queue.state).toEqual({ kind: "ready" });
+    expect(fake.fn.statusWrites).toEqual([]);
+  });
+
+  test("a command that was published and not announced is announced", async () => {
+    const { fake, admin } = await open();
+    const { onRing } = fake.fn;
+    fake.fn.onRing = () => {};
+    const cut = admin.modify(1, "quiesced", soon()).catch(() => {});
+    const { data, fds } = admin.queue.snapshot();
+    const copies = new Map([...fds].map(([name, number]) => [name, dup(number)]));
+    admin.queue.abandon();
+    await cut;
+    fake.fn.onRing = onRing;
+    const queue = AdminQueue.revive(await VirtioPciDevice.probe(fake.fn, soon()), data, copies);
+    undo.push(queue);
+    expect(await new VendorAdmin(queue).status(1, soon())).toBe("quiesced");
+  });
+
+  test("what never ends makes it a dead queue, at once known to the next daemon", async () => {
+    const { device, record, fds } = await crashed();
+    const queue = AdminQueue.revive(device, record, fds, { drain: 30 });
+    undo.push(queue);
+    const waiting = new VendorAdmin(queue).status(1, soon());
+    await expect(waiting).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(/2 commands/) });
+    const snapshot = queue.snapshot();
+    const copies = new Map([...snapshot.fds].map(([name, number]) => [name, dup(number)]));
+    const next = AdminQueue.revive(device, snapshot.data, copies);
+    undo.push(next);
+    expect(next.state).toMatchObject({ kind: "dead", reason: expect.stringMatching(/2 commands/) });
+  });
+
+  test("a record that does not fit is refused and its fds closed", async () => {
+    const { device, record, fds } = await crashed();
+    const copies = () => new Map([...fds].map(([name, fd]) => [name, fd.dup()]));
+    expect(() => AdminQueue.revive(device, { ...record, ringSize: 100 }, copies())).toThrow(/ring of 100/);
+    expect(() => AdminQueue.revive(device, { ...record, iova: -1 }, copies())).toThrow(/not understood/);
+    expect(() => AdminQueue.revive(device, record, new Map())).toThrow(/lacks its memory/);
+    expect(() => AdminQueue.revive(device, record, copies().set("other", dup(fds.get("memory")!.number)))).toThrow(
+      /spare/,
+    );
+    const swapped = copies();
+    const [memory, interrupt] = [swapped.get("memory")!, swapped.get("interrupt")!];
+    expect(() => AdminQueue.revive(device, record, swapped.set("memory", interrupt).set("interrupt", memory))).toThrow(
+      /no memory file/,
+    );
+    for (const fd of fds.values()) fd[Symbol.dispose]();
+  });
+});
+
+function dup(number: number): OwnedFd {
+  const borrowed = new OwnedFd(number);
+  const copy = borrowed.dup();
+  borrowed.release();
+  return copy;
+}
