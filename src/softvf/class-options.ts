@@ -27,8 +27,8 @@ export function optionFlag(name: string): string {
 }
 
 /** The option that is written so. */
-export function optionByFlag(options: Readonly<Record<string, SoftOption>>, flag: string): string | undefined {
-  return Object.keys(options).find((name) => optionFlag(name) === flag);
+export function optionByFlag<N extends string>(options: Readonly<Record<N, SoftOption>>, flag: string): N | undefined {
+  return (Object.keys(options) as N[]).find((name) => optionFlag(name) === flag);
 }
 
 /**
@@ -36,13 +36,19 @@ export function optionByFlag(options: Readonly<Record<string, SoftOption>>, flag
  * @param directory where relative paths start
  * @throws VhostdError badArguments
  */
-export function parseOption(flag: string, { type }: SoftOption, value: unknown, directory: string): SoftOptionValue {
+export function parseOption(
+  flag: string,
+  { type, default: preset }: SoftOption,
+  value: unknown,
+  directory: string,
+): SoftOptionValue {
   const refuse = (expected: string) =>
     new VhostdError("badArguments", `option ${flag} is ${JSON.stringify(value)}, must be ${expected}`);
   switch (type) {
     case "string":
     case "path":
-      if (typeof value !== "string" || value === "" || value.includes("\0")) throw refuse("a text");
+      // Where nothing is the default it can be said.
+      if (typeof value !== "string" || (value === "" && preset !== "") || value.includes("\0")) throw refuse("a text");
       return type === "path" ? resolve(directory, value) : value;
     case "boolean":
       if (typeof value === "boolean") return value;

@@ -7,6 +7,7 @@ import type { SoftOptionValue } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import { findMismatch } from "../rpc/mismatch.ts";
 import { allOptions, optionByFlag, optionFlag, optionsOfVf, parseOption } from "./class-options.ts";
+import { PF_OPTIONS, PfSettings } from "./pf-options.ts";
 import type { PfOptions } from "./physical-function.ts";
 
 export const DEFAULT_SOFTVF_DIRECTORY = "/run/vfe-softvf";
@@ -80,14 +81,23 @@ export async function readConfigFile(file: string): Promise<SoftvfConfig> {
     logLevel: config["log-level"] ?? "info",
     plugins: plugins.map((plugin) => (/^[./]/.test(plugin) ? resolve(here, plugin) : plugin)),
     pluginDirectory: directory === undefined ? undefined : resolve(here, directory),
-    pfs: config.pf.map(({ address, class: className, vfs = DEFAULT_VFS, ...options }) => ({
-      address: parsePciAddress(address),
+    pfs: config.pf.map(({ address, class: className, vfs = DEFAULT_VFS, ...options }, index) => ({
+      address: parseAddress(address, `${file}: key "pf[${index}].address"`),
       className,
       vfs,
       options,
       directory: here,
     })),
   };
+}
+
+/** @throws VhostdError badArguments with the place */
+function parseAddress(text: string, place: string): PciAddress {
+  try {
+    return parsePciAddress(text);
+  } catch (cause) {
+    throw new VhostdError("badArguments", `${place}: ${asError(cause).message}`, { cause });
+  }
 }
 
 /** @throws VhostdError badArguments */
@@ -105,18 +115,25 @@ export function resolvePf(
   const deviceClass = findClass(className, registry);
   const known = allOptions(deviceClass.softDevice);
   const values: Record<string, SoftOptionValue> = {};
+  const pfValues: Record<string, SoftOptionValue> = {};
   for (const [flag, text] of Object.entries(options)) {
+    const own = optionByFlag(PF_OPTIONS, flag);
+    if (own !== undefined) {
+      pfValues[own] = parseOption(flag, PF_OPTIONS[own], text, directory);
+      continue;
+    }
     const name = optionByFlag(known, flag);
     if (name === undefined) {
       throw new VhostdError("badArguments", `class ${className} has no option ${flag}`, {
-        fix: `its options are: ${Object.keys(known).map(optionFlag).join(", ")}`,
+        fix: `its options are: ${[...Object.keys(known), ...Object.keys(PF_OPTIONS)].map(optionFlag).join(", ")}`,
       });
     }
     values[name] = parseOption(flag, known[name]!, text, directory);
   }
   // Common options are the same for all VFs: what does not fit is said before anything is made.
   optionsOfVf(deviceClass.softDevice, values, 0);
-  return { address, deviceClass, vfs, options: values };
+  new PfSettings(pfValues);
+  return { address, deviceClass, vfs, options: values, pfOptions: pfValues };
 }
 
 /** @throws VhostdError badArguments where there is no such class, or it has no software device */

@@ -12,7 +12,7 @@ export type ControlCommand = "list" | "stats" | "set";
 const SUMMARIES: Readonly<Record<ControlCommand, string>> = {
   list: "Lists the functions that a running vfe-softvf serves.",
   stats: "Shows what each queue of each VF has done.",
-  set: "Changes options of a VF while it runs, for example size=2G or slow=50.",
+  set: "Changes options of a VF or PF while it runs, for example size=2G, slow=50 or freeze=list.",
 };
 const ECONNREFUSED = 111;
 /** Seconds. */
@@ -36,7 +36,7 @@ export async function runControl(command: ControlCommand, args: readonly string[
     positionals:
       command === "set"
         ? [
-            { name: "ADDRESS", help: "PCI address of the VF" },
+            { name: "ADDRESS", help: "PCI address of the VF or PF" },
             { name: "OPTION=VALUE...", help: "live options; see docs/softvf.md" },
           ]
         : [],
@@ -78,7 +78,7 @@ function parseSettings(
 ) {
   if (stray !== undefined) throw new UsageError(`"${stray}" is not OPTION=VALUE`, commandLine);
   if (address === undefined || settings.length === 0) {
-    throw new UsageError("name a VF and at least one OPTION=VALUE", commandLine);
+    throw new UsageError("name a function and at least one OPTION=VALUE", commandLine);
   }
   const options = settings.map((text) => {
     const at = text.indexOf("=");
@@ -90,7 +90,8 @@ function parseSettings(
 function listRow(info: Static<typeof FunctionInfo>): string[] {
   const kind = info.pf === undefined ? "pf" : "vf";
   const status = `status 0x${info.status.toString(16).padStart(2, "0")}`;
-  return [info.address, kind, info.class, info.client ? "in use" : "free", status, `queues ${info.queues.join(",")}`];
+  const client = info.client ? "in use" : "free";
+  return [info.address, kind, info.class, client, status, info.internal ?? "-", `queues ${info.queues.join(",")}`];
 }
 
 function statRows({ address, queues }: Static<typeof FunctionStats>): string[][] {

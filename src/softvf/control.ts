@@ -1,11 +1,13 @@
 import Type from "typebox";
 import { asError, VhostdError } from "../base/errors.ts";
 import { parsePciAddress } from "../pci/address.ts";
+import type { SoftOption } from "../plugin.ts";
 import { withDiscovery } from "../rpc/discover.ts";
 import { defineMethod, type Method } from "../rpc/method.ts";
 import { VERSION } from "../version.ts";
 import { describeFeatures } from "../virtio/features.ts";
 import { allOptions, optionByFlag, optionFlag, parseOption } from "./class-options.ts";
+import { PF_OPTIONS } from "./pf-options.ts";
 import type { ServedFunction } from "./physical-function.ts";
 
 const exact = { additionalProperties: false } as const;
@@ -18,6 +20,8 @@ export const FunctionInfo = Type.Object({
   pf: Type.Optional(Type.String()),
   client: Type.Boolean({ description: "somebody has the function" }),
   status: Type.Integer({ description: "device status" }),
+  /** Left out for a PF. */
+  internal: Type.Optional(Type.String({ description: "internal status: init, running, quiesced or freezed" })),
   features: Type.Array(Type.String(), { description: "negotiated features" }),
   queues: Type.Array(Type.Integer(), { description: "queues in use" }),
 });
@@ -61,7 +65,7 @@ export function controlMethods(functions: () => readonly ServedFunction[]): Meth
     }),
     defineMethod({
       name: "set",
-      summary: "Changes options of a VF while it runs.",
+      summary: "Changes options of a VF, or of its PF, while it runs.",
       params: Type.Object(
         {
           address: Type.String({ description: "PCI address" }),
@@ -81,10 +85,9 @@ export function controlMethods(functions: () => readonly ServedFunction[]): Meth
 
 /** All names and values are checked before the first is set. */
 async function setOptions(served: ServedFunction, options: Readonly<Record<string, unknown>>): Promise<void> {
-  const { address, pf, deviceClass, fn } = served;
-  if (pf === undefined) throw new VhostdError("badArguments", `${address} is a PF and has no options`);
+  const { address, fn } = served;
   const changes = Object.entries(options).map(([flag, text]) => {
-    const { name, option } = findLiveOption(flag, deviceClass);
+    const { name, option } = findLiveOption(flag, served);
     return { flag, name, value: parseOption(flag, option, text, process.cwd()) };
   });
   const refuse = (error: unknown, note = "") =>
@@ -107,8 +110,9 @@ async function setOptions(served: ServedFunction, options: Readonly<Record<strin
 }
 
 /** @throws VhostdError badArguments with what there is instead */
-function findLiveOption(flag: string, { name: className, softDevice }: ServedFunction["deviceClass"]) {
-  const known = allOptions(softDevice);
+function findLiveOption(flag: string, { pf, deviceClass }: ServedFunction) {
+  const known: Readonly<Record<string, SoftOption>> =
+    pf === undefined ? PF_OPTIONS : allOptions(deviceClass.softDevice);
   const name = optionByFlag(known, flag);
   const option = name === undefined ? undefined : known[name];
   if (name !== undefined && option?.live === true) return { name, option };
@@ -117,7 +121,8 @@ function findLiveOption(flag: string, { name: className, softDevice }: ServedFun
     .map(optionFlag)
     .join(", ");
   if (option === undefined) {
-    throw new VhostdError("badArguments", `class ${className} has no option ${flag}`, {
+    const owner = pf === undefined ? "a PF" : `class ${deviceClass.name}`;
+    throw new VhostdError("badArguments", `${owner} has no option ${flag}`, {
       fix: `there are, to be set while the device runs: ${live}`,
     });
   }
@@ -127,13 +132,14 @@ function findLiveOption(flag: string, { name: className, softDevice }: ServedFun
 }
 
 function describeFunction({ address, pf, fn, server, deviceClass }: ServedFunction) {
-  const { status, driverFeatures, enabledQueues } = fn.virtio;
+  const { status, internalStatus, driverFeatures, enabledQueues } = fn.virtio;
   return {
     address,
     class: deviceClass.name,
     ...(pf === undefined ? {} : { pf }),
     client: server.busy,
     status,
+    ...(pf === undefined ? {} : { internal: internalStatus }),
     features: describeFeatures(driverFeatures, deviceClass.features.names),
     queues: enabledQueues,
   };

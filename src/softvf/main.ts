@@ -19,6 +19,7 @@ import {
   type SoftvfConfig,
 } from "./config.ts";
 import { runControl } from "./control-commands.ts";
+import { PF_OPTIONS } from "./pf-options.ts";
 
 const NAME = "vfe-softvf";
 
@@ -81,8 +82,8 @@ async function serve(args: readonly string[]): Promise<number> {
 }
 
 async function readCommandLine(args: readonly string[]): Promise<SoftvfConfig | "version"> {
-  const classOptions = await optionsOfClass(args);
-  const commandLine = { ...COMMAND_LINE, options: { ...OPTIONS, ...classOptions } };
+  const pfOptions = await optionsOfPf(args);
+  const commandLine = { ...COMMAND_LINE, options: { ...OPTIONS, ...pfOptions } };
   const { values } = parseCommandLine(commandLine, args);
   if (values.version === true) return "version";
   const level = values["log-level"];
@@ -104,7 +105,7 @@ async function readCommandLine(args: readonly string[]): Promise<SoftvfConfig | 
   if (pf === undefined || className === undefined) {
     throw new UsageError("name a PF and its class (--pf, --class), or a configuration (--config)", commandLine);
   }
-  const given = Object.entries(values).filter(([flag]) => Object.hasOwn(classOptions, flag));
+  const given = Object.entries(values).filter(([flag]) => Object.hasOwn(pfOptions, flag));
   const request = {
     address: parsePciAddress(pf),
     className,
@@ -122,27 +123,31 @@ async function readCommandLine(args: readonly string[]): Promise<SoftvfConfig | 
   };
 }
 
-/** The class has to be known before the rest of the command line can be read. */
-async function optionsOfClass(args: readonly string[]): Promise<Record<string, Option>> {
+/** Those of the PF, and of its class, which has to be known before the rest of the command line can be read. */
+async function optionsOfPf(args: readonly string[]): Promise<Record<string, Option>> {
   const { values } = parseArgs({
     args: [...args],
     options: { class: { type: "string" }, plugin: { type: "string", multiple: true } },
     strict: false,
   });
   const { class: className, plugin } = values;
-  if (typeof className !== "string") return {};
+  if (typeof className !== "string") return commandLineOptions(PF_OPTIONS);
   const plugins = Array.isArray(plugin) ? plugin.filter((path) => typeof path === "string").map(pluginPath) : [];
   const registry = await PluginRegistry.load({ builtIn: BUILT_IN_PLUGINS, plugins }, silentLogger);
   const { softDevice } = findClass(className, registry);
+  return { ...commandLineOptions(allOptions(softDevice)), ...commandLineOptions(PF_OPTIONS) };
+}
+
+function commandLineOptions(options: Readonly<Record<string, SoftOption>>): Record<string, Option> {
   return Object.fromEntries(
-    Object.entries(allOptions(softDevice)).map(([name, option]) => [optionFlag(name), commandLineOption(option)]),
+    Object.entries(options).map(([name, option]) => [optionFlag(name), commandLineOption(option)]),
   );
 }
 
 function commandLineOption({ type, description, default: preset }: SoftOption): Option {
   // A switch that is on needs a value to be put off.
   if (type === "boolean" && preset !== true) return { type: "boolean", help: description };
-  const shown = preset === undefined ? "" : ` (${preset === true ? "on" : preset})`;
+  const shown = preset === undefined || preset === "" ? "" : ` (${preset === true ? "on" : preset})`;
   const value = { string: "TEXT", path: "FILE", number: "N", size: "SIZE", boolean: "on|off" }[type];
   return { type: "string", value, help: `${description}${shown}` };
 }

@@ -3,10 +3,14 @@ import type { Logger } from "../base/log.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { DeviceClass, SoftDevice, SoftDeviceClass, SoftOptionValues } from "../plugin.ts";
 import { VIRTIO_DEVICE_BASE, VIRTIO_VENDOR } from "../virtio/registers.ts";
+import { AdminService, type RequestSource } from "./admin-service.ts";
 import type { BusDirectory } from "./bus-directory.ts";
 import { optionsOfVf } from "./class-options.ts";
 import { FunctionServer } from "./function-server.ts";
+import { ManagedVf } from "./managed-vf.ts";
 import type { PciIdentity } from "./pci-config-space.ts";
+import { adminQueueIndex, PF_RING_SIZE, pfDevice } from "./pf-device.ts";
+import { PfSettings } from "./pf-options.ts";
 import { SoftFunction } from "./soft-function.ts";
 import { vfAddress } from "./topology.ts";
 
@@ -17,6 +21,8 @@ export interface PfOptions {
   readonly vfs: number;
   /** Options of the VFs, by name; defaults are not filled in. */
   readonly options: SoftOptionValues;
+  /** Options of the PF itself, by name. */
+  readonly pfOptions?: SoftOptionValues;
 }
 
 /** One function and who serves it. */
@@ -32,19 +38,6 @@ export interface ServedFunction {
 /** What QEMU's modern devices have; any id from 0x40 on says "modern" (VIRTIO 1.2, 4.1.2.1). */
 const SUBSYSTEM_DEVICE = 0x1100;
 const REVISION = 1;
-const PF_RING_SIZE = 64;
-
-/** A PF holds its VFs together; it has no queues. */
-const PF_DEVICE: Omit<SoftDevice, typeof Symbol.dispose> = {
-  features: 0n,
-  queues: 0,
-  worker: { name: "none", parameters: {} },
-  config: () => new Uint8Array(0),
-  writeConfig: () => ({}),
-  set: (option) => {
-    throw new Error(`a PF has no option ${option}`);
-  },
-};
 
 /** A PF and its VFs, each on a socket of its own. */
 export class PhysicalFunction {
@@ -59,21 +52,25 @@ export class PhysicalFunction {
     const functions: ServedFunction[] = [];
     try {
       const vfs = Array.from({ length: options.vfs }, (_, index) => vfAddress(address, index));
-      const make = async (at: PciAddress, pf: PciAddress | undefined, device: SoftDevice, values: SoftOptionValues) => {
-        const own = log.child(at);
-        const fn = makeFunction(at, deviceClass, device, values, own);
+      const publish = async (at: PciAddress, fn: SoftFunction, pf: PciAddress | undefined) => {
         try {
           await bus.publish(at, fn.identity);
-          functions.push({ address: at, fn, server: new FunctionServer(bus.socketPath(at), fn, own), pf, deviceClass });
+          const server = new FunctionServer(bus.socketPath(at), fn, log.child(at));
+          functions.push({ address: at, fn, server, pf, deviceClass });
         } catch (error) {
           fn[Symbol.dispose]();
           throw error;
         }
       };
-      await make(address, undefined, { ...PF_DEVICE, [Symbol.dispose]() {} }, { ringSize: PF_RING_SIZE });
+      const managed: ManagedVf[] = [];
+      const settings = new PfSettings(options.pfOptions);
+      await publish(address, makePf(options, settings, managed, log.child(address)), undefined);
       for (const [index, vf] of vfs.entries()) {
         const values = optionsOfVf(deviceClass.softDevice, options.options, index);
-        await make(vf, address, createDevice(vf, deviceClass, values), values);
+        const device = createDevice(vf, deviceClass, values);
+        const fn = makeFunction(vf, deviceClass, device, values, log.child(vf));
+        await publish(vf, fn, address);
+        managed.push(new ManagedVf(fn.virtio, () => settings.freeze));
       }
       await bus.linkFunctions(address, vfs);
       return new PhysicalFunction(functions);
@@ -106,12 +103,26 @@ function createDevice(address: PciAddress, { softDevice }: PfOptions["deviceClas
   }
 }
 
+/** @param vfs by number; those that are made later are added */
+function makePf(
+  { address, deviceClass }: PfOptions,
+  settings: PfSettings,
+  vfs: readonly ManagedVf[],
+  log: Logger,
+): SoftFunction {
+  const queue = settings.migration === "vendor" ? adminQueueIndex(deviceClass) : undefined;
+  const admin = new AdminService(queue, () => vfs, settings, log);
+  const device = pfDevice(queue, settings, () => admin.forget());
+  return makeFunction(address, deviceClass, device, { ringSize: PF_RING_SIZE }, log, (rings) => admin.serve(rings));
+}
+
 function makeFunction(
   address: PciAddress,
   { virtioId, softDevice }: PfOptions["deviceClass"],
   device: SoftDevice,
-  values: SoftOptionValues,
+  { ringSize, vectors }: SoftOptionValues,
   log: Logger,
+  onRequests?: (rings: RequestSource) => void,
 ): SoftFunction {
   const identity: PciIdentity = {
     vendor: VIRTIO_VENDOR,
@@ -121,10 +132,12 @@ function makeFunction(
     revision: REVISION,
     class: softDevice.pciClass,
   };
-  const { ringSize, vectors } = values;
-  return new SoftFunction(
-    { address, identity, ringSize: Number(ringSize), ...(vectors === undefined ? {} : { vectors: Number(vectors) }) },
-    device,
-    log,
-  );
+  const options = {
+    address,
+    identity,
+    ringSize: Number(ringSize),
+    ...(vectors === undefined ? {} : { vectors: Number(vectors) }),
+    ...(onRequests === undefined ? {} : { onRequests }),
+  };
+  return new SoftFunction(options, device, log);
 }

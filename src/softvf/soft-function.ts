@@ -4,6 +4,7 @@ import type { OwnedFd } from "../native/fd.ts";
 import { RingEngine, type RingStats } from "../native/ring-engine.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { SoftDevice, SoftOptionValue } from "../plugin.ts";
+import type { RequestSource } from "./admin-service.ts";
 import { InterruptRoutes } from "./interrupts.ts";
 import { type FunctionLayout, functionLayout, MSIX_BAR, NOTIFY_MULTIPLIER, VIRTIO_BAR, VirtioBlock } from "./layout.ts";
 import { MemoryShare } from "./memory-share.ts";
@@ -17,6 +18,8 @@ export interface SoftFunctionOptions {
   readonly ringSize: number;
   /** MSI-X vectors; one for each queue and one for the configuration unless said. */
   readonly vectors?: number;
+  /** With the worker "forward": chains have come. Called by the poller, which an error would end. */
+  readonly onRequests?: (rings: RequestSource) => void;
 }
 
 /** Index of the region that is the PCI configuration space; 0 to 5 are the base address registers. */
@@ -51,7 +54,15 @@ export class SoftFunction implements Disposable {
     this.layout = functionLayout(device.queues, vectors, device.config().length);
     this.config = new PciConfigSpace(options.identity, this.layout);
     this.msix = new Uint8Array(this.layout.msixBarSize);
-    this.rings = undo.use(new RingEngine(device.worker, device.queues, (reason) => this.onRingFailure(reason)));
+    const { onRequests } = options;
+    this.rings = undo.use(
+      new RingEngine(
+        device.worker,
+        device.queues,
+        (reason) => this.onRingFailure(reason),
+        onRequests === undefined ? undefined : () => onRequests(this.rings),
+      ),
+    );
     this.interrupts = undo.use(
       new InterruptRoutes(this.layout.vectors, (vector) => this.virtio.onVectorRouted(vector)),
     );
@@ -111,6 +122,15 @@ export class SoftFunction implements Disposable {
     return this.rings.doorbell(queue);
   }
 
+  /**
+   * Signals of an eventfd, which is borrowed for the call, notify the queue too; null: no longer. It stays through
+   * resets, as the interrupt routes do, until the client is gone.
+   * @throws VhostdError limitExceeded where no descriptor is left
+   */
+  setKick(queue: number, eventfd: number | null): void {
+    this.rings.setKick(queue, eventfd);
+  }
+
   /** A vector goes to an eventfd, which is taken, or nowhere. */
   route(vector: number, eventfd: OwnedFd | undefined): void {
     this.interrupts.route(vector, eventfd);
@@ -138,13 +158,13 @@ export class SoftFunction implements Disposable {
 
   /** @throws SystemError ENOENT unless exactly this range was mapped; VhostdError timedOut */
   async unmap(iova: number, size: number): Promise<void> {
-    await this.rings.unmap(iova, size);
+    await this.virtio.unmapping(() => this.rings.unmap(iova, size));
     this.memory.give(size);
   }
 
   /** @throws VhostdError timedOut */
   async unmapAll(): Promise<void> {
-    await this.rings.unmapAll();
+    await this.virtio.unmapping(() => this.rings.unmapAll());
     this.memory.giveAll();
   }
 
@@ -157,6 +177,7 @@ export class SoftFunction implements Disposable {
   /** As if it had just been made: the client is gone. However long the worker hangs in the disk: it has its memory. */
   async release(): Promise<void> {
     try {
+      for (let queue = 0; queue < this.layout.queues; queue++) this.setKick(queue, null);
       while (!(await this.tryReset())) {
         this.log.error("the ring worker does not end, it hangs in the disk: no client is served until it does");
       }

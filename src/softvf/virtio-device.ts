@@ -1,12 +1,15 @@
-import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
-import { fieldSize } from "../base/layout.ts";
 import type { Logger } from "../base/log.ts";
+import { OperationQueue } from "../base/operation-queue.ts";
 import type { RingEngine } from "../native/ring-engine.ts";
 import type { SoftChange, SoftDevice, SoftOptionValue } from "../plugin.ts";
+import type { VendorState } from "../virtio/admin/state-blob.ts";
+import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { FeatureBit, featureBits, hasFeature, Status } from "../virtio/features.ts";
-import { COMMON_CONFIG, type CommonRegister, Isr, NO_VECTOR } from "../virtio/registers.ts";
-import { VirtioBlock } from "./layout.ts";
+import { type CommonRegister, Isr, NO_VECTOR } from "../virtio/registers.ts";
+import { DeviceRegisters, type QueueRegisters, registerAt } from "./device-registers.ts";
+import { RingService } from "./ring-service.ts";
+import { checkState, describeState } from "./vf-state.ts";
 
 /** Bits 24 to 49 that every soft device offers. */
 const CORE_FEATURES = featureBits(
@@ -15,37 +18,6 @@ const CORE_FEATURES = featureBits(
   FeatureBit.ringIndirectDesc,
   FeatureBit.ringEventIdx,
 );
-
-/** Milliseconds for a worker to let go: one piece of I/O, or the system's flush of a file. */
-const STOP_TIMEOUT = 30_000;
-
-/** The device as its driver has set it up (VIRTIO 1.2, 4.1.4.3), queues apart. */
-interface DriverState {
-  status: number;
-  deviceFeatureSelect: number;
-  driverFeatureSelect: number;
-  driverFeatures: bigint;
-  configVector: number;
-  queueSelect: number;
-}
-
-interface QueueRegisters {
-  size: number;
-  vector: number;
-  enabled: boolean;
-  desc: bigint;
-  driver: bigint;
-  device: bigint;
-}
-
-const RESET_STATE: Readonly<DriverState> = {
-  status: 0,
-  deviceFeatureSelect: 0,
-  driverFeatureSelect: 0,
-  driverFeatures: 0n,
-  configVector: NO_VECTOR,
-  queueSelect: 0,
-};
 
 /** What the device needs of the function that it is part of. */
 export interface VirtioHost {
@@ -59,16 +31,15 @@ export interface VirtioHost {
 }
 
 /**
- * The registers of a modern virtio PCI device and what writing them does: negotiation, queues, status (VIRTIO 1.2, 2.1
- * and 3.1). A driver that breaks the rules is told so by NEEDS_RESET, with the reason in the log.
+ * A modern virtio PCI device behind its registers: what writing them does (negotiation, queues, status: VIRTIO 1.2, 2.1
+ * and 3.1), and what the PF's administrator does. A driver that breaks the rules is told so by NEEDS_RESET, with the
+ * reason in the log. What two sides may ask for is done one after the other.
  */
 export class VirtioDevice {
-  readonly features: bigint;
-  private state: DriverState = { ...RESET_STATE };
-  private readonly queues: QueueRegisters[];
-  private configGeneration = 0;
+  private readonly registers: DeviceRegisters;
+  private readonly service: RingService;
+  private readonly operations = new OperationQueue();
   private isr = 0;
-  private serving = false;
 
   /**
    * @param device of the class; owned by the caller, as the engine
@@ -77,48 +48,62 @@ export class VirtioDevice {
   constructor(
     private readonly device: SoftDevice,
     private readonly engine: RingEngine,
-    private readonly ringSize: number,
+    ringSize: number,
     private readonly host: VirtioHost,
   ) {
-    this.features = CORE_FEATURES | device.features;
-    this.queues = Array.from({ length: device.queues }, () => freshQueue(ringSize));
+    const registers = new DeviceRegisters(CORE_FEATURES | device.features, device.queues, ringSize);
+    this.registers = registers;
+    this.service = new RingService(engine, {
+      get serveable() {
+        const { status } = registers.state;
+        return host.busMaster && (status & (Status.driverOk | Status.needsReset)) === Status.driverOk;
+      },
+      get driverFeatures() {
+        return registers.state.driverFeatures;
+      },
+      place: (queue) => registers.queues[queue]!,
+      fail: (reason) => this.fail(reason),
+    });
   }
 
+  /** Device status (VIRTIO 1.2, 2.1). */
   get status(): number {
-    return this.state.status;
+    return this.registers.state.status;
   }
 
   get driverFeatures(): bigint {
-    return this.state.driverFeatures;
+    return this.registers.state.driverFeatures;
   }
 
   /** Indices of the queues that are in use. */
   get enabledQueues(): number[] {
-    return [...this.queues.keys()].filter((index) => this.queues[index]!.enabled);
+    const { queues } = this.registers;
+    return [...queues.keys()].filter((index) => queues[index]!.enabled);
+  }
+
+  get internalStatus(): InternalStatusName {
+    return this.service.status;
+  }
+
+  /** Resets so far. */
+  get resets(): number {
+    return this.service.resets;
   }
 
   readCommon(offset: number, length: number): Uint8Array {
-    const image = new Uint8Array(VirtioBlock.common.size);
-    const view = new DataView(image.buffer);
-    for (const [name, [at, type]] of Object.entries(COMMON_CONFIG)) {
-      const value = this.register(name as CommonRegister);
-      if (type === "u64") view.setBigUint64(at, BigInt(value), true);
-      else if (type === "u32") view.setUint32(at, Number(value), true);
-      else if (type === "u16") view.setUint16(at, Number(value), true);
-      else view.setUint8(at, Number(value));
-    }
-    return image.slice(offset, offset + length);
+    return this.registers.read(offset, length);
   }
 
   /** One register, or one half of a 64-bit one; other accesses are ignored, as is writing what is read-only. */
   async writeCommon(offset: number, data: Uint8Array): Promise<void> {
+    const target = registerAt(offset, data.length);
+    if (target === undefined) return;
+    const { name, half } = target;
     const value = littleEndian(data);
-    for (const [name, [at, type]] of Object.entries(COMMON_CONFIG)) {
-      if (type === "u64" && data.length === 4 && (offset === at || offset === at + 4)) {
-        return this.writeHalf(name, offset === at ? 0n : 32n, value);
-      }
-      if (offset === at && data.length === fieldSize(type)) return this.writeRegister(name as CommonRegister, value);
-    }
+    await this.operations.run(async () => {
+      if (half === undefined) await this.writeRegister(name, value);
+      else this.registers.writeHalf(name, half, value);
+    });
   }
 
   /** Reading clears (VIRTIO 1.2, 4.1.4.5). */
@@ -145,90 +130,111 @@ export class VirtioDevice {
 
   /** Calls of the queues that use `vector` go there from now on. */
   onVectorRouted(vector: number): void {
-    for (const [index, queue] of this.queues.entries()) {
+    for (const [index, queue] of this.registers.queues.entries()) {
       if (queue.vector === vector) this.routeCalls(index, queue);
     }
   }
 
   /** The driver lets the function reach memory, or no longer: it does not when this resolves. @throws VhostdError timedOut */
-  async onBusMaster(): Promise<void> {
-    if (this.host.busMaster) {
-      if ((this.state.status & Status.driverOk) !== 0) this.serve();
-    } else if (this.serving) {
-      this.serving = false;
-      await this.engine.park(workerDeadline());
-    }
+  onBusMaster(): Promise<void> {
+    return this.operations.run(() => this.service.update());
+  }
+
+  /** Takes memory away, which no frozen ring needs. */
+  unmapping(unmap: () => Promise<void>): Promise<void> {
+    return this.operations.run(async () => {
+      await this.service.beforeUnmap();
+      await unmap();
+    });
   }
 
   /** Nothing of the driver is left (VIRTIO 1.2, 2.4). @throws VhostdError timedOut while the worker hangs in the disk */
-  async reset(): Promise<void> {
-    await this.engine.stop("drop", workerDeadline());
-    this.serving = false;
-    this.state = { ...RESET_STATE };
-    this.isr = 0;
-    for (const index of this.queues.keys()) {
-      this.queues[index] = freshQueue(this.ringSize);
-      this.engine.setCall(index, null);
-    }
-    const change = this.device.reset?.();
-    if (change?.parameters !== undefined) await this.engine.configure(change.parameters);
+  reset(): Promise<void> {
+    return this.operations.run(() => this.resetNow());
   }
 
   /** The rings cannot be used any more, or the driver broke the rules (VIRTIO 1.2, 2.1.2). */
   fail(reason: string): void {
-    if ((this.state.status & Status.needsReset) !== 0) return;
+    const { state } = this.registers;
+    if ((state.status & Status.needsReset) !== 0) return;
     this.host.log.warn(`needs a reset: ${reason}`);
-    this.state.status |= Status.needsReset;
-    if ((this.state.status & Status.driverOk) !== 0) this.interruptConfig();
+    state.status |= Status.needsReset;
+    if ((state.status & Status.driverOk) !== 0) this.interruptConfig();
   }
 
-  private register(name: CommonRegister): number | bigint {
-    const { state } = this;
-    const queue = this.queues[state.queueSelect];
-    switch (name) {
-      case "deviceFeatureSelect":
-        return state.deviceFeatureSelect;
-      case "deviceFeature":
-        return featureHalf(this.features, state.deviceFeatureSelect);
-      case "driverFeatureSelect":
-        return state.driverFeatureSelect;
-      case "driverFeature":
-        return featureHalf(state.driverFeatures, state.driverFeatureSelect);
-      case "configVector":
-        return state.configVector;
-      case "numQueues":
-        return this.queues.length;
-      case "deviceStatus":
-        return state.status;
-      case "configGeneration":
-        return this.configGeneration;
-      case "queueSelect":
-        return state.queueSelect;
-      case "queueSize":
-        return queue?.size ?? 0;
-      case "queueVector":
-        return queue?.vector ?? NO_VECTOR;
-      case "queueEnable":
-        return queue?.enabled === true ? 1 : 0;
-      case "queueNotifyOff":
-      case "queueNotifyData":
-        return queue === undefined ? 0 : state.queueSelect;
-      case "queueDesc":
-        return queue?.desc ?? 0n;
-      case "queueDriver":
-        return queue?.driver ?? 0n;
-      case "queueDevice":
-        return queue?.device ?? 0n;
-      case "queueReset":
-      case "adminQueueIndex":
-      case "adminQueueNum":
-        return 0;
+  /**
+   * One step of the internal status, by the administrator.
+   * @param drain going from running to quiesced resolves only when everything that was taken is given back
+   * @throws VhostdError notPermitted where it is no legal step; timedOut, cancelled (reset meanwhile) and invalid where
+   * it did not succeed, and the status is what it was
+   */
+  async changeInternal(to: InternalStatusName, drain: boolean): Promise<void> {
+    const { service } = this;
+    const from = await this.operations.run(() => service.change(to));
+    if (!drain || from !== "running") return;
+    try {
+      await service.drained();
+    } catch (error) {
+      await this.operations.run(async () => {
+        if (error instanceof VhostdError && error.code === "timedOut" && service.status === "quiesced") {
+          await service.change("running");
+        }
+      });
+      throw error;
     }
   }
 
+  /**
+   * What a device needs to go on in place of this one.
+   * @param lists whether a frozen device lists its chains in flight
+   * @throws VhostdError timedOut while the worker is in one piece of I/O
+   */
+  save(lists: boolean): Promise<VendorState> {
+    return this.operations.run(async () => {
+      const rings = await this.service.rings();
+      // What is in flight means something only while it stays so.
+      const listed = lists && this.service.status === "freezed";
+      return describeState(this.registers, rings, this.device.config(), listed);
+    });
+  }
+
+  /**
+   * Takes the place of another device, frozen.
+   * @throws VhostdError notPermitted where this one is not frozen, invalid with the reason where the state does not fit;
+   * nothing has changed then
+   */
+  restore(state: VendorState): Promise<void> {
+    return this.operations.run(async () => {
+      if (this.service.status !== "freezed")
+        throw new VhostdError("notPermitted", "only a frozen function is restored");
+      const { registers, device } = this;
+      const { features, ringSize, queues } = registers;
+      const restored = checkState(state, { features, ringSize, queues: queues.length, vectors: this.host.vectors });
+      await this.service.replace(restored.rings, restored.state.driverFeatures);
+      registers.state = { ...restored.state };
+      registers.generation = restored.generation;
+      for (const [index, queue] of restored.queues.entries()) {
+        queues[index] = queue;
+        this.routeCalls(index, queue);
+      }
+      this.isr = 0;
+      // What a driver can write; all else is the device's own.
+      const change = device.writeConfig(0, restored.config.subarray(0, device.config().length));
+      if (change.parameters !== undefined) await this.engine.configure(change.parameters);
+    });
+  }
+
+  private async resetNow(): Promise<void> {
+    await this.service.reset();
+    this.registers.reset();
+    this.isr = 0;
+    for (const index of this.registers.queues.keys()) this.engine.setCall(index, null);
+    const change = this.device.reset?.();
+    if (change?.parameters !== undefined) await this.engine.configure(change.parameters);
+  }
+
   private async writeRegister(name: CommonRegister, value: number): Promise<void> {
-    const { state } = this;
-    const queue = this.queues[state.queueSelect];
+    const { state, selected: queue } = this.registers;
     switch (name) {
       case "deviceFeatureSelect":
         state.deviceFeatureSelect = value;
@@ -240,7 +246,7 @@ export class VirtioDevice {
         this.writeFeatures(value);
         break;
       case "configVector":
-        state.configVector = value < this.host.vectors ? value : NO_VECTOR;
+        state.configVector = this.knownVector(value);
         break;
       case "deviceStatus":
         await this.writeStatus(value);
@@ -253,7 +259,7 @@ export class VirtioDevice {
         break;
       case "queueVector":
         if (queue !== undefined) {
-          queue.vector = value < this.host.vectors ? value : NO_VECTOR;
+          queue.vector = this.knownVector(value);
           this.routeCalls(state.queueSelect, queue);
         }
         break;
@@ -266,26 +272,21 @@ export class VirtioDevice {
     }
   }
 
-  private writeHalf(name: string, shift: bigint, value: number): void {
-    const queue = this.queues[this.state.queueSelect];
-    if (queue === undefined || queue.enabled) return;
-    const replace = (word: bigint) => (word & ~(0xffff_ffffn << shift)) | (BigInt(value) << shift);
-    if (name === "queueDesc") queue.desc = replace(queue.desc);
-    else if (name === "queueDriver") queue.driver = replace(queue.driver);
-    else if (name === "queueDevice") queue.device = replace(queue.device);
+  private knownVector(vector: number): number {
+    return vector < this.host.vectors ? vector : NO_VECTOR;
   }
 
   /** Only until FEATURES_OK (3.1.1). */
   private writeFeatures(value: number): void {
-    const { state } = this;
+    const { state } = this.registers;
     if ((state.status & Status.featuresOk) !== 0 || state.driverFeatureSelect > 1) return;
     const shift = 32n * BigInt(state.driverFeatureSelect);
     state.driverFeatures = (state.driverFeatures & ~(0xffff_ffffn << shift)) | (BigInt(value) << shift);
   }
 
   private async writeStatus(value: number): Promise<void> {
-    if (value === 0) return this.reset();
-    const { state } = this;
+    if (value === 0) return this.resetNow();
+    const { state } = this.registers;
     // A driver clears no bit (2.1.1); NEEDS_RESET is the device's.
     const asked = value & ~state.status & ~Status.needsReset;
     const { acknowledge, driver, featuresOk, driverOk, failed } = Status;
@@ -295,15 +296,15 @@ export class VirtioDevice {
       if ((state.status & featuresOk) === 0) return this.fail("DRIVER_OK was set before FEATURES_OK");
       state.status |= driverOk;
       if ((state.status & Status.needsReset) !== 0) this.interruptConfig();
-      else this.serve();
+      await this.service.onDriverOk();
     }
   }
 
   /** FEATURES_OK stays clear where the driver's choice cannot be served (3.1.1, step 6). */
   private acceptFeatures(): void {
-    const { state } = this;
+    const { state, features } = this.registers;
     const needed = Status.acknowledge | Status.driver;
-    const unknown = state.driverFeatures & ~this.features;
+    const unknown = state.driverFeatures & ~features;
     if ((state.status & needed) !== needed) {
       this.host.log.warn("FEATURES_OK refused: the driver has not set ACKNOWLEDGE and DRIVER");
     } else if (unknown !== 0n) {
@@ -319,7 +320,9 @@ export class VirtioDevice {
     if (queue.enabled) return;
     try {
       this.checkEnable(queue);
-      await this.engine.activate(index, { ...queue, lastAvail: 0, lastUsed: 0 }, this.state.driverFeatures);
+      const { size, desc, driver, device } = queue;
+      const ring = { size, desc, driver, device, lastAvail: 0, lastUsed: 0 };
+      await this.engine.activate(index, ring, this.driverFeatures);
       queue.enabled = true;
     } catch (error) {
       this.fail(`queue ${index}: ${asError(error).message}`);
@@ -328,10 +331,9 @@ export class VirtioDevice {
 
   /** @throws VhostdError invalid where a queue cannot be enabled now (4.1.4.3.2) */
   private checkEnable({ size }: QueueRegisters): void {
-    if ((this.state.status & Status.featuresOk) === 0) throw new VhostdError("invalid", "enabled before FEATURES_OK");
-    if (size > this.ringSize) {
-      throw new VhostdError("invalid", `ring size ${size} is above the device's ${this.ringSize}`);
-    }
+    if ((this.status & Status.featuresOk) === 0) throw new VhostdError("invalid", "enabled before FEATURES_OK");
+    const { ringSize } = this.registers;
+    if (size > ringSize) throw new VhostdError("invalid", `ring size ${size} is above the device's ${ringSize}`);
   }
 
   private routeCalls(index: number, { vector, enabled }: QueueRegisters): void {
@@ -340,40 +342,18 @@ export class VirtioDevice {
     if (enabled) this.host.signal(vector);
   }
 
-  private serve(): void {
-    if (this.serving || !this.host.busMaster) return;
-    try {
-      this.engine.start(this.state.driverFeatures);
-      this.serving = true;
-    } catch (error) {
-      this.fail(asError(error).message);
-    }
-  }
-
   private async apply(change: SoftChange): Promise<void> {
     if (change.parameters !== undefined) await this.engine.configure(change.parameters);
     if (change.configChanged !== true) return;
-    this.configGeneration = (this.configGeneration + 1) & 0xff;
-    if ((this.state.status & Status.driverOk) !== 0) this.interruptConfig();
+    this.registers.generation = (this.registers.generation + 1) & 0xff;
+    if ((this.status & Status.driverOk) !== 0) this.interruptConfig();
   }
 
   private interruptConfig(): void {
-    if (this.state.configVector === NO_VECTOR) this.isr |= Isr.config;
-    else this.host.signal(this.state.configVector);
+    const { configVector } = this.registers.state;
+    if (configVector === NO_VECTOR) this.isr |= Isr.config;
+    else this.host.signal(configVector);
   }
-}
-
-function freshQueue(size: number): QueueRegisters {
-  return { size, vector: NO_VECTOR, enabled: false, desc: 0n, driver: 0n, device: 0n };
-}
-
-function workerDeadline(): Deadline {
-  return Deadline.after(STOP_TIMEOUT, "the end of the ring worker");
-}
-
-/** 32 bits of a feature word; a select beyond 1 shows none (4.1.4.3.1). */
-function featureHalf(features: bigint, select: number): number {
-  return select > 1 ? 0 : Number((features >> (32n * BigInt(select))) & 0xffff_ffffn);
 }
 
 function littleEndian(data: Uint8Array): number {

@@ -52,7 +52,11 @@ export class TestVfs implements AsyncDisposable {
     readonly warnings: readonly string[],
   ) {}
 
-  static async serve(count: number, options: SoftOptionValues = {}): Promise<TestVfs> {
+  static async serve(
+    count: number,
+    options: SoftOptionValues = {},
+    pfOptions: SoftOptionValues = {},
+  ): Promise<TestVfs> {
     const directory = await mkdtemp(join(tmpdir(), "softvf-"));
     for (let vf = 0; vf < count; vf++) {
       await writeFile(join(directory, `disk${vf}`), "");
@@ -64,7 +68,7 @@ export class TestVfs implements AsyncDisposable {
     const warnings: string[] = [];
     const given = { disk: join(directory, "disk{vf}"), queues: 4, ...options };
     const pf = await PhysicalFunction.serve(
-      { address, deviceClass: BLK, vfs: count, options: given },
+      { address, deviceClass: BLK, vfs: count, options: given, pfOptions },
       bus,
       collect(warnings),
     );
@@ -73,6 +77,11 @@ export class TestVfs implements AsyncDisposable {
 
   vf(index: number): ServedFunction {
     return this.pf.functions[index + 1]!;
+  }
+
+  /** The PF itself. */
+  get physical(): ServedFunction {
+    return this.pf.functions[0]!;
   }
 
   disk(index: number): string {

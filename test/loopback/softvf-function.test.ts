@@ -150,7 +150,7 @@ describe("a running VF", () => {
     const { path, driver } = await running();
     for (let sector = 0; sector < 20; sector++) await driver.exchange(sector);
 
-    const state = await path.stop(driver.memory, soon("stopping"));
+    const state = await path.stop(driver.memory, "drained", soon("stopping"));
     expect(state.queues.map(({ lastUsed }) => lastUsed)).toEqual([20, 20]);
     await path.start(state, driver.eventfds, soon("continuing"));
     for (let sector = 0; sector < 20; sector++) await driver.exchange(sector);
@@ -163,7 +163,7 @@ describe("a running VF", () => {
   test("reaches no memory that was taken away, and all that was given", async () => {
     const { path, domain, driver } = await running();
     await driver.exchange(1);
-    await path.stop(driver.memory, soon("stopping"));
+    await path.stop(driver.memory, "drained", soon("stopping"));
     await path.reset(soon("reset"));
     await domain.release("guest", driver.range);
 
@@ -203,7 +203,7 @@ describe("a running VF", () => {
     expect(blkResult(await soon("the request").race(meanwhile)).status).toBe(BlkStatus.ok);
     for (let sector = 0; sector < 20; sector++) await driver.exchange(sector);
 
-    const state = await revivedPath.stop(driver.memory, soon("stopping"));
+    const state = await revivedPath.stop(driver.memory, "drained", soon("stopping"));
     expect(state.queues.map(({ lastUsed }) => lastUsed)).toEqual([21, 22]);
     await revivedPath.reset(soon("reset"));
     await revivedDomain.release("guest", driver.range);

@@ -23,7 +23,7 @@ test("a PF and its VFs are published like sysfs, controlled, and gone after SIGT
   expect((await readdir(devices)).sort()).toEqual(["0000:5a:00.7", "0000:5a:01.0", "0000:5a:01.1"]);
   const pf = await new Bus([devices]).find(parsePciAddress("5a:00.7"));
   expect(pf).toMatchObject({ vendor: 0x1af4, device: 0x1042, class: 0x010000, physfn: undefined });
-  expect(pf?.virtfns.map(String)).toEqual(["0000:5a:01.0", "0000:5a:01.1"]);
+  expect([...(pf?.virtfns.values() ?? [])].map(String)).toEqual(["0000:5a:01.0", "0000:5a:01.1"]);
   expect(await readFile(join(devices, "0000:5a:00.7", "sriov_numvfs"), "utf8")).toBe("2\n");
   expect(await readlink(join(devices, "0000:5a:01.1", "physfn"))).toBe("../0000:5a:00.7");
 

@@ -36,6 +36,7 @@ test("values are read by type", () => {
     false,
   ]);
   expect([read("path", "a/b"), read("path", "/a"), read("string", "a/b")]).toEqual(["/from/here/a/b", "/a", "a/b"]);
+  expect(parseOption("x", { type: "string", description: "", default: "" }, "", "/")).toBe("");
   expect(() => read("size", "999999T")).toThrow("must be at most 8191T");
   for (const [type, value] of [
     ["size", "2X"],
