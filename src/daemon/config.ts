@@ -92,7 +92,7 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
   return {
     runtimeDirectory: resolve(overrides.runtimeDirectory ?? inFile(read["runtime-dir"] ?? DEFAULT_RUNTIME_DIRECTORY)),
     busDirectories: buses.map((path) => resolve(path)),
-    rpcTcp: rpcTcp === undefined ? undefined : parseLoopbackAddress(rpcTcp),
+    rpcTcp: rpcTcp === undefined ? undefined : parseRpcTcp(rpcTcp),
     logLevel: overrides.logLevel === undefined ? (read["log-level"] ?? "info") : parseLogLevel(overrides.logLevel),
     plugins: (read.plugins ?? []).map((plugin) => (isPath(plugin) ? inFile(plugin) : plugin)),
     pluginDirectory: read["plugin-directory"] === undefined ? undefined : inFile(read["plugin-directory"]),
@@ -108,6 +108,17 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
       };
     }),
   };
+
+  function parseRpcTcp(address: string): LoopbackAddress {
+    try {
+      return parseLoopbackAddress(address);
+    } catch (error) {
+      if (file === undefined || overrides.rpcTcp !== undefined || !(error instanceof VhostdError)) throw error;
+      const where = place(file, lineOf(text, "rpc-tcp"));
+      const fix = error.fix === undefined ? {} : { fix: error.fix };
+      throw new VhostdError("badArguments", `${where}: key "rpc-tcp": ${error.message}`, { cause: error, ...fix });
+    }
+  }
 
   /** What is wrong with an entry is said with its place; a device that stands twice is a mistake. */
   function entries<T extends { readonly device: string }, R>(

@@ -2,12 +2,16 @@
 export const DEADLINES = {
   /** Opening a function and finishing its first reset: a controller may still be handling the PF's reset. */
   attach: 120_000,
+  /** Finding out what a PF's admin queue can do, and what was in flight on it before a restart. */
+  admin: 10_000,
   /** Reset and close when a function is removed. */
   detach: 3_000,
   /** Features, queues and DRIVER_OK. */
   start: 5_000,
-  /** A device writes back what it has taken: its slowest request bounds this. */
+  /** A device gives back what it has taken: its slowest request bounds this. */
   drain: 30_000,
   /** Status 0 after a session. */
   reset: 5_000,
 } as const;
+
+export type Deadlines = Readonly<Record<keyof typeof DEADLINES, number>>;

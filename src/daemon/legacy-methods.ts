@@ -3,10 +3,11 @@ import { asError, errorNumber, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import { defineMethod, type Method } from "../rpc/method.ts";
+import { InternalStatus } from "../virtio/admin/vendor.ts";
 import { FEATURE_NAMES, hasFeature } from "../virtio/features.ts";
 import { defaultSocket } from "./default-socket.ts";
 import type { Devices } from "./methods.ts";
-import type { VfInfo } from "./registry.ts";
+import type { ManualOperation, VfInfo } from "./registry.ts";
 
 /**
  * The methods of the existing stack's clients, answer for answer: `errno` and `errstr` stand inside the result, also
@@ -42,14 +43,18 @@ const VfRequest = Type.Object(
     remove: Flag("lets go of `vfdev`"),
     list: Flag("lists the VFs of `mgmtpf`"),
     info: Flag("describes `vfdev`"),
-    debug: Flag("not served by this daemon"),
+    debug: Flag("asks for or changes the internal status of `vfdev`"),
     vfdev: Device,
     mgmtpf: Device,
     socket_file: Type.Optional(Type.String({ description: "vhost-user socket" })),
     uuid: Type.Optional(Type.String({ description: "VM UUID" })),
     server: Flag("listen at the socket instead of connecting to it"),
-    test_operation: Type.Optional(Type.Unknown({ description: "of debug" })),
-    size_mode: Type.Optional(Type.Unknown({ description: "of debug" })),
+    test_operation: Type.Optional(
+      Type.Union([Type.Integer(), Type.String()], {
+        description: "of debug: 1 run, 2 quiesce, 3 freeze, 6 status; 4 and 5, logging, are not served",
+      }),
+    ),
+    size_mode: Type.Optional(Type.Unknown({ description: "of debug; means something to logging only" })),
   },
   exact,
 );
@@ -68,7 +73,7 @@ export function legacyMethods(devices: Devices, log: Logger): Method[] {
     defineMethod({
       name: "vf",
       summary: "For old clients: add, remove, list or describe VFs. Exactly one of the operations is true.",
-      changes: ({ list, info }) => list !== true && info !== true,
+      changes: ({ list, info, test_operation }) => list !== true && info !== true && String(test_operation) !== "6",
       params: VfRequest,
       result: Answer,
       refused: failure,
@@ -88,7 +93,14 @@ async function carryOutPf(devices: Devices, request: Static<typeof PfRequest>): 
       await devices.removePf(pfAddress(request.dev));
       return {};
     case "list":
-      return { devices: devices.listPfs().map(({ pf, reason }) => ({ pf, ...told(reason) })) };
+      return {
+        devices: devices.listPfs().map(({ pf, managed, migration, reason }) => ({
+          pf,
+          managed,
+          ...(migration === null ? {} : { migration }),
+          ...told(reason),
+        })),
+      };
   }
 }
 
@@ -108,11 +120,34 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       return { devices: devices.listVfs(pfAddress(request.mgmtpf)).map(describeVf) };
     case "info":
       return { device: describeVf(devices.vfInfo(vfAddress(request.vfdev))) };
-    case "debug":
-      throw new VhostdError("notSupported", "VF state cannot be moved by hand: this daemon has no managed VFs", {
-        fix: 'use "vf -i" to see the state of the VF',
-      });
+    case "debug": {
+      const address = vfAddress(request.vfdev);
+      const status = await devices.moveVf(address, manualOperation(request.test_operation));
+      return { device: { vf: address, lm_status: String(InternalStatus[status]) } };
+    }
   }
+}
+
+/** By the numbers of the existing stack. */
+const MANUAL_OPERATION: Readonly<Record<string, ManualOperation>> = {
+  1: "run",
+  2: "quiesce",
+  3: "freeze",
+  6: "status",
+};
+const LOGGING_OPERATIONS = ["4", "5"];
+
+function manualOperation(number: number | string | undefined): ManualOperation {
+  const text = String(number);
+  const operation = MANUAL_OPERATION[text];
+  if (operation !== undefined) return operation;
+  const fix = "choose 1 (run), 2 (quiesce), 3 (freeze) or 6 (status)";
+  if (LOGGING_OPERATIONS.includes(text)) {
+    throw new VhostdError("notSupported", `operation ${text}: dirty pages cannot be logged by hand`, { fix });
+  }
+  throw new VhostdError("badArguments", `operation ${number === undefined ? "is missing" : `${text} is unknown`}`, {
+    fix,
+  });
 }
 
 function operationOf<const O extends string>(
@@ -167,6 +202,9 @@ function describeVf(info: VfInfo): Record<string, unknown> {
     vm_uuid,
     socket_file,
     configured: info.configured,
+    managed: info.managed,
+    mover: info.mover,
+    ...(info.unmanaged_reason === null ? {} : { unmanaged_reason: info.unmanaged_reason }),
     ...told(info.reason),
   };
 }

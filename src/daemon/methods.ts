@@ -6,12 +6,12 @@ import { type Call, defineMethod, type Method } from "../rpc/method.ts";
 import { BUILD_TIME, VERSION } from "../version.ts";
 import { defaultSocket } from "./default-socket.ts";
 import { legacyMethods } from "./legacy-methods.ts";
-import type { DeviceRegistry, PfInfo, VfInfo } from "./registry.ts";
+import { type DeviceRegistry, MANUAL_OPERATIONS, type PfInfo, type VfInfo } from "./registry.ts";
 
 /** What the control interface needs of the registry. */
 export type Devices = Pick<
   DeviceRegistry,
-  "addPf" | "removePf" | "listPfs" | "addVf" | "removeVf" | "listVfs" | "vfInfo" | "onEvent"
+  "addPf" | "removePf" | "listPfs" | "addVf" | "removeVf" | "listVfs" | "vfInfo" | "moveVf" | "onEvent"
 >;
 
 const exact = { additionalProperties: false } as const;
@@ -28,7 +28,15 @@ const Pf = Type.Object({
   vfs: Type.Integer({ description: "VFs of it that are added" }),
   kind: Type.Enum(["software", "vfio"], { description: "how the function is reached" }),
   managed: Type.Boolean({ description: "it can freeze, save and restore its VFs" }),
-  reason: Type.Union([Type.String(), Type.Null()], { description: "why it is gone" }),
+  migration: Type.Union([Type.String(), Type.Null()], {
+    description: "the commands by which it moves the state of its VFs, and their version",
+  }),
+  admin_queue: Type.Enum(["none", "draining", "ready", "dead"], {
+    description: "draining: finishing what was in flight before a restart; dead: it does not answer any more",
+  }),
+  reason: Type.Union([Type.String(), Type.Null()], {
+    description: "why it is gone, or cannot move the state of its VFs",
+  }),
 });
 
 const Vf = Type.Object({
@@ -51,7 +59,9 @@ const Vf = Type.Object({
   reason: Type.Union([Type.String(), Type.Null()], {
     description: "what is wrong with it, or why its last front-end was turned away",
   }),
-  mover: Type.String({ description: "how its state is moved" }),
+  mover: Type.Enum(["registers", "vendor", "standard"], { description: "how its state is moved" }),
+  managed: Type.Boolean({ description: "its PF can freeze, save and restore it" }),
+  unmanaged_reason: Type.Union([Type.String(), Type.Null()], { description: "why it is not managed" }),
 });
 
 /** The typed methods and those of old clients, in one table. */
@@ -139,6 +149,30 @@ function deviceMethods(devices: Devices): Method[] {
       params: DeviceOnly,
       result: Vf,
       handler: ({ device }) => vfResult(devices.vfInfo(parsePciAddress(device))),
+    }),
+    defineMethod({
+      name: "vf.debug",
+      changes: ({ operation }) => operation !== "status",
+      summary: "Asks for or changes the internal status of a managed virtual function, by hand.",
+      params: Type.Object(
+        {
+          device: Device,
+          operation: Type.Enum(MANUAL_OPERATIONS, {
+            description: "a guest stands still while its VF is quiesced or frozen",
+          }),
+        },
+        exact,
+      ),
+      result: Type.Object({
+        vf: Type.String({ description: "PCI address" }),
+        internal_status: Type.Enum(["init", "running", "quiesced", "freezed"], {
+          description: "after the operation; init: reset and not started",
+        }),
+      }),
+      async handler({ device, operation }) {
+        const vf = parsePciAddress(device);
+        return { vf, internal_status: await devices.moveVf(vf, operation) };
+      },
     }),
   ];
 }

@@ -1,92 +1,226 @@
 import { Deadline } from "../base/deadline.ts";
 import { VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { BusEntry } from "../pci/bus.ts";
+import { DmaDomain } from "../pci/dma-domain.ts";
 import type { PciFunction } from "../pci/function.ts";
-import { openFunction, reviveFunction } from "../pci/open.ts";
+import { createAddressSpace, openFunction, reviveFunction } from "../pci/open.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
+import { AdminQueue, type AdminQueueState } from "../virtio/admin/admin-queue.ts";
+import { type AdminDiscovery, openAdmin } from "../virtio/admin/open-admin.ts";
+import { vdevId } from "../virtio/admin/vendor.ts";
+import { VendorAdmin } from "../virtio/admin/vendor-admin.ts";
+import { VendorMover } from "../virtio/movers/vendor.ts";
 import { VirtioPciDevice } from "../virtio/pci-device.ts";
-import { DEADLINES } from "./deadlines.ts";
-import { closing, type PfRecord, RECORD_VERSION } from "./record.ts";
+import type { Deadlines } from "./deadlines.ts";
+import { closing, joinFds, type PfRecord, RECORD_VERSION, type Snapshot, takeFds } from "./record.ts";
+import type { VfMover } from "./vf-parts.ts";
+
+/** What a PF needs of the daemon around it. */
+export interface PfSurroundings {
+  readonly plugins: PluginRegistry;
+  readonly log: Logger;
+  readonly deadlines: Deadlines;
+  /** Something has changed for the worse, once and for all. */
+  readonly onTrouble: (address: PciAddress, state: "gone" | "admin queue dead", reason: string) => void;
+}
+
+/** What a PF can do for its VFs. */
+export interface PfManagement {
+  /** It can freeze, save and restore its VFs. */
+  readonly managed: boolean;
+  /** The commands by which it does so and their version, "vendor 1.0.0"; null where it has none. */
+  readonly migration: string | null;
+  readonly admin_queue: "none" | AdminQueueState["kind"];
+  /** Why it is gone or cannot move the state of its VFs, or null. */
+  readonly reason: string | null;
+}
+
+/** The live objects of one PF. */
+interface PfParts {
+  readonly fn: PciFunction;
+  readonly device: VirtioPciDevice;
+  /** Its own address space: the memory of its admin queue, never a guest's. */
+  readonly domain: DmaDomain;
+  readonly admin: AdminDiscovery;
+  readonly deviceClass: DeviceClass;
+}
 
 /** A physical function that the daemon holds open on behalf of its VFs. */
 export class Pf implements AsyncDisposable {
+  readonly deviceClass: DeviceClass;
   private closed = false;
   /** Why the function is gone, or null. */
-  reason: string | null = null;
+  private lost: string | null = null;
 
   private constructor(
     readonly address: PciAddress,
     readonly entry: BusEntry,
-    readonly deviceClass: DeviceClass,
-    private readonly fn: PciFunction,
-    log: Logger,
+    private readonly parts: PfParts,
+    { log, onTrouble }: PfSurroundings,
   ) {
+    const { fn, admin } = parts;
+    this.deviceClass = parts.deviceClass;
+    const own = log.child(`pf ${address}`);
     void fn.lost.then((reason) => {
       if (this.closed) return;
-      this.reason = reason.message;
-      log.child(`pf ${address}`).error("gone (remove it and add it again)", reason);
+      this.lost = reason.message;
+      own.error("gone (remove it and add it again)", reason);
+      onTrouble(address, "gone", reason.message);
+    });
+    if (admin.kind === "none") {
+      own.info(`holds its VFs unmanaged: ${admin.reason}`);
+      return;
+    }
+    own.info(`moves the state of its VFs by the vendor's admin commands, version ${admin.version}`);
+    admin.admin.queue.onDead((error) => {
+      if (this.closed || this.lost !== null) return;
+      own.error("its VFs cannot be moved any more", error);
+      onTrouble(address, "admin queue dead", error.message);
     });
   }
 
-  /** @throws VhostdError; nothing is left open then */
-  static async attach(address: PciAddress, entry: BusEntry, plugins: PluginRegistry, log: Logger): Promise<Pf> {
+  /**
+   * Opens the function and finds out what it can do for its VFs.
+   * @throws VhostdError pfNotFound, pfDeviceId, pfFeatures, adminQueue or what opening throws; nothing is left open then
+   */
+  static async attach(address: PciAddress, entry: BusEntry, around: PfSurroundings): Promise<Pf> {
     if (entry.physfn !== undefined) {
       throw new VhostdError("pfNotFound", `${address} is a virtual function of ${entry.physfn}`, {
         fix: `add ${entry.physfn} as the PF, then this one with "vf -a"`,
       });
     }
-    const deadline = Deadline.after(DEADLINES.attach, `attaching ${address}`);
+    const deadline = Deadline.after(around.deadlines.attach, `attaching ${address}`);
     await using undo = new AsyncDisposableStack();
     const fn = undo.use(await openFunction(entry, address, deadline));
     const device = await VirtioPciDevice.probe(fn, deadline);
-    const deviceClass = plugins.deviceClassById(device.virtioId);
+    const deviceClass = around.plugins.deviceClassById(device.virtioId);
     if (deviceClass === undefined) {
       throw new VhostdError("pfDeviceId", `${address} has virtio device id ${device.virtioId}, which no plugin serves`);
     }
+    const space = createAddressSpace(entry.transport.kind);
+    const domain = new DmaDomain(space);
+    undo.defer(() => domain.abandon());
+    await domain.attach(fn);
+    undo.defer(() => domain.detach(fn));
+    const answer = Deadline.after(around.deadlines.admin, `the admin queue of ${address}`);
+    const admin = await openAdmin(device, { domain, space }, deviceClass, answer);
     undo.move();
-    return new Pf(address, entry, deviceClass, fn, log);
+    return new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
   }
 
   /**
    * Goes on with a PF from its record and fds, without a word to it.
    * @throws VhostdError where they do not fit; all fds are closed then
    */
-  static revive(
-    entry: BusEntry,
-    record: PfRecord,
-    fds: Map<string, OwnedFd>,
-    plugins: PluginRegistry,
-    log: Logger,
-  ): Pf {
-    using unused = closing(fds);
+  static revive(entry: BusEntry, record: PfRecord, fds: Map<string, OwnedFd>, around: PfSurroundings): Pf {
+    using _unused = closing(fds);
+    using undo = new DisposableStack();
     const address = parsePciAddress(record.address);
-    const deviceClass = plugins.deviceClassById(record.virtioId);
+    const deviceClass = around.plugins.deviceClassById(record.layout.virtioId);
     if (deviceClass === undefined) {
-      throw new VhostdError("pfDeviceId", `no plugin serves virtio device id ${record.virtioId} any more`);
+      throw new VhostdError("pfDeviceId", `no plugin serves virtio device id ${record.layout.virtioId} any more`);
     }
-    unused.move();
-    return new Pf(address, entry, deviceClass, reviveFunction(entry, address, record.function, fds), log);
+    const fn = reviveFunction(entry, address, record.function, takeFds(fds, "function"));
+    undo.defer(() => fn.abandon());
+    const space = createAddressSpace(entry.transport.kind);
+    const domain = DmaDomain.revive(space, record.domain, takeFds(fds, "domain"));
+    undo.defer(() => domain.abandon());
+    domain.adopt(fn);
+    const device = new VirtioPciDevice(fn, record.layout);
+    const admin = reviveAdmin(device, record.admin, takeFds(fds, "admin"));
+    undo.move();
+    return new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
+  }
+
+  get management(): PfManagement {
+    const { admin } = this.parts;
+    if (admin.kind === "none") {
+      return { managed: false, migration: null, admin_queue: "none", reason: this.lost ?? admin.reason };
+    }
+    const { state } = admin.admin.queue;
+    const dead = state.kind === "dead" ? state.reason : null;
+    return {
+      managed: this.lost === null && dead === null,
+      migration: `${admin.kind} ${admin.version}`,
+      admin_queue: state.kind,
+      reason: this.lost ?? (dead === null ? null : `its admin queue is dead: ${dead}`),
+    };
+  }
+
+  /** Why the function is gone, or null. */
+  get reason(): string | null {
+    return this.lost;
+  }
+
+  /**
+   * How the state of a VF of this PF is moved.
+   * @param entry of this PF, read after the VF was found
+   * @throws VhostdError vfIndex where the PF does not have it
+   */
+  moverFor(vf: PciAddress, entry: BusEntry): VfMover {
+    const unmanagedReason = () => this.management.reason ?? "its PF can move it";
+    const { admin } = this.parts;
+    if (admin.kind === "none") return { make: undefined, unmanagedReason };
+    const found = [...entry.virtfns].find(([, address]) => address === vf);
+    if (found === undefined) {
+      throw new VhostdError("vfIndex", `${vf} is none of the ${entry.virtfns.size} VFs that ${this.address} names`, {
+        fix: `look at the virtfn links in ${entry.directory}`,
+      });
+    }
+    const managed = { admin: admin.admin, vdevId: vdevId(found[0]) };
+    return { make: (host, snapshot) => new VendorMover(host, managed, snapshot), unmanagedReason };
   }
 
   snapshot(): { record: PfRecord; fds: ReadonlyMap<string, number> } {
-    const { data, fds } = this.fn.snapshot();
-    const { address, deviceClass } = this;
-    return { record: { version: RECORD_VERSION, address, virtioId: deviceClass.virtioId, function: data }, fds };
+    const { fn, device, domain, admin } = this.parts;
+    const queue = admin.kind === "none" ? undefined : admin.admin.queue.snapshot();
+    const parts: Record<string, Snapshot | undefined> = {
+      function: fn.snapshot(),
+      domain: domain.snapshot(),
+      admin: queue,
+    };
+    const record: PfRecord = {
+      version: RECORD_VERSION,
+      address: this.address,
+      layout: device.layout,
+      function: parts.function?.data ?? null,
+      domain: parts.domain?.data ?? null,
+      admin:
+        admin.kind === "none"
+          ? { kind: "none", reason: admin.reason }
+          : { kind: "vendor", version: admin.version, queue: queue?.data ?? null },
+    };
+    return { record, fds: joinFds(parts) };
   }
 
-  /** Closes the function. */
+  /** Closes the admin queue and the function. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.closed = true;
-    await this.fn[Symbol.asyncDispose]();
+    const { fn, domain, admin } = this.parts;
+    await using steps = new AsyncDisposableStack();
+    steps.defer(() => domain.abandon());
+    steps.use(fn);
+    steps.defer(() => domain.detach(fn));
+    if (admin.kind === "vendor") steps.use(admin.admin.queue);
   }
 
-  /** Lets go of the function without a word to it. */
+  /** Lets go of everything without a word to the function. */
   abandon(): void {
     this.closed = true;
-    this.fn.abandon();
+    const { fn, domain, admin } = this.parts;
+    if (admin.kind === "vendor") admin.admin.queue.abandon();
+    domain.abandon();
+    fn.abandon();
   }
+}
+
+function reviveAdmin(device: VirtioPciDevice, record: PfRecord["admin"], fds: Map<string, OwnedFd>): AdminDiscovery {
+  if (record.kind === "none") return record;
+  const queue = AdminQueue.revive(device, record.queue as Json, fds);
+  return { kind: "vendor", admin: new VendorAdmin(queue), version: record.version };
 }

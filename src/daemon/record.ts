@@ -1,6 +1,8 @@
 import Type from "typebox";
 import type { Json } from "../base/json.ts";
 import { parseStored } from "../base/stored.ts";
+import { PciLayoutSchema } from "../virtio/data-path-record.ts";
+import type { PciLayout } from "../virtio/pci-layout.ts";
 
 /**
  * Everything that is needed, beside named fds, to go on after this process has died: plain data. The parts belong to
@@ -13,8 +15,13 @@ export const RECORD_VERSION = 1;
 export type PfRecord = {
   readonly version: typeof RECORD_VERSION;
   readonly address: string;
-  readonly virtioId: number;
+  readonly layout: PciLayout;
   readonly function: Json;
+  /** The PF's own address space. */
+  readonly domain: Json;
+  readonly admin:
+    | { readonly kind: "none"; readonly reason: string }
+    | { readonly kind: "vendor"; readonly version: string; readonly queue: Json };
 };
 
 export type DomainRecord = {
@@ -45,8 +52,13 @@ const version = Type.Literal(RECORD_VERSION);
 const PfSchema = Type.Object({
   version,
   address: Type.String(),
-  virtioId: Type.Integer({ minimum: 1, maximum: 0x3f }),
+  layout: PciLayoutSchema,
   function: Type.Unknown(),
+  domain: Type.Unknown(),
+  admin: Type.Union([
+    Type.Object({ kind: Type.Literal("none"), reason: Type.String() }),
+    Type.Object({ kind: Type.Literal("vendor"), version: Type.String(), queue: Type.Unknown() }),
+  ]),
 });
 
 const DomainSchema = Type.Object({

@@ -7,12 +7,14 @@ import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { Bus, BusEntry } from "../pci/bus.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
+import type { InternalStatusName } from "../virtio/admin/vendor.ts";
+import { DEADLINES, type Deadlines } from "./deadlines.ts";
 import { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
-import { Pf } from "./pf.ts";
+import { Pf, type PfManagement, type PfSurroundings } from "./pf.ts";
 import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
 import { parseVmUuid } from "./uuid.ts";
-import { Vf } from "./vf.ts";
+import { Vf, type VfManagement } from "./vf.ts";
 import type { VfOptions, VfSurroundings } from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
@@ -20,18 +22,14 @@ const MOST_VFS = 2048;
 /** sun_path of unix(7), without the closing zero. */
 const LONGEST_SOCKET_PATH = 107;
 
-export interface PfInfo {
+export interface PfInfo extends PfManagement {
   readonly pf: PciAddress;
   readonly class: string;
   readonly vfs: number;
   readonly kind: "software" | "vfio";
-  /** The PF can freeze, save and restore its VFs. */
-  readonly managed: boolean;
-  /** Why the PF is gone, or null. */
-  readonly reason: string | null;
 }
 
-export interface VfInfo {
+export interface VfInfo extends VfManagement {
   readonly vf: PciAddress;
   /** False while it waits to be taken up again after a restart. */
   readonly probed: boolean;
@@ -55,7 +53,6 @@ export interface VfInfo {
   readonly configured: boolean;
   readonly state: string;
   readonly reason: string | null;
-  readonly mover: string;
 }
 
 export interface AddVf {
@@ -64,6 +61,11 @@ export interface AddVf {
   readonly mode: "client" | "server";
   readonly uuid?: string;
 }
+
+/** What an operator may do to the internal status of a managed VF. */
+const MANUAL_STATUS = { run: "running", quiesce: "quiesced", freeze: "freezed" } as const;
+export const MANUAL_OPERATIONS = ["status", "run", "quiesce", "freeze"] as const;
+export type ManualOperation = (typeof MANUAL_OPERATIONS)[number];
 
 export interface RegistryEvent {
   readonly type: string;
@@ -80,6 +82,7 @@ export class DeviceRegistry {
   private readonly domains: DomainTable;
   private readonly handlers = new Set<(event: RegistryEvent) => void>();
   private readonly around: VfSurroundings;
+  private readonly pfSurroundings: PfSurroundings;
 
   constructor(
     private readonly options: {
@@ -87,15 +90,25 @@ export class DeviceRegistry {
       readonly plugins: PluginRegistry;
       readonly keeper: Keeper;
       readonly log: Logger;
+      /** Others than the usual ones. */
+      readonly deadlines?: Partial<Deadlines>;
     },
   ) {
     this.domains = new DomainTable(options.keeper);
+    const deadlines = { ...DEADLINES, ...options.deadlines };
     this.around = {
+      deadlines,
       plugins: options.plugins,
       keeper: options.keeper,
       log: options.log,
       domains: this.domains,
       onState: ({ address, state, reason }) => this.emit({ type: "vf", vf: address, state: state.name, reason }),
+    };
+    this.pfSurroundings = {
+      deadlines,
+      plugins: options.plugins,
+      log: options.log,
+      onTrouble: (address, state, reason) => this.emit({ type: "pf", pf: address, state, reason }),
     };
   }
 
@@ -105,7 +118,7 @@ export class DeviceRegistry {
     this.pfs.set(address, "adding");
     try {
       const entry = await this.find(address, "pfNotFound");
-      const pf = await Pf.attach(address, entry, this.options.plugins, this.options.log);
+      const pf = await Pf.attach(address, entry, this.pfSurroundings);
       await using undo = new AsyncDisposableStack();
       undo.use(pf);
       const { record, fds } = pf.snapshot();
@@ -162,13 +175,14 @@ export class DeviceRegistry {
       throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
     const entry = await this.find(address, "vfNotFound");
     const pf = this.checkParent(address, entry);
+    const parent = await this.find(pf, "pfNotFound");
     // Looked up while others may have run: the slot is taken without a wait in between.
     if (this.vfs.has(address)) throw this.vfExists(address);
     this.checkSocket(options.socket);
     this.livePf(pf);
     this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
     try {
-      const vf = await Vf.attach(options, entry, this.around);
+      const vf = await Vf.attach(options, entry, this.livePf(pf).moverFor(address, parent), this.around);
       this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
       return this.infoOf(vf);
     } catch (error) {
@@ -187,6 +201,14 @@ export class DeviceRegistry {
     } finally {
       this.vfs.delete(address);
     }
+  }
+
+  /**
+   * Changes the internal status of a managed VF by hand, or only asks for it.
+   * @throws VhostdError vfNotFound, notSupported, quiesceFailed, freezeFailed, adminQueue
+   */
+  async moveVf(address: PciAddress, operation: ManualOperation): Promise<InternalStatusName> {
+    return await this.liveVf(address).move(operation === "status" ? undefined : MANUAL_STATUS[operation]);
   }
 
   /** The VFs of one PF. @throws VhostdError pfNotFound */
@@ -253,17 +275,17 @@ export class DeviceRegistry {
   }
 
   private async revivePf(record: PfRecord, fds: Map<string, OwnedFd>): Promise<void> {
-    const { plugins, log } = this.options;
     const address = parsePciAddress(record.address);
     const entry = await this.find(address, "pfNotFound");
-    this.pfs.set(address, { live: Pf.revive(entry, record, fds, plugins, log) });
+    this.pfs.set(address, { live: Pf.revive(entry, record, fds, this.pfSurroundings) });
   }
 
   private async reviveVf(record: VfRecord, fds: Map<string, OwnedFd>): Promise<void> {
     const address = parsePciAddress(record.options.address);
     const entry = await this.find(address, "vfNotFound");
     const pf = this.checkParent(address, entry);
-    const vf = await Vf.revive(entry, record, fds, this.around);
+    const parent = await this.find(pf, "pfNotFound");
+    const vf = await Vf.revive(entry, record, fds, this.livePf(pf).moverFor(address, parent), this.around);
     this.vfs.set(address, { slot: { live: vf }, socket: record.options.socket, pf });
   }
 
@@ -379,8 +401,7 @@ export class DeviceRegistry {
       class: pf.deviceClass.name,
       vfs: this.addressesOf(pf.address).length,
       kind: pf.entry.transport.kind === "vfio-user" ? "software" : "vfio",
-      managed: false,
-      reason: pf.reason,
+      ...pf.management,
     };
   }
 
@@ -405,7 +426,7 @@ export class DeviceRegistry {
       configured: state.name === "running",
       state: state.name,
       reason: vf.reason,
-      mover: "registers",
+      ...vf.management,
     };
   }
 }

@@ -47,6 +47,7 @@ const noDevices: Devices = {
   vfInfo() {
     throw new Error("no devices");
   },
+  moveVf: () => Promise.reject(new Error("no devices")),
   onEvent: () => ({ [Symbol.dispose]() {} }),
 };
 

@@ -11,6 +11,8 @@ import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import { configSize, configValues } from "../virtio/config-space.ts";
 import { DataPath } from "../virtio/data-path.ts";
+import type { MoverFactory } from "../virtio/mover.ts";
+import type { Deadlines } from "./deadlines.ts";
 import type { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
 import { takeFds, type VfRecord } from "./record.ts";
@@ -22,6 +24,7 @@ export interface VfSurroundings {
   readonly domains: DomainTable;
   readonly keeper: Keeper;
   readonly log: Logger;
+  readonly deadlines: Deadlines;
   /** A VF has changed its state, or what is wrong with it. */
   readonly onState: (vf: {
     readonly address: PciAddress;
@@ -40,6 +43,14 @@ export interface VfOptions {
   readonly uuid?: string;
 }
 
+/** How a VF's PF lets its state be moved. */
+export interface VfMover {
+  /** undefined where the PF cannot: the VF's own registers are all there is then. */
+  readonly make: MoverFactory | undefined;
+  /** Why the state cannot be moved now, as a sentence without its end. */
+  unmanagedReason(): string;
+}
+
 /** The live objects of one VF. Made by opening the function or from a record: from there on there is no difference. */
 export interface VfParts {
   readonly entry: BusEntry;
@@ -48,6 +59,7 @@ export interface VfParts {
   readonly domain: DmaDomain;
   readonly deviceClass: DeviceClass;
   readonly config: Uint8Array;
+  readonly mover: VfMover;
 }
 
 /**
@@ -58,18 +70,19 @@ export interface VfParts {
 export async function openParts(
   options: VfOptions,
   entry: BusEntry,
+  mover: VfMover,
   around: VfSurroundings,
   undo: AsyncDisposableStack,
   deadline: Deadline,
 ): Promise<VfParts> {
   const fn = undo.use(await openFunction(entry, options.address, deadline));
-  const dataPath = await DataPath.open(fn, deadline);
+  const dataPath = await DataPath.open(fn, deadline, mover.make);
   undo.defer(() => dataPath.abandon());
   const own = await describe(dataPath, options, around);
   const domain = acquireDomain(options, entry, around, undo);
   await domain.attach(fn);
   undo.defer(() => domain.detach(fn));
-  return { entry, fn, dataPath, domain, ...own };
+  return { entry, fn, dataPath, domain, mover, ...own };
 }
 
 /**
@@ -82,17 +95,18 @@ export async function reviveParts(
   entry: BusEntry,
   record: VfRecord,
   fds: Map<string, OwnedFd>,
+  mover: VfMover,
   around: VfSurroundings,
   undo: AsyncDisposableStack,
 ): Promise<VfParts> {
   const fn = reviveFunction(entry, options.address, record.function, takeFds(fds, "function"));
   undo.defer(() => fn.abandon());
-  const dataPath = DataPath.revive(fn, record.dataPath, takeFds(fds, "dataPath"));
+  const dataPath = DataPath.revive(fn, record.dataPath, takeFds(fds, "dataPath"), mover.make);
   undo.defer(() => dataPath.abandon());
   const own = await describe(dataPath, options, around);
   const domain = acquireDomain(options, entry, around, undo);
   domain.adopt(fn);
-  return { entry, fn, dataPath, domain, ...own };
+  return { entry, fn, dataPath, domain, mover, ...own };
 }
 
 /** What the plugins say of the device. */

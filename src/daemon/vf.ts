@@ -11,16 +11,18 @@ import type { DeviceClass } from "../plugin.ts";
 import { Endpoint } from "../vhost-user/endpoint.ts";
 import { Session } from "../vhost-user/session.ts";
 import type { RingEventfds, SessionTarget } from "../vhost-user/target.ts";
+import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { configValues } from "../virtio/config-space.ts";
 import type { DataPathFailure } from "../virtio/data-path.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
+import type { FreezeMode, ManualControl, StateMover } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
-import { DEADLINES } from "./deadlines.ts";
 import { closing, joinFds, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
 import {
   openParts,
   reviveParts,
   usableQueues,
+  type VfMover,
   type VfOptions,
   type VfParts,
   type VfSurroundings,
@@ -31,6 +33,15 @@ import { checkTransition, type VfState } from "./vf-state.ts";
 const EADDRINUSE = 98;
 /** After a connection that never got to run, the next one is taken up later and later, up to this many ms. */
 const LONGEST_BACKOFF = 8_000;
+
+type ManualStatus = Parameters<ManualControl["change"]>[0];
+
+export interface VfManagement {
+  readonly mover: StateMover["kind"];
+  /** Its PF can freeze, save and restore it. */
+  readonly managed: boolean;
+  readonly unmanaged_reason: string | null;
+}
 
 /** One virtual function in the daemon's hands: its life cycle, and what a session may do with it. */
 export class Vf implements SessionTarget {
@@ -75,10 +86,10 @@ export class Vf implements SessionTarget {
    * Opens the function, resets it and begins to look for the front-end.
    * @throws VhostdError; nothing is left behind then
    */
-  static async attach(options: VfOptions, entry: BusEntry, around: VfSurroundings): Promise<Vf> {
-    const deadline = Deadline.after(DEADLINES.attach, `attaching ${options.address}`);
+  static async attach(options: VfOptions, entry: BusEntry, mover: VfMover, around: VfSurroundings): Promise<Vf> {
+    const deadline = Deadline.after(around.deadlines.attach, `attaching ${options.address}`);
     await using undo = new AsyncDisposableStack();
-    const parts = await openParts(options, entry, around, undo, deadline);
+    const parts = await openParts(options, entry, mover, around, undo, deadline);
     const vf = new Vf(options, parts, around, { name: "attaching" });
     undo.defer(() => vf.vanish());
     undo.defer(() => around.keeper.delete(vf.key));
@@ -94,11 +105,17 @@ export class Vf implements SessionTarget {
    * been revived before.
    * @throws VhostdError where the record or an fd does not fit; all fds are closed then
    */
-  static async revive(entry: BusEntry, record: VfRecord, fds: Map<string, OwnedFd>, around: VfSurroundings) {
+  static async revive(
+    entry: BusEntry,
+    record: VfRecord,
+    fds: Map<string, OwnedFd>,
+    mover: VfMover,
+    around: VfSurroundings,
+  ): Promise<Vf> {
     using _unused = closing(fds);
     const options = optionsOf(record);
     await using undo = new AsyncDisposableStack();
-    const parts = await reviveParts(options, entry, record, fds, around, undo);
+    const parts = await reviveParts(options, entry, record, fds, mover, around, undo);
     const vf = new Vf(options, parts, around, { name: "adopting" });
     vf.become({ name: parts.dataPath.running ? "running" : "idle" });
     const { session } = record;
@@ -149,6 +166,36 @@ export class Vf implements SessionTarget {
     return this.deviceClass.describe?.(config, this.deviceFeatures) ?? {};
   }
 
+  /** How its state is moved, and why not better. */
+  get management(): VfManagement {
+    const { dataPath, mover } = this.parts;
+    const managed = dataPath.capabilities.resumeAnywhere;
+    return { mover: dataPath.moverKind, managed, unmanaged_reason: managed ? null : mover.unmanagedReason() };
+  }
+
+  /**
+   * Changes the internal status by hand, where `to` is given. @returns the status afterwards
+   * @throws VhostdError notSupported where the VF is not managed; quiesceFailed, freezeFailed, adminQueue
+   */
+  move(to: ManualStatus | undefined): Promise<InternalStatusName> {
+    return this.operations.run(async () => {
+      this.checkUsable();
+      const { manual } = this.parts.dataPath;
+      if (manual === undefined) {
+        throw new VhostdError(
+          "notSupported",
+          `the state of ${this.address} cannot be moved: ${this.parts.mover.unmanagedReason()}`,
+        );
+      }
+      const deadline = this.drainDeadline();
+      if (to !== undefined) {
+        await manual.change(to, deadline);
+        this.log.warn(`internal status changed by hand: ${to}`);
+      }
+      return await manual.status(deadline);
+    });
+  }
+
   /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */
   async remove(): Promise<void> {
     this.stopping.abort();
@@ -165,7 +212,7 @@ export class Vf implements SessionTarget {
       steps.use(fn);
       steps.defer(() => domain.detach(fn));
       steps.defer(() => dataPath.abandon());
-      await dataPath.reset(Deadline.after(DEADLINES.detach, `reset of ${this.address}`)).catch((error) => {
+      await dataPath.reset(Deadline.after(this.around.deadlines.detach, `reset of ${this.address}`)).catch((error) => {
         this.log.warn("the last reset failed; the function is closed all the same", error);
       });
     });
@@ -233,7 +280,11 @@ export class Vf implements SessionTarget {
       this.checkUsable();
       this.become({ name: "configuring" });
       try {
-        await this.parts.dataPath.start(wanted, eventfds, Deadline.after(DEADLINES.start, `start of ${this.address}`));
+        await this.parts.dataPath.start(
+          wanted,
+          eventfds,
+          Deadline.after(this.around.deadlines.start, `start of ${this.address}`),
+        );
         this.become({ name: "running" });
         this.backoff = 0;
         this.trouble = undefined;
@@ -246,12 +297,11 @@ export class Vf implements SessionTarget {
     });
   }
 
-  stop(memory: RingMemory): Promise<DeviceState> {
+  stop(memory: RingMemory, mode: FreezeMode): Promise<DeviceState> {
     return this.operations.run(async () => {
       this.checkUsable();
       this.become({ name: "stopping" });
-      const deadline = Deadline.after(DEADLINES.drain, `${this.address} writing back what it has taken`);
-      const state = await this.parts.dataPath.stop(memory, deadline);
+      const state = await this.parts.dataPath.stop(memory, mode, this.drainDeadline());
       this.checkUsable();
       this.become({ name: "idle" });
       return state;
@@ -259,17 +309,21 @@ export class Vf implements SessionTarget {
   }
 
   reset(): Promise<void> {
+    return this.operations.run(() => this.comeToRest());
+  }
+
+  release(memory: RingMemory): Promise<void> {
     return this.operations.run(async () => {
-      if (this.current.name === "failed") return;
-      if (this.current.name === "running") this.become({ name: "stopping" });
-      try {
-        await this.parts.dataPath.reset(Deadline.after(DEADLINES.reset, `reset of ${this.address}`));
-      } catch (error) {
-        this.fail(asError(error));
-        throw error;
+      const { dataPath } = this.parts;
+      if (this.current.name === "running" && dataPath.capabilities.resumeAnywhere) {
+        this.become({ name: "stopping" });
+        try {
+          await dataPath.stop(memory, "drained", this.drainDeadline());
+        } catch (error) {
+          this.log.warn("what the function had taken is not all given back", asError(error));
+        }
       }
-      this.trouble = undefined;
-      if (this.current.name === "stopping") this.become({ name: "idle" });
+      await this.comeToRest();
     });
   }
 
@@ -288,6 +342,23 @@ export class Vf implements SessionTarget {
   async checkpoint(): Promise<void> {
     const { record, fds } = this.snapshot();
     await this.around.keeper.put(this.key, record, fds);
+  }
+
+  private drainDeadline(): Deadline {
+    return Deadline.after(this.around.deadlines.drain, `${this.address} giving back what it has taken`);
+  }
+
+  private async comeToRest(): Promise<void> {
+    if (this.current.name === "failed") return;
+    if (this.current.name === "running") this.become({ name: "stopping" });
+    try {
+      await this.parts.dataPath.reset(Deadline.after(this.around.deadlines.reset, `reset of ${this.address}`));
+    } catch (error) {
+      this.fail(asError(error));
+      throw error;
+    }
+    this.trouble = undefined;
+    if (this.current.name === "stopping") this.become({ name: "idle" });
   }
 
   private async releaseMemory(): Promise<void> {

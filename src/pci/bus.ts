@@ -16,8 +16,8 @@ export interface BusEntry {
   readonly class: number;
   /** The PF of a VF. */
   readonly physfn: PciAddress | undefined;
-  /** The VFs of a PF, by index. */
-  readonly virtfns: readonly PciAddress[];
+  /** The VFs of a PF, by the index that its firmware knows them by. */
+  readonly virtfns: ReadonlyMap<number, PciAddress>;
   readonly transport: Transport;
 }
 
@@ -82,14 +82,16 @@ async function readFunctionLink(directory: string, name: string): Promise<PciAdd
   return parsePciAddress(basename(target));
 }
 
-async function readVirtualFunctions(directory: string): Promise<PciAddress[]> {
+async function readVirtualFunctions(directory: string): Promise<Map<number, PciAddress>> {
   const indices = (await readdir(directory))
     .map((name) => /^virtfn(\d+)$/.exec(name)?.[1])
     .filter((index) => index !== undefined)
     .map(Number)
     .sort((a, b) => a - b);
-  const links = await Promise.all(indices.map((index) => readFunctionLink(directory, `virtfn${index}`)));
-  return links.filter((link) => link !== undefined);
+  const links = await Promise.all(
+    indices.map(async (index) => [index, await readFunctionLink(directory, `virtfn${index}`)] as const),
+  );
+  return new Map(links.filter((link): link is [number, PciAddress] => link[1] !== undefined));
 }
 
 async function exists(path: string): Promise<boolean> {

@@ -4,6 +4,7 @@ import type { OwnedFd } from "../native/fd.ts";
 import { isUnixStream } from "../native/sys.ts";
 import type { QueueState } from "../virtio/device-state.ts";
 import { FeatureBit, hasFeature, Status } from "../virtio/features.ts";
+import type { FreezeMode } from "../virtio/mover.ts";
 import { usedIndex } from "../virtio/split-ring.ts";
 import { BackChannel } from "./back-channel.ts";
 import {
@@ -44,6 +45,8 @@ export class Backend {
   readonly memory: GuestMemory;
   readonly rings: readonly Ring[];
   private statusByte: number;
+  /** What the function keeps of a ring between a stop and the start that follows at once, by queue. */
+  private readonly inFlight = new Map<number, readonly number[]>();
   private channel: BackChannel | undefined;
 
   /**
@@ -167,7 +170,7 @@ export class Backend {
    * @throws VhostdError where the set-up is incomplete or the function does not take it
    */
   async start(): Promise<void> {
-    if (this.state.kind === "running") await this.freeze();
+    if (this.state.kind === "running") await this.freeze("listed");
     const features = featuresOf(this.state);
     if (!hasFeature(features, FeatureBit.version1)) {
       throw new VhostdError(
@@ -180,15 +183,18 @@ export class Backend {
     const queues = started.map((ring): QueueState => {
       const addresses = ring.ready(this.memory);
       const lastUsed = usedIndex(this.memory, addresses);
+      const inFlight = this.inFlight.get(ring.index);
       return {
         index: ring.index,
         size: ring.size,
         vector: ring.index + 1,
         ...addresses,
-        lastAvail: ring.base,
+        lastAvail: inFlight === undefined ? resumeIndex(ring.base, lastUsed, ring.size) : ring.base,
         lastUsed,
+        ...(inFlight === undefined ? {} : { inFlight }),
       };
     });
+    this.inFlight.clear();
     const next = transition(this.state, { type: "start", queues: started.map((ring) => ring.index) });
     const eventfds = new Map(
       started.map((ring): [number, RingEventfds] => [ring.index, { kick: ring.liveKick, call: ring.call }]),
@@ -211,7 +217,7 @@ export class Backend {
   /** GET_VRING_BASE: the first ring that is asked for stops all. @returns the index where this ring goes on */
   async stopRing(ring: Ring): Promise<number> {
     if (this.runs(ring)) {
-      await this.freeze();
+      await this.freeze("drained");
       for (const other of this.startedRings) other.stop(other.base);
     }
     ring.stop(ring.base);
@@ -302,7 +308,7 @@ export class Backend {
   async close(reason: string): Promise<void> {
     this.state = transition(this.state, { type: "close", reason });
     try {
-      await this.target.reset();
+      await this.target.release(this.memory);
     } catch (error) {
       this.log.error("the function could not be reset", asError(error));
     }
@@ -323,9 +329,13 @@ export class Backend {
   }
 
   /** Stops the function; the rings know their indices then. */
-  private async freeze(): Promise<void> {
-    const seen = await this.target.stop(this.memory);
-    for (const queue of seen.queues) this.ring(queue.index).base = queue.lastAvail;
+  private async freeze(mode: FreezeMode): Promise<void> {
+    const seen = await this.target.stop(this.memory, mode);
+    this.inFlight.clear();
+    for (const { index, lastAvail, inFlight } of seen.queues) {
+      this.ring(index).base = lastAvail;
+      if (inFlight !== undefined) this.inFlight.set(index, inFlight);
+    }
     this.state = transition(this.state, { type: "stop" });
   }
 
@@ -354,6 +364,15 @@ function reviveRegions(record: SessionRecord, takeFd: (name: string) => OwnedFd 
     regions.push({ range: checkRegion(description, fd, regions), userAddress: description.userAddress, fd });
   }
   return regions;
+}
+
+/**
+ * Where a ring goes on. A front-end that lost its connection has noted the used index of that moment, and what was in
+ * flight has been given back since.
+ */
+function resumeIndex(base: number, used: number, size: number): number {
+  const givenBackSince = (used - base) & 0xffff;
+  return givenBackSince <= size ? used : base;
 }
 
 /** @throws VhostdError connectionLost after the end */

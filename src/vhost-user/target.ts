@@ -1,6 +1,7 @@
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
+import type { FreezeMode } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 
 /** What a session drives: one VF, seen without its transport and life cycle. */
@@ -28,10 +29,15 @@ export interface SessionTarget {
    * The fds are borrowed for the call.
    */
   start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void>;
-  /** Disconnects the kicks, drains and freezes the function. Indices are final in what it returns. */
-  stop(memory: RingMemory): Promise<DeviceState>;
+  /** Disconnects the kicks and freezes the function. Indices are final in what it returns. */
+  stop(memory: RingMemory, mode: FreezeMode): Promise<DeviceState>;
   /** Status 0: nothing of the front-end is in use by the function any more. */
   reset(): Promise<void>;
+  /**
+   * As `reset`, for a front-end that is gone and may come back to rings in mid-use: where the function can go on from
+   * them, it first gives back all that it has taken.
+   */
+  release(memory: RingMemory): Promise<void>;
   /** Changes the eventfd of one queue while the function runs; null disconnects. */
   setKick(queue: number, fd: number | null): Promise<void>;
   setCall(queue: number, fd: number | null): Promise<void>;

@@ -3,6 +3,7 @@ import type { DeviceClass } from "../../src/plugin.ts";
 import type { DoorbellShare, RingEventfds, SessionTarget } from "../../src/vhost-user/target.ts";
 import type { DeviceState } from "../../src/virtio/device-state.ts";
 import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
+import type { FreezeMode } from "../../src/virtio/mover.ts";
 import { availIndex, type RingMemory } from "../../src/virtio/split-ring.ts";
 
 export interface MockTargetOptions {
@@ -35,7 +36,17 @@ const MOCK_FEATURES = featureBits(
   FeatureBit.ringReset,
 );
 
-type Operation = "start" | "stop" | "reset" | "map" | "unmap" | "setKick" | "setCall" | "readConfig" | "writeConfig";
+type Operation =
+  | "start"
+  | "stop"
+  | "reset"
+  | "release"
+  | "map"
+  | "unmap"
+  | "setKick"
+  | "setCall"
+  | "readConfig"
+  | "writeConfig";
 
 /**
  * A VF that does no I/O: it notes what a session does to it. When it is stopped it says that it has taken every
@@ -52,6 +63,8 @@ export class MockTarget implements SessionTarget {
   /** What runs, as it was started. */
   running: DeviceState | undefined;
   eventfds = new Map<number, RingEventfds>();
+  /** Heads that it lists as in flight when it is allowed to, by queue. */
+  readonly keeps = new Map<number, readonly number[]>();
   checkpoints = 0;
   /** Runs before the operation; throw in it to make it fail. */
   before: (operation: Operation) => Promise<void> | void = () => {};
@@ -106,20 +119,27 @@ export class MockTarget implements SessionTarget {
     this.onStart();
   }
 
-  async stop(memory: RingMemory): Promise<DeviceState> {
+  async stop(memory: RingMemory, mode: FreezeMode): Promise<DeviceState> {
     if (this.running === undefined) throw new Error("stopped without a start");
-    await this.note("stop");
+    await this.note("stop", mode === "listed" ? mode : "");
     const { running } = this;
     this.running = undefined;
-    const queues = running.queues.map((queue) => {
+    const queues = running.queues.map(({ inFlight: _, ...queue }) => {
       const index = availIndex(memory, queue);
-      return { ...queue, lastAvail: index, lastUsed: index };
+      const inFlight = mode === "listed" ? this.keeps.get(queue.index) : undefined;
+      if (inFlight === undefined) return { ...queue, lastAvail: index, lastUsed: index };
+      return { ...queue, lastAvail: index, lastUsed: (index - inFlight.length) & 0xffff, inFlight };
     });
     return { ...running, queues };
   }
 
   async reset(): Promise<void> {
     await this.note("reset");
+    this.running = undefined;
+  }
+
+  async release(): Promise<void> {
+    await this.note("release");
     this.running = undefined;
   }
 

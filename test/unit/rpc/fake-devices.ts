@@ -1,12 +1,14 @@
 import { VhostdError } from "../../../src/base/errors.ts";
 import type { Devices } from "../../../src/daemon/methods.ts";
-import type { AddVf, PfInfo, RegistryEvent, VfInfo } from "../../../src/daemon/registry.ts";
+import type { AddVf, ManualOperation, PfInfo, RegistryEvent, VfInfo } from "../../../src/daemon/registry.ts";
 import type { PciAddress } from "../../../src/pci/address.ts";
+import type { InternalStatusName } from "../../../src/virtio/admin/vendor.ts";
 
 /** The registry as the control interface sees it, without devices: every function of bus 5a exists. */
 export class FakeDevices implements Devices {
   readonly pfs = new Map<PciAddress, PfInfo>();
   readonly vfs = new Map<PciAddress, VfInfo>();
+  readonly internal = new Map<PciAddress, InternalStatusName>();
   readonly handlers = new Set<(event: RegistryEvent) => void>();
   /** addVf waits for it. */
   gate: Promise<void> = Promise.resolve();
@@ -14,7 +16,10 @@ export class FakeDevices implements Devices {
   async addPf(pf: PciAddress): Promise<PfInfo> {
     if (!pf.startsWith("0000:5a:")) throw new VhostdError("pfNotFound", `no function ${pf}`, { fix: "check --bus" });
     if (this.pfs.has(pf)) throw new VhostdError("pfExists", `PF ${pf} has been added already`);
-    const info: PfInfo = { pf, class: "net", vfs: 0, kind: "software", managed: false, reason: null };
+    const info: PfInfo = {
+      ...{ pf, class: "net", vfs: 0, kind: "software" },
+      ...{ managed: true, migration: "vendor 1.0.0", admin_queue: "ready", reason: null },
+    };
     this.pfs.set(pf, info);
     this.emit({ type: "pf", pf, state: "added" });
     return info;
@@ -55,6 +60,15 @@ export class FakeDevices implements Devices {
     return info;
   }
 
+  async moveVf(vf: PciAddress, operation: ManualOperation): Promise<InternalStatusName> {
+    const info = this.vfInfo(vf);
+    if (!info.managed) throw new VhostdError("notSupported", `VF ${vf} is not managed: ${info.unmanaged_reason}`);
+    const current = this.internal.get(vf) ?? "init";
+    const wanted = { status: current, run: "running", quiesce: "quiesced", freeze: "freezed" } as const;
+    this.internal.set(vf, wanted[operation]);
+    return wanted[operation];
+  }
+
   onEvent(handler: (event: RegistryEvent) => void): Disposable {
     this.handlers.add(handler);
     return { [Symbol.dispose]: () => void this.handlers.delete(handler) };
@@ -91,7 +105,9 @@ export function vfInfo(vf: PciAddress, pf: PciAddress, more: Partial<VfInfo> = {
     configured: false,
     state: "idle",
     reason: null,
-    mover: "registers",
+    mover: "vendor",
+    managed: true,
+    unmanaged_reason: null,
     ...more,
   };
 }

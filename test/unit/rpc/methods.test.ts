@@ -111,7 +111,10 @@ describe("methods of old clients", () => {
   test("mgmtpf adds, lists and removes", async () => {
     const success = { errno: 0, errstr: "Success" };
     expect(await invoke("mgmtpf", { add: true, dev: "5a:00.0" })).toEqual(success);
-    expect(await invoke("mgmtpf", { list: true })).toEqual({ devices: [{ pf: PF }], ...success });
+    expect(await invoke("mgmtpf", { list: true })).toEqual({
+      devices: [{ pf: PF, managed: true, migration: "vendor 1.0.0" }],
+      ...success,
+    });
     expect(await invoke("mgmtpf", { remove: true, dev: "5a:00.0" })).toEqual(success);
   });
 
@@ -136,6 +139,8 @@ describe("methods of old clients", () => {
       vm_uuid: "u-u-i-d",
       socket_file: "/tmp/vhost-net0",
       configured: false,
+      managed: true,
+      mover: "vendor",
     };
     expect(await invoke("vf", { info: true, vfdev: VF })).toEqual({ device, errno: 0, errstr: "Success" });
     expect(await invoke("vf", { list: true, mgmtpf: PF })).toEqual({ devices: [device], errno: 0, errstr: "Success" });
@@ -148,6 +153,27 @@ describe("methods of old clients", () => {
     });
     const { device } = (await invoke("vf", { info: true, vfdev: VF })) as { device: object };
     expect(Object.keys(device)).toEqual(["vf", "probed", "vm_uuid", "socket_file"]);
+  });
+
+  test("debug: run, quiesce, freeze and status, by number or text", async () => {
+    await invoke("mgmtpf", { add: true, dev: PF });
+    await invoke("vf", { add: true, vfdev: VF });
+    const debug = (test_operation: number | string) => invoke("vf", { debug: true, vfdev: VF, test_operation });
+    const answer = (lm_status: string) => ({ device: { vf: VF, lm_status }, errno: 0, errstr: "Success" });
+    expect(await debug(6)).toEqual(answer("0"));
+    expect(await debug("1")).toEqual(answer("1"));
+    expect(await debug(2)).toEqual(answer("2"));
+    expect(await debug(3)).toEqual(answer("3"));
+    expect(await debug("6")).toEqual(answer("3"));
+    expect(await invoke("vf.debug", { device: VF, operation: "run" })).toEqual({ vf: VF, internal_status: "running" });
+  });
+
+  test("debug of a VF that is not managed says why not", async () => {
+    devices.vfs.set(VF, vfInfo(VF, PF, { managed: false, unmanaged_reason: "its PF has no admin queue" }));
+    expect(await invoke("vf", { debug: true, vfdev: VF, test_operation: 6 })).toMatchObject({
+      errno: -95,
+      errstr: expect.stringContaining("no admin queue"),
+    });
   });
 
   test("server and the default socket", async () => {
@@ -168,7 +194,10 @@ describe("methods of old clients", () => {
     ["two operations", "vf", { add: true, remove: true, vfdev: "5a:00.1" }, -1007],
     ["a parameter of a wrong type", "vf", { info: true, vfdev: 5 }, -1007],
     ["an unknown parameter", "mgmtpf", { list: true, all: true }, -1007],
-    ["debug", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 6 }, -95],
+    ["debug of a VF that was not added", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 6 }, -1003],
+    ["debug without an operation", "vf", { debug: true, vfdev: "5a:00.1" }, -1007],
+    ["debug with an unknown operation", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 7 }, -1007],
+    ["logging by hand", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 4, size_mode: 1 }, -95],
   ];
   for (const [what, method, params, errno] of failures) {
     test(`${what}: errno ${errno} inside the result`, async () => {

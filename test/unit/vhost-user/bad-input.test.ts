@@ -19,7 +19,7 @@ for (const input of BAD_INPUT) {
       expect(lines.filter((line) => line.includes(end.reason))).toHaveLength(1);
       expect(target.mapped).toEqual([]);
       expect(target.running).toBeUndefined();
-      expect(target.calls.filter((call) => call === "reset")).toHaveLength(1);
+      expect(target.calls.filter((call) => call === "release")).toHaveLength(1);
       await frontend.hungUp();
     });
     expect(left).toBe(0);

@@ -30,7 +30,7 @@ describe("a front-end that goes away", () => {
       }
     });
     expect(left).toBe(0);
-    expect([...furthest]).toEqual(["reset", "map 0x0+0x10000", "unmap 0x0+0x10000", "start 0@0"]);
+    expect([...furthest]).toEqual(["release", "map 0x0+0x10000", "unmap 0x0+0x10000", "start 0@0"]);
   });
 
   test("a message that comes in pieces is one message", async () => {

@@ -3,11 +3,12 @@ import { VhostdError } from "../../../src/base/errors.ts";
 import { eventfd, fileInfo, memfd, truncate } from "../../../src/native/sys.ts";
 import type { DeviceClass } from "../../../src/plugin.ts";
 import { FLAG_NEED_REPLY, ProtocolFeature, Request, U64, VRING_AREA } from "../../../src/vhost-user/messages.ts";
+import type { QueueState } from "../../../src/virtio/device-state.ts";
 import { FeatureBit, featureBits, Status } from "../../../src/virtio/features.ts";
 import { config, u64, withoutFd } from "../../kit/frontend/frontend.ts";
 import { FrontendMemory } from "../../kit/frontend/memory.ts";
 import { mockDeviceClass } from "../../kit/mock-target.ts";
-import { connect, ONE_MEGABYTE, REGIONS, startRunning } from "./harness.ts";
+import { connect, ONE_MEGABYTE, type Pair, REGIONS, startRunning } from "./harness.ts";
 
 const offered = featureBits(
   0,
@@ -90,6 +91,51 @@ describe("rings of a running device", () => {
     await frontend.setStatus(0xf);
     expect(target.running?.queues).toHaveLength(1);
     expect(target.eventfds.get(0)?.kick).toBeUndefined();
+  });
+});
+
+describe("where a ring goes on", () => {
+  /** Starts ring 0, 64 entries, at `base` with this used index in the guest's memory. */
+  async function startAt({ frontend, target }: Pair, base: number, used: number): Promise<QueueState> {
+    await startRunning(frontend, 1);
+    await frontend.stop({ order: "new" });
+    frontend.memory.write(frontend.queues[0]!.driver.ring.device + 2, Uint8Array.of(used & 0xff, used >> 8));
+    await frontend.resumeQueues([base]);
+    return target.running!.queues[0]!;
+  }
+
+  test("what was given back after the front-end had noted its base is not taken again", async () => {
+    await using pair = connect();
+    expect(await startAt(pair, 65530, 4)).toMatchObject({ lastAvail: 4, lastUsed: 4 });
+  });
+
+  test("a base ahead of the used index, or behind by more than the ring's length, stays as it was said", async () => {
+    await using ahead = connect();
+    expect(await startAt(ahead, 7, 4)).toMatchObject({ lastAvail: 7, lastUsed: 4 });
+    await using behind = connect();
+    expect(await startAt(behind, 0, 65)).toMatchObject({ lastAvail: 0, lastUsed: 65 });
+  });
+
+  test("what the device keeps while another ring joins goes back to it, once", async () => {
+    await using pair = connect({ quietPeriod: 5 });
+    const { frontend, target } = pair;
+    await startRunning(frontend, 2);
+    const late = frontend.queues[1]!;
+    await frontend.stop({ order: "new" });
+    frontend.queues.pop();
+    await frontend.resumeQueues([0]);
+    frontend.queues.push(late);
+    target.keeps.set(0, [5, 9]);
+    const restarted = Promise.withResolvers<void>();
+    target.onStart = restarted.resolve;
+    await frontend.setupQueue(late, 0);
+    await restarted.promise;
+    const given = () => target.running?.queues.map(({ inFlight }) => inFlight);
+    expect(given()).toEqual([[5, 9], undefined]);
+    target.keeps.clear();
+    await frontend.stop({ order: "new" });
+    await frontend.resumeQueues([0, 0]);
+    expect(given()).toEqual([undefined, undefined]);
   });
 });
 
@@ -316,7 +362,7 @@ test("close ends the session from our side, after the operation under way", asyn
   await entered.promise;
   session.close("the VF is removed");
   await Bun.sleep(5);
-  expect(target.calls).not.toContain("reset");
+  expect(target.calls).not.toContain("release");
   gate.resolve();
   expect(await pair.ended).toEqual({ reason: "the VF is removed" });
   expect(target.running).toBeUndefined();

@@ -221,7 +221,7 @@ describe("a front-end without STATUS", () => {
     target.onStart = restarted.resolve;
     await frontend.setupQueue(late, 0);
     await restarted.promise;
-    expect(target.calls.slice(-2)).toEqual(["stop", "start 0@4 1@0"]);
+    expect(target.calls.slice(-2)).toEqual(["stop listed", "start 0@4 1@0"]);
   });
 });
 
