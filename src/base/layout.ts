@@ -44,16 +44,15 @@ export function struct<const F extends Fields>(name: string, size: number, field
     }
   }
   const entries = Object.entries(fields);
-  const view = (bytes: Uint8Array, at: number) => {
+  const check = (bytes: Uint8Array, at: number) => {
     if (at < 0 || at + size > bytes.byteLength) {
       throw new RangeError(`${name} needs ${size} bytes at ${at}, there are ${bytes.byteLength}`);
     }
-    return new DataView(bytes.buffer, bytes.byteOffset + at, size);
   };
   const write = (bytes: Uint8Array, value: Partial<StructValue<F>>, at = 0) => {
-    const data = view(bytes, at);
+    check(bytes, at);
     for (const [field, [offset, type]] of entries) {
-      writeField(data, offset, type, (value as Record<string, number | bigint>)[field] ?? 0);
+      writeField(bytes, at + offset, type, (value as Record<string, number | bigint>)[field] ?? 0);
     }
   };
   return {
@@ -61,9 +60,9 @@ export function struct<const F extends Fields>(name: string, size: number, field
     size,
     fields,
     read(bytes, at = 0) {
-      const data = view(bytes, at);
+      check(bytes, at);
       const value: Record<string, number | bigint> = {};
-      for (const [field, [offset, type]] of entries) value[field] = readField(data, offset, type);
+      for (const [field, [offset, type]] of entries) value[field] = readField(bytes, at + offset, type);
       return value as StructValue<F>;
     },
     write,
@@ -75,40 +74,51 @@ export function struct<const F extends Fields>(name: string, size: number, field
   };
 }
 
+/*
+ * Byte by byte rather than by a DataView: that takes an ArrayBuffer to be made for each message, far more than the
+ * message itself.
+ */
+
+const TWO_TO_32 = 2 ** 32;
+
 /** @throws RangeError where an `addr` exceeds 2^53 - 1 */
-export function readField(data: DataView, offset: number, type: FieldType): number | bigint {
+export function readField(bytes: Uint8Array, offset: number, type: FieldType): number | bigint {
   switch (type) {
     case "u8":
-      return data.getUint8(offset);
+      return bytes[offset]!;
     case "u16":
-      return data.getUint16(offset, true);
+      return bytes[offset]! | (bytes[offset + 1]! << 8);
     case "u32":
-      return data.getUint32(offset, true);
+      return readU32(bytes, offset);
     case "u64":
-      return data.getBigUint64(offset, true);
+      return (BigInt(readU32(bytes, offset + 4)) << 32n) | BigInt(readU32(bytes, offset));
     case "addr": {
-      const value = data.getBigUint64(offset, true);
-      if (value > BigInt(Number.MAX_SAFE_INTEGER))
-        throw new RangeError(`address 0x${value.toString(16)} is beyond 2^53`);
-      return Number(value);
+      const low = readU32(bytes, offset);
+      const high = readU32(bytes, offset + 4);
+      const value = high * TWO_TO_32 + low;
+      if (value <= Number.MAX_SAFE_INTEGER) return value;
+      const digits = high.toString(16) + low.toString(16).padStart(8, "0");
+      throw new RangeError(`address 0x${digits} is beyond 2^53`);
     }
   }
 }
 
-function writeField(data: DataView, offset: number, type: FieldType, value: number | bigint): void {
-  switch (type) {
-    case "u8":
-      data.setUint8(offset, Number(value));
-      break;
-    case "u16":
-      data.setUint16(offset, Number(value), true);
-      break;
-    case "u32":
-      data.setUint32(offset, Number(value), true);
-      break;
-    case "u64":
-    case "addr":
-      data.setBigUint64(offset, BigInt(value), true);
-      break;
+function readU32(bytes: Uint8Array, offset: number): number {
+  const high = (bytes[offset + 2]! << 16) | (bytes[offset + 3]! << 24);
+  return (bytes[offset]! | (bytes[offset + 1]! << 8) | high) >>> 0;
+}
+
+function writeField(bytes: Uint8Array, offset: number, type: FieldType, value: number | bigint): void {
+  const size = SIZES[type];
+  if (size === 8) {
+    const whole = BigInt.asUintN(64, BigInt(value));
+    writeNumber(bytes, offset, 4, Number(whole & 0xffff_ffffn));
+    writeNumber(bytes, offset + 4, 4, Number(whole >> 32n));
+  } else {
+    writeNumber(bytes, offset, size, Number(value));
   }
+}
+
+function writeNumber(bytes: Uint8Array, offset: number, size: number, value: number): void {
+  for (let byte = 0; byte < size; byte++) bytes[offset + byte] = value >>> (8 * byte);
 }

@@ -1,4 +1,4 @@
-import { type ConsolaInstance, createConsola, type LogType } from "consola";
+import { type ConsolaInstance, createConsola, type LogType } from "consola/core";
 import { sentence } from "./errors.ts";
 import { LogOutput, surviveLostReaders } from "./log-output.ts";
 
@@ -41,20 +41,39 @@ export function createLogger(level: LogLevel, journald = process.env["JOURNAL_ST
       },
     ],
   });
-  return wrap(root, "");
+  return new SubjectLogger(root, "");
 }
 
-function wrap(instance: ConsolaInstance, subject: string): Logger {
-  const tagged = instance.withTag(subject);
-  const say = (type: "error" | "warn") => (message: string, cause?: unknown) =>
-    cause === undefined ? tagged[type](message) : tagged[type](`${message}:`, cause);
-  return {
-    error: say("error"),
-    warn: say("warn"),
-    info: (message) => tagged.info(message),
-    debug: (message) => tagged.debug(message),
-    child: (inner) => wrap(instance, subject === "" ? inner : `${subject} ${inner}`),
-  };
+/** All subjects write by one consola instance: an instance is some 100 objects, too much for each of many VFs. */
+class SubjectLogger implements Logger {
+  constructor(
+    private readonly root: ConsolaInstance,
+    private readonly subject: string,
+  ) {}
+
+  error(message: string, cause?: unknown): void {
+    this.root.error(this.line(message, cause));
+  }
+
+  warn(message: string, cause?: unknown): void {
+    this.root.warn(this.line(message, cause));
+  }
+
+  info(message: string): void {
+    this.root.info(this.line(message));
+  }
+
+  debug(message: string): void {
+    this.root.debug(this.line(message));
+  }
+
+  child(subject: string): Logger {
+    return new SubjectLogger(this.root, this.subject === "" ? subject : `${this.subject} ${subject}`);
+  }
+
+  private line(message: string, cause?: unknown) {
+    return { tag: this.subject, args: cause === undefined ? [message] : [`${message}:`, cause] };
+  }
 }
 
 /** One line whatever was thrown: a peer's text must not forge log lines. */

@@ -53,6 +53,11 @@ const HEADER_INTERVAL = 2;
 const CLOSE_INTERVAL = 5;
 /** Messages taken one after the other before other work of the event loop has its turn: a peer may never pause. */
 const MESSAGES_A_TURN = 16;
+/** Filled by one receive call and read before the next: an array for each message would be its greatest cost. */
+const arrivedFds = new Int32Array(MOST_FDS);
+const arrivedCount = new Int32Array(1);
+/** One element: bun:ffi has no address of an empty array. */
+const NO_FDS = new Int32Array(1);
 
 /** Messages with fds over a unix stream socket. */
 export class MessageSocket implements Disposable {
@@ -140,7 +145,7 @@ export class MessageSocket implements Disposable {
     for (;;) {
       // Asked for first: what the peer sent before it hung up is then seen below.
       const ended = deadline !== undefined && check(c.vhostd_is_hung_up(this.fd), "poll") > 0;
-      const rest = header.subarray(begun.taken);
+      const rest = from(header, begun.taken);
       const count = Number(c.vhostd_peek(this.fd, rest, rest.length));
       if (count === rest.length) return true;
       if (count === 0 || count === -ECONNRESET) {
@@ -169,15 +174,17 @@ export class MessageSocket implements Disposable {
     const headerSize = header.length;
     const bytes = new Uint8Array(headerSize + bodySize);
     bytes.set(header);
-    const deadline = Deadline.after(this.partialTimeout, `arrival of a message of ${bytes.length} bytes`);
+    let deadline: Deadline | undefined;
     for (let taken = begin; taken < bytes.length; ) {
-      const count = this.takePart(bytes.subarray(taken), fds);
-      if (count === -EAGAIN) await this.readable.wait(deadline);
-      else if (count === 0 || count === -ECONNRESET) throw lostError(taken, bytes.length);
+      const count = this.takePart(from(bytes, taken), fds);
+      if (count === -EAGAIN) {
+        deadline ??= Deadline.after(this.partialTimeout, `arrival of a message of ${bytes.length} bytes`);
+        await this.readable.wait(deadline);
+      } else if (count === 0 || count === -ECONNRESET) throw lostError(taken, bytes.length);
       else taken += check(count, "receive a message with file descriptors");
     }
     return {
-      header: bytes.subarray(0, headerSize),
+      header,
       body: bytes.subarray(headerSize),
       fds,
       [Symbol.dispose]: () => closeAll(fds),
@@ -186,10 +193,9 @@ export class MessageSocket implements Disposable {
 
   /** The count of bytes taken or -errno; the fds that came are added to `fds`, which the caller closes. */
   private takePart(into: Uint8Array, fds: OwnedFd[]): number {
-    const numbers = new Int32Array(MOST_FDS);
-    const arrived = new Int32Array(1);
-    const count = Number(c.vhostd_receive(this.fd, into, into.length, numbers, arrived));
-    for (const number of numbers.subarray(0, arrived[0])) fds.push(new OwnedFd(number, this.lane));
+    arrivedCount[0] = 0;
+    const count = Number(c.vhostd_receive(this.fd, into, into.length, arrivedFds, arrivedCount));
+    for (let at = 0; at < arrivedCount[0]!; at++) fds.push(new OwnedFd(arrivedFds[at]!, this.lane));
     if (fds.length > this.framing.maxFds) {
       throw new VhostdError("protocol", `message carries ${fds.length} fds, the limit is ${this.framing.maxFds}`);
     }
@@ -212,17 +218,17 @@ export class MessageSocket implements Disposable {
     if (fds.length > MOST_FDS) {
       throw new VhostdError("limitExceeded", `message has ${fds.length} fds, the limit is ${MOST_FDS}`);
     }
-    // One element at least: bun:ffi has no address of an empty array.
-    const numbers = new Int32Array(Math.max(1, fds.length));
-    numbers.set(fds.map(checkFd));
-    const deadline = Deadline.after(this.sendTimeout, `sending a message of ${bytes.length} bytes`);
+    const numbers = fds.length === 0 ? NO_FDS : Int32Array.from(fds, checkFd);
+    let deadline: Deadline | undefined;
     let sent = 0;
     try {
       while (sent < bytes.length) {
-        const rest = bytes.subarray(sent);
+        const rest = from(bytes, sent);
         const count = Number(c.vhostd_send(this.fd, rest, rest.length, numbers, sent === 0 ? fds.length : 0));
-        if (count === -EAGAIN) await this.writable.wait(deadline);
-        else if (count === -EPIPE || count === -ECONNRESET) throw lostError(sent, bytes.length);
+        if (count === -EAGAIN) {
+          deadline ??= Deadline.after(this.sendTimeout, `sending a message of ${bytes.length} bytes`);
+          await this.writable.wait(deadline);
+        } else if (count === -EPIPE || count === -ECONNRESET) throw lostError(sent, bytes.length);
         else sent += check(count, "send a message");
       }
     } catch (error) {
@@ -277,6 +283,11 @@ class Readiness implements Disposable {
     this.watch?.[Symbol.dispose]();
     this.waiter?.reject(closedError());
   }
+}
+
+/** What is left of `bytes`; mostly all of it, and then no second view is made. */
+function from(bytes: Uint8Array, at: number): Uint8Array {
+  return at === 0 ? bytes : bytes.subarray(at);
 }
 
 function closeAll(fds: OwnedFd[]): void {
