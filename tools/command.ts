@@ -95,11 +95,13 @@ export async function runTask(
 /** Citty passes over what a command does not have. @throws UsageError */
 function refuseUnknown(args: ArgsDef, words: readonly string[]): void {
   const declared = Object.entries(args);
-  const options = declared.filter(([, { type }]) => type !== "positional").map(([name]) => name);
+  const options = declared.filter(([, { type }]) => type !== "positional");
   try {
     parseArgs({
       args: [...words],
-      options: Object.fromEntries(options.map((name) => [name, { type: "string" }])),
+      options: Object.fromEntries(
+        options.map(([name, { type }]) => [name, { type: type === "boolean" ? "boolean" : "string" }]),
+      ),
       allowPositionals: declared.length > options.length,
     });
   } catch (error) {

@@ -18,7 +18,7 @@ const MISTAKES: readonly [words: string, reason: string, usage: string][] = [
   ["setup extra", "Unexpected argument 'extra'", "./dev setup"],
   ["test --bogus unit", "Unknown option '--bogus'", "./dev test [TIERS]"],
   ["test unit nosuch", `no test file of unit has "nosuch" in its name`, "./dev test [TIERS]"],
-  ["bench nosuch", `no benchmark is called "nosuch"`, "./dev bench [NAMES]"],
+  ["bench nosuch", `no benchmark is called "nosuch"`, "./dev bench [OPTIONS] [NAMES]"],
   ["fuzz --minutes abc", `--minutes is "abc"`, "./dev fuzz [OPTIONS] [FILES]"],
   ["fuzz --seed", "argument missing", "./dev fuzz [OPTIONS] [FILES]"],
   ["nosuch", `there is no command "nosuch"`, "./dev setup|demo|"],
