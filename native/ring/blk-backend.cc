@@ -153,7 +153,8 @@ void BlkBackend::serve(Chain* chain, ServiceContext& context) {
     return;
   }
   if (delay_ > 0) {
-    deferral_.put(chain, monotonicNow() + delay_);
+    // Out of order, younger requests overtake older ones while these are still under way.
+    deferral_.put(chain, monotonicNow() + delay_ + (outOfOrder_ ? deferral_.sometime(delay_) : 0));
   } else if (outOfOrder_) {
     deferral_.put(chain, 0);
   } else {

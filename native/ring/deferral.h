@@ -17,6 +17,9 @@ class Deferral {
     kept_.push_back(chain);
   }
 
+  /** Some time from 0 to `most`. */
+  int64_t sometime(int64_t most) { return std::uniform_int_distribution<int64_t>(0, most)(random_); }
+
   /** Nothing waits longer than until `latest`. */
   void hasten(int64_t latest) {
     for (Chain* chain : kept_) chain->due = std::min(chain->due, latest);
