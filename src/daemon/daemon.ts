@@ -8,6 +8,7 @@ import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
 import { makeRuntimeDirectory, rpcSocket } from "../runtime-directory.ts";
 import type { DaemonConfig } from "./config.ts";
+import type { Deadlines } from "./deadlines.ts";
 import { nullKeeper } from "./keeper.ts";
 import { createMethods } from "./methods.ts";
 import { DeviceRegistry } from "./registry.ts";
@@ -15,9 +16,10 @@ import { DeviceRegistry } from "./registry.ts";
 /** Owner and group: whoever may control the daemon. */
 const RPC_SOCKET_MODE = 0o660;
 
-/** For requests in progress, then for all functions to be let go of, milliseconds. */
+/** For requests in progress, milliseconds. */
 const STOP_REQUESTS = 2_000;
-const STOP_DEVICES = 10_000;
+/** For all functions to give back what they have taken and to be let go of, milliseconds. */
+const STOP_DEVICES = 45_000;
 
 /** The parts of one daemon, put together. */
 export class Daemon {
@@ -25,9 +27,11 @@ export class Daemon {
   /** The PFs and VFs of the configuration; settled when each was added or its failure logged. */
   private configured: Promise<void> = Promise.resolve();
 
+  /** @param deadlines others than the usual ones */
   constructor(
     private readonly config: DaemonConfig,
     private readonly log: Logger,
+    private readonly deadlines: Partial<Deadlines> = {},
   ) {}
 
   /**
@@ -50,7 +54,7 @@ export class Daemon {
     const directory = config.pluginDirectory;
     const plugins = await PluginRegistry.load(directory === undefined ? sources : { ...sources, directory }, log);
     const bus = new Bus([...config.busDirectories]);
-    const registry = new DeviceRegistry({ bus, plugins, keeper: nullKeeper, log });
+    const registry = new DeviceRegistry({ bus, plugins, keeper: nullKeeper, log, deadlines: this.deadlines });
     this.running.defer(() => this.closeDevices(registry));
 
     const server = new RpcServer(createMethods(registry, log.child("rpc")), {

@@ -12,6 +12,9 @@ export const DEADLINES = {
   drain: 30_000,
   /** Status 0 after a session. */
   reset: 5_000,
+  /** After a connection that never got to run the next one is taken up later and later: from, and up to. */
+  firstBackoff: 250,
+  longestBackoff: 8_000,
 } as const;
 
 export type Deadlines = Readonly<Record<keyof typeof DEADLINES, number>>;

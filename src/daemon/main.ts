@@ -5,6 +5,7 @@ import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { VERSION } from "../version.ts";
 import { type DaemonConfig, DEFAULT_BUS_DIRECTORIES, loadConfig } from "./config.ts";
+import type { Deadlines } from "./deadlines.ts";
 
 const OPTIONS = {
   config: { type: "string", value: "FILE", help: "configuration, TOML; the options below go before it" },
@@ -29,10 +30,11 @@ const COMMAND_LINE: CommandLine<typeof OPTIONS> = {
 
 /**
  * The daemon as a process: runs until SIGTERM or SIGINT.
+ * @param deadlines others than the usual ones
  * @returns the exit code
  * @throws UsageError, HelpRequest
  */
-export async function runDaemon(args: readonly string[]): Promise<number> {
+export async function runDaemon(args: readonly string[], deadlines: Partial<Deadlines> = {}): Promise<number> {
   const { values } = parseCommandLine(COMMAND_LINE, args);
   if (values.version === true) {
     process.stdout.write(`${VERSION}\n`);
@@ -55,7 +57,7 @@ export async function runDaemon(args: readonly string[]): Promise<number> {
   const asked = stopSignal();
   // Not before: --help and mistakes in the configuration are answered where native/ is not built, too.
   const [{ Daemon }, { stopNative }] = await Promise.all([import("./daemon.ts"), import("../native/stop.ts")]);
-  const daemon = new Daemon(config, log);
+  const daemon = new Daemon(config, log, deadlines);
   try {
     await daemon.start();
     process.stdout.write(`ready ${config.runtimeDirectory}\n`);

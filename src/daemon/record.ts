@@ -45,6 +45,8 @@ export type VfRecord = {
   readonly dataPath: Json;
   /** null where no front-end is connected. */
   readonly session: Json;
+  /** What its device still has to give back. */
+  readonly rings: Json;
 };
 
 const version = Type.Literal(RECORD_VERSION);
@@ -79,6 +81,7 @@ const VfSchema = Type.Object({
   function: Type.Unknown(),
   dataPath: Type.Unknown(),
   session: Type.Unknown(),
+  rings: Type.Unknown(),
 });
 
 /** @throws VhostdError invalid where it is not a record of this version; an earlier daemon is not trusted */

@@ -11,6 +11,7 @@ import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { DEADLINES, type Deadlines } from "./deadlines.ts";
 import { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
+import type { OpenRings } from "./open-rings.ts";
 import { Pf, type PfManagement, type PfSurroundings } from "./pf.ts";
 import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
 import { parseVmUuid } from "./uuid.ts";
@@ -79,6 +80,10 @@ type Slot<T> = { readonly live: T } | "adding" | "removing";
 export class DeviceRegistry {
   private readonly pfs = new Map<PciAddress, Slot<Pf>>();
   private readonly vfs = new Map<PciAddress, { slot: Slot<Vf>; readonly socket: string; readonly pf: PciAddress }>();
+  /** Of VFs that were removed: a guest that comes back to rings which cannot go on is told so. */
+  private readonly lostRings = new Map<PciAddress, OpenRings>();
+  /** Adds that are under way. */
+  private readonly adding = new Set<Promise<unknown>>();
   private readonly domains: DomainTable;
   private readonly handlers = new Set<(event: RegistryEvent) => void>();
   private readonly around: VfSurroundings;
@@ -113,7 +118,11 @@ export class DeviceRegistry {
   }
 
   /** @throws VhostdError pfExists, pfNotFound, or what attaching throws */
-  async addPf(address: PciAddress): Promise<PfInfo> {
+  addPf(address: PciAddress): Promise<PfInfo> {
+    return this.noted(this.attachPf(address));
+  }
+
+  private async attachPf(address: PciAddress): Promise<PfInfo> {
     this.checkNewPf(address);
     this.pfs.set(address, "adding");
     try {
@@ -161,7 +170,11 @@ export class DeviceRegistry {
   }
 
   /** @throws VhostdError vfExists, socketInUse, socketPath, limitExceeded, vfNotFound, pfNotFound, or what attaching throws */
-  async addVf(wanted: AddVf): Promise<VfInfo> {
+  addVf(wanted: AddVf): Promise<VfInfo> {
+    return this.noted(this.attachVf(wanted));
+  }
+
+  private async attachVf(wanted: AddVf): Promise<VfInfo> {
     const { address } = wanted;
     if (this.vfs.has(address)) throw this.vfExists(address);
     const uuid = parseVmUuid(wanted.uuid);
@@ -182,7 +195,8 @@ export class DeviceRegistry {
     this.livePf(pf);
     this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
     try {
-      const vf = await Vf.attach(options, entry, this.livePf(pf).moverFor(address, parent), this.around);
+      const mover = this.livePf(pf).moverFor(address, parent);
+      const vf = await Vf.attach(options, entry, mover, this.around, this.lostRings.get(address));
       this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
       return this.infoOf(vf);
     } catch (error) {
@@ -200,6 +214,8 @@ export class DeviceRegistry {
       await vf.remove();
     } finally {
       this.vfs.delete(address);
+      if (vf.rings.clean) this.lostRings.delete(address);
+      else this.lostRings.set(address, vf.rings);
     }
   }
 
@@ -254,8 +270,9 @@ export class DeviceRegistry {
     await this.domains.prune(new Set(this.vfs.keys()));
   }
 
-  /** Removes all VFs, then all PFs. */
+  /** Removes all VFs, then all PFs; those that are just being added too. */
   async close(): Promise<void> {
+    await Promise.allSettled(this.adding);
     await Promise.allSettled([...this.vfs.keys()].map((address) => this.removeVf(address)));
     await Promise.allSettled([...this.pfs.keys()].map((address) => this.removePf(address)));
   }
@@ -291,6 +308,15 @@ export class DeviceRegistry {
 
   private emit(event: RegistryEvent): void {
     for (const handler of this.handlers) handler(event);
+  }
+
+  private async noted<T>(add: Promise<T>): Promise<T> {
+    this.adding.add(add);
+    try {
+      return await add;
+    } finally {
+      this.adding.delete(add);
+    }
   }
 
   private async find(address: PciAddress, code: "pfNotFound" | "vfNotFound"): Promise<BusEntry> {

@@ -17,6 +17,7 @@ import type { DataPathFailure } from "../virtio/data-path.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
 import type { FreezeMode, ManualControl, StateMover } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
+import { OpenRings } from "./open-rings.ts";
 import { closing, joinFds, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
 import {
   openParts,
@@ -31,8 +32,6 @@ import {
 import { checkTransition, type VfState } from "./vf-state.ts";
 
 const EADDRINUSE = 98;
-/** After a connection that never got to run, the next one is taken up later and later, up to this many ms. */
-const LONGEST_BACKOFF = 8_000;
 
 type ManualStatus = Parameters<ManualControl["change"]>[0];
 
@@ -67,6 +66,8 @@ export class Vf implements SessionTarget {
     private readonly parts: VfParts,
     private readonly around: VfSurroundings,
     state: VfState,
+    /** What its device still has to give back; outlives the VF where it never will. */
+    readonly rings: OpenRings,
   ) {
     this.current = state;
     this.log = around.log.child(`vf ${options.address}`);
@@ -84,13 +85,20 @@ export class Vf implements SessionTarget {
 
   /**
    * Opens the function, resets it and begins to look for the front-end.
+   * @param rings what is known of the rings that it ran when it was here before
    * @throws VhostdError; nothing is left behind then
    */
-  static async attach(options: VfOptions, entry: BusEntry, mover: VfMover, around: VfSurroundings): Promise<Vf> {
+  static async attach(
+    options: VfOptions,
+    entry: BusEntry,
+    mover: VfMover,
+    around: VfSurroundings,
+    rings = new OpenRings(),
+  ): Promise<Vf> {
     const deadline = Deadline.after(around.deadlines.attach, `attaching ${options.address}`);
     await using undo = new AsyncDisposableStack();
     const parts = await openParts(options, entry, mover, around, undo, deadline);
-    const vf = new Vf(options, parts, around, { name: "attaching" });
+    const vf = new Vf(options, parts, around, { name: "attaching" }, rings);
     undo.defer(() => vf.vanish());
     undo.defer(() => around.keeper.delete(vf.key));
     await vf.checkpoint();
@@ -116,7 +124,7 @@ export class Vf implements SessionTarget {
     const options = optionsOf(record);
     await using undo = new AsyncDisposableStack();
     const parts = await reviveParts(options, entry, record, fds, mover, around, undo);
-    const vf = new Vf(options, parts, around, { name: "adopting" });
+    const vf = new Vf(options, parts, around, { name: "adopting" }, OpenRings.revive(record.rings));
     vf.become({ name: parts.dataPath.running ? "running" : "idle" });
     const { session } = record;
     vf.open(session !== null);
@@ -175,7 +183,8 @@ export class Vf implements SessionTarget {
 
   /**
    * Changes the internal status by hand, where `to` is given. @returns the status afterwards
-   * @throws VhostdError notSupported where the VF is not managed; quiesceFailed, freezeFailed, adminQueue
+   * @throws VhostdError notSupported where the VF is not managed; busy where no guest runs it: what stands in guest memory
+   *   must not move then; quiesceFailed, freezeFailed, adminQueue
    */
   move(to: ManualStatus | undefined): Promise<InternalStatusName> {
     return this.operations.run(async () => {
@@ -185,6 +194,12 @@ export class Vf implements SessionTarget {
         throw new VhostdError(
           "notSupported",
           `the state of ${this.address} cannot be moved: ${this.parts.mover.unmanagedReason()}`,
+        );
+      }
+      if (to !== undefined && this.current.name !== "running") {
+        throw new VhostdError(
+          "busy",
+          `${this.address} is ${this.current.name}: its status is changed while a guest runs it`,
         );
       }
       const deadline = this.drainDeadline();
@@ -241,6 +256,7 @@ export class Vf implements SessionTarget {
         function: parts.function?.data ?? null,
         dataPath: parts.dataPath?.data ?? null,
         session: parts.session?.data ?? null,
+        rings: this.rings.snapshot(),
       },
       fds: joinFds(parts),
     };
@@ -278,6 +294,7 @@ export class Vf implements SessionTarget {
   start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
     return this.operations.run(async () => {
       this.checkUsable();
+      this.rings.begin(wanted);
       this.become({ name: "configuring" });
       try {
         await this.parts.dataPath.start(
@@ -302,6 +319,7 @@ export class Vf implements SessionTarget {
       this.checkUsable();
       this.become({ name: "stopping" });
       const state = await this.parts.dataPath.stop(memory, mode, this.drainDeadline());
+      this.rings.stopped(state);
       this.checkUsable();
       this.become({ name: "idle" });
       return state;
@@ -309,21 +327,26 @@ export class Vf implements SessionTarget {
   }
 
   reset(): Promise<void> {
-    return this.operations.run(() => this.comeToRest());
+    return this.operations.run(async () => {
+      await this.comeToRest();
+      this.rings.givenUp();
+    });
   }
 
   release(memory: RingMemory): Promise<void> {
     return this.operations.run(async () => {
       const { dataPath } = this.parts;
-      if (this.current.name === "running" && dataPath.capabilities.resumeAnywhere) {
-        this.become({ name: "stopping" });
+      const used = this.current.name === "running" || this.current.name === "stopping";
+      if (used && dataPath.moverKind !== "registers") {
+        if (this.current.name === "running") this.become({ name: "stopping" });
         try {
-          await dataPath.stop(memory, "drained", this.drainDeadline());
+          await this.giveBack(memory, this.drainDeadline());
         } catch (error) {
           this.log.warn("what the function had taken is not all given back", asError(error));
         }
       }
       await this.comeToRest();
+      this.rings.reset(memory);
     });
   }
 
@@ -346,6 +369,13 @@ export class Vf implements SessionTarget {
 
   private drainDeadline(): Deadline {
     return Deadline.after(this.around.deadlines.drain, `${this.address} giving back what it has taken`);
+  }
+
+  private async giveBack(memory: RingMemory, deadline: Deadline): Promise<void> {
+    const { dataPath } = this.parts;
+    // A device that can only be drained, not frozen, comes to no end while its guest goes on.
+    if (!dataPath.capabilities.resumeAnywhere) await dataPath.mute(deadline);
+    this.rings.stopped(await dataPath.stop(memory, "drained", deadline));
   }
 
   private async comeToRest(): Promise<void> {
@@ -425,7 +455,8 @@ export class Vf implements SessionTarget {
     this.session = undefined;
     this.configHandler = () => {};
     this.trouble = end.error === undefined ? undefined : `the last session ended: ${sentence(end.error)}`;
-    if (end.error !== undefined) this.backoff = Math.min(LONGEST_BACKOFF, Math.max(250, this.backoff * 2));
+    const { firstBackoff, longestBackoff } = this.around.deadlines;
+    if (end.error !== undefined) this.backoff = Math.min(longestBackoff, Math.max(firstBackoff, this.backoff * 2));
     if (this.current.name === "failed") return await this.around.keeper.delete(this.key);
     if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${end.reason}`);
     this.around.onState(this);

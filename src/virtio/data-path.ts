@@ -229,6 +229,11 @@ export class DataPath {
     return state;
   }
 
+  /** The guest hears of no used buffer until it is started again, so that it makes none available any more either. */
+  async mute(deadline: Deadline): Promise<void> {
+    await deadline.race(Promise.all([...this.active].map((queue) => this.routeCall(queue, null))));
+  }
+
   /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
   async reset(deadline: Deadline): Promise<void> {
     // A function that cannot be told of the kicks cannot be reset either: that failure is the one to know of.
@@ -240,7 +245,6 @@ export class DataPath {
   async setKick(queue: number, fd: number | null): Promise<void> {
     this.checkActive(queue);
     if (fd === null) return this.disconnectKick(queue);
-    this.forgetKick(queue);
     await this.connectKick(queue, fd);
     await this.doorbell(queue).ring(queue);
   }
@@ -308,16 +312,18 @@ export class DataPath {
     return doorbell;
   }
 
+  /** Noted before the function is told: a reset that comes meanwhile has it let go again. */
   private async connectKick(queue: number, kick: number): Promise<void> {
     using undo = new DisposableStack();
     const fd = undo.use(duplicate(kick));
-    await this.doorbell(queue).takeKick?.(fd.number);
     this.adoptKick(queue, fd);
     undo.move();
+    await this.doorbell(queue).takeKick?.(fd.number);
   }
 
-  /** Takes the fd. A function that waits on it itself does so already. */
+  /** Takes the fd, in the place of an earlier one. A function that waits on it itself does so already. */
   private adoptKick(queue: number, fd: OwnedFd): void {
+    this.forgetKick(queue);
     const doorbell = this.doorbell(queue);
     const relay = doorbell.takeKick === undefined ? doorbell.connect(fd.number, queue) : undefined;
     this.kicks.set(queue, { fd, relay });

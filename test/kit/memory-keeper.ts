@@ -1,3 +1,4 @@
+import { VhostdError } from "../../src/base/errors.ts";
 import type { Json } from "../../src/base/json.ts";
 import type { Keeper } from "../../src/daemon/keeper.ts";
 import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
@@ -14,8 +15,18 @@ export class MemoryKeeper implements Keeper, Disposable {
   private readonly entries = new Map<string, Entry>();
   /** Records written so far. */
   writes = 0;
+  /** Keys that begin so cannot be stored. */
+  refused: string | undefined;
 
+  get keys(): string[] {
+    return [...this.entries.keys()];
+  }
+
+  /** @throws VhostdError keeperStore where the key is refused */
   async put(key: string, record: Json, fds: ReadonlyMap<string, number>): Promise<void> {
+    if (this.refused !== undefined && key.startsWith(this.refused)) {
+      throw new VhostdError("keeperStore", `the keeper does not store ${key}`);
+    }
     const kept = new Map([...fds].map(([name, fd]) => [name, duplicate(fd)] as const));
     this.drop(key);
     this.entries.set(key, { record: JSON.stringify(record), fds: kept });
@@ -32,7 +43,7 @@ export class MemoryKeeper implements Keeper, Disposable {
   }
 
   async list(): Promise<string[]> {
-    return [...this.entries.keys()];
+    return this.keys;
   }
 
   async delete(key: string): Promise<void> {

@@ -2,13 +2,16 @@ import { mkdirSync, mkdtempSync, readdirSync, rmSync, truncateSync, writeFileSyn
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Deadline } from "../../src/base/deadline.ts";
+import { type PciAddress, parsePciAddress } from "../../src/pci/address.ts";
 import { RpcClient } from "../../src/rpc/client.ts";
+import { vfAddress } from "../../src/softvf/topology.ts";
 import { blkResult, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
 import { FrontendListener, type FrontendQueue, type VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { Child } from "../kit/guest/child.ts";
+import type { Migration } from "../kit/movers.ts";
 
 const BIN = join(import.meta.dir, "../../bin");
-const PF = "0000:5a:00.0";
+const PF = parsePciAddress("0000:5a:00.0");
 const START_TIMEOUT = 15_000;
 
 /** Bytes of each disk. */
@@ -18,27 +21,40 @@ const MEMORY = [
   { gpa: 0x10_0000, size: 16 << 20 },
 ];
 
+export interface MachineOptions {
+  readonly vfs: number;
+  /** Of each VF. */
+  readonly queues: number;
+  /** Whether the PF can move its VFs' state. "vendor" unless said. */
+  readonly migration?: Migration;
+  /** Of both programs, beside that of the tests. */
+  readonly environment?: Readonly<Record<string, string>>;
+}
+
 /** vfe-softvf with block VFs and the daemon, two processes, in a directory of their own. */
 export class Machine implements AsyncDisposable {
+  readonly pf = PF;
+
   private constructor(
     readonly directory: string,
     readonly softvf: Child,
     readonly daemon: Child,
   ) {}
 
-  static async start({ vfs, queues }: { vfs: number; queues: number }): Promise<Machine> {
+  static async start({ vfs, queues, migration = "vendor", environment = {} }: MachineOptions): Promise<Machine> {
     const directory = mkdtempSync(join(tmpdir(), "session-"));
     for (let vf = 0; vf < vfs; vf++) {
       writeFileSync(join(directory, `disk-${vf}`), "");
       truncateSync(join(directory, `disk-${vf}`), DISK_SIZE);
     }
     mkdirSync(join(directory, "run"));
-    const softvf = program(directory, "vfe-softvf", [
+    const softvf = program(directory, "vfe-softvf", environment, [
       ...["--pf", PF, "--class", "blk", "--vfs", `${vfs}`, "--queues", `${queues}`],
       ...["--disk", join(directory, "disk-{vf}"), "--runtime-dir", join(directory, "softvf")],
+      ...["--migration", migration],
     ]);
     await softvf.line(/^ready /m, START_TIMEOUT);
-    const daemon = program(directory, "vhostd", [
+    const daemon = program(directory, "vhostd", environment, [
       ...["--runtime-dir", join(directory, "run"), "--bus", join(directory, "softvf/devices")],
     ]);
     await daemon.line(/^ready /m, START_TIMEOUT);
@@ -47,8 +63,8 @@ export class Machine implements AsyncDisposable {
     return machine;
   }
 
-  address(vf: number): string {
-    return `0000:5a:00.${vf + 1}`;
+  address(vf: number): PciAddress {
+    return vfAddress(PF, vf);
   }
 
   socket(vf: number): string {
@@ -60,16 +76,20 @@ export class Machine implements AsyncDisposable {
   }
 
   async call(method: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
-    const deadline = Deadline.after(START_TIMEOUT, method);
-    using client = await RpcClient.connect(join(this.directory, "run/rpc.sock"), deadline);
-    return await client.call(method, params, deadline);
+    using client = await this.client();
+    return await client.call(method, params, Deadline.after(START_TIMEOUT, method));
+  }
+
+  /** A connection to the control socket. */
+  async client(): Promise<RpcClient> {
+    return await RpcClient.connect(join(this.directory, "run/rpc.sock"), Deadline.after(START_TIMEOUT, "connect"));
   }
 
   /** A property of the VF's disk, as an operator of the software PF sets it. */
   async setDisk(vf: number, property: string): Promise<void> {
     const name = `set-${Date.now()}`;
     const words = ["set", this.address(vf), property, "--runtime-dir", join(this.directory, "softvf")];
-    await using child = program(this.directory, "vfe-softvf", words, name);
+    await using child = program(this.directory, "vfe-softvf", {}, words, name);
     if ((await child.exited) !== 0) throw new Error(child.tail());
   }
 
@@ -135,9 +155,16 @@ function pattern(sector: number, sectors: number): Uint8Array {
   return bytes;
 }
 
-function program(directory: string, name: string, words: readonly string[], log = name): Child {
+function program(
+  directory: string,
+  name: string,
+  environment: Readonly<Record<string, string>>,
+  words: readonly string[],
+  log = name,
+): Child {
   return new Child([process.execPath, join(BIN, `${name}.ts`), ...words], {
     name,
     log: join(directory, `${log}.log`),
+    environment,
   });
 }

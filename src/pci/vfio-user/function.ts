@@ -1,9 +1,10 @@
 import type { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
 import type { Json } from "../../base/json.ts";
-import type { OwnedFd } from "../../native/fd.ts";
+import { duplicate, type OwnedFd } from "../../native/fd.ts";
 import {
   Command,
+  type CommandNumber,
   DEVICE_INFO,
   DMA_MAP,
   DMA_UNMAP,
@@ -219,8 +220,7 @@ export class VfioUserFunction implements PciFunction {
   private async setKick(bar: number, offset: number, kick: number | null): Promise<void> {
     const flags = kick === null ? 0 : SetKickFlag.connect;
     const body = SET_KICK.encode({ argsz: SET_KICK.size, flags, region: bar, offset });
-    const fds = kick === null ? [] : [kick];
-    (await this.client.request(Command.setKick, body, { fds }))[Symbol.dispose]();
+    await this.tell(Command.setKick, body, kick);
   }
 
   private async route(vector: number, eventfd: number | null): Promise<void> {
@@ -235,8 +235,14 @@ export class VfioUserFunction implements PciFunction {
       start: vector,
       count: 1,
     });
-    const fds = eventfd === null ? [] : [eventfd];
-    (await this.client.request(Command.setIrqs, body, { fds }))[Symbol.dispose]();
+    await this.tell(Command.setIrqs, body, eventfd);
+  }
+
+  /** The caller may close the eventfd before the server takes the message: its number could be another file's then. */
+  private async tell(command: CommandNumber, body: Uint8Array, eventfd: number | null): Promise<void> {
+    using own = eventfd === null ? undefined : duplicate(eventfd);
+    const fds = own === undefined ? [] : [own.number];
+    (await this.client.request(command, body, { fds }))[Symbol.dispose]();
   }
 }
 

@@ -49,6 +49,8 @@ export interface QueueOptions {
   readonly size?: number;
   /** Bytes of buffers behind each ring; 1 MiB unless said. */
   readonly bufferSpace?: number;
+  /** Where the rings begin: they have been in use before. 0 unless said. */
+  readonly firstIndex?: number;
 }
 
 /** One queue as guest and VMM see it together. */
@@ -170,17 +172,21 @@ export class VhostUserFrontend implements Disposable {
    * Makes rings (one behind the other in the last region) and starts them as QEMU's block front-end does:
    * 2 40 39(8), per queue 8 10 9 12 13, 18 for all, 40 39(0xf).
    */
-  async startQueues(count: number, { size = 128, bufferSpace = 1 << 20 }: QueueOptions = {}): Promise<void> {
+  async startQueues(
+    count: number,
+    { size = 128, bufferSpace = 1 << 20, firstIndex = 0 }: QueueOptions = {},
+  ): Promise<void> {
     const region = this.memory.regions.at(-1);
     if (region === undefined) throw new VhostdError("invalid", "rings need memory: call setupMemory first");
     for (const queue of this.queues.splice(0)) closeQueue(queue);
     for (let index = 0; index < count; index++) {
       const base = region.file.gpa + index * DriverRing.span(size, bufferSpace);
-      const ring = new DriverRing({ memory: this.memory, base, size, features: this.features, bufferSpace });
+      const { memory, features } = this;
+      const ring = new DriverRing({ memory, base, size, features, bufferSpace, firstIndex });
       const kick = eventfd();
       this.queues.push({ index, kick, driver: new DriverQueue(ring, () => signalEventfd(kick.number)) });
     }
-    await this.resumeQueues(this.queues.map(() => 0));
+    await this.resumeQueues(this.queues.map(() => firstIndex));
   }
 
   /** Starts the rings there are at these bases, as after `stop`. */
