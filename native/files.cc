@@ -66,6 +66,10 @@ int32_t vhostd_memfd(const char* name, int64_t size) {
   return fd;
 }
 
+int32_t vhostd_seal_size(int32_t fd) {
+  return retried([&] { return fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL); });
+}
+
 int32_t vhostd_open(const char* path, int32_t writable) {
   return retried([&] { return open(path, (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NOCTTY); });
 }

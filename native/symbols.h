@@ -20,6 +20,7 @@
   X(vhostd_signal_eventfd, int32_t, (int32_t fd))                                                             \
   X(vhostd_drain_eventfd, int64_t, (int32_t fd))                                                              \
   X(vhostd_memfd, int32_t, (const char* name, int64_t size))                                                  \
+  X(vhostd_seal_size, int32_t, (int32_t fd))                                                                  \
   X(vhostd_open, int32_t, (const char* path, int32_t writable))                                               \
   X(vhostd_truncate, int32_t, (int32_t fd, int64_t size))                                                     \
   X(vhostd_pread, int64_t, (int32_t fd, uint8_t* into, int64_t length, int64_t offset))                       \

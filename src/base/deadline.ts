@@ -5,11 +5,14 @@ import { VhostdError } from "./errors.ts";
  * so that the sum of the inner waits cannot exceed what the caller was promised.
  */
 export class Deadline {
+  /** Sets the timers of those that race anew. */
+  private readonly racers = new Set<() => void>();
+
   private constructor(
-    private readonly end: number,
+    private end: number,
     /** What is being waited for, as it appears in the error: "reset of 0000:5a:00.1". */
     readonly what: string,
-    private readonly total: number,
+    private total: number,
   ) {}
 
   /** @param milliseconds from now */
@@ -26,6 +29,15 @@ export class Deadline {
     return this.remaining === 0;
   }
 
+  /** There is less time from now on, also for what waits already. @param milliseconds left at most */
+  shorten(milliseconds: number): void {
+    const less = this.remaining - milliseconds;
+    if (less <= 0) return;
+    this.end -= less;
+    this.total -= less;
+    for (const rearm of this.racers) rearm();
+  }
+
   error(): VhostdError {
     return new VhostdError("timedOut", `${this.what} did not end within ${Math.round(this.total)} ms`);
   }
@@ -38,12 +50,19 @@ export class Deadline {
   /** Settles as `promise` does, or rejects when the deadline passes. The work behind `promise` is not cancelled. */
   async race<T>(promise: Promise<T>): Promise<T> {
     let timer: ReturnType<typeof setTimeout> | undefined;
+    let arm = () => {};
     const passed = new Promise<never>((_, reject) => {
-      timer = setTimeout(() => reject(this.error()), this.remaining);
+      arm = () => {
+        clearTimeout(timer);
+        timer = setTimeout(() => reject(this.error()), this.remaining);
+      };
     });
+    this.racers.add(arm);
+    arm();
     try {
       return await Promise.race([promise, passed]);
     } finally {
+      this.racers.delete(arm);
       clearTimeout(timer);
     }
   }

@@ -10,6 +10,8 @@ export const DEADLINES = {
   start: 5_000,
   /** A device gives back what it has taken: its slowest request bounds this. */
   drain: 30_000,
+  /** The same where the VF is being removed: an operator waits. */
+  lastDrain: 5_000,
   /** Status 0 after a session. */
   reset: 5_000,
   /** After a connection that never got to run the next one is taken up later and later: from, and up to. */

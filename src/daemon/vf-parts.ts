@@ -1,5 +1,5 @@
 import type { Deadline } from "../base/deadline.ts";
-import { VhostdError } from "../base/errors.ts";
+import { errnoText, SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import type { PciAddress } from "../pci/address.ts";
@@ -9,6 +9,7 @@ import type { PciFunction } from "../pci/function.ts";
 import { openFunction, reviveFunction } from "../pci/open.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
+import type { Endpoint } from "../vhost-user/endpoint.ts";
 import { configSize, configValues } from "../virtio/config-space.ts";
 import { DataPath } from "../virtio/data-path.ts";
 import type { MoverFactory } from "../virtio/mover.ts";
@@ -17,6 +18,8 @@ import type { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
 import { takeFds, type VfRecord } from "./record.ts";
 import type { VfState } from "./vf-state.ts";
+
+const EADDRINUSE = 98;
 
 /** What a VF needs of the daemon around it. */
 export interface VfSurroundings {
@@ -164,4 +167,24 @@ export function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfPar
     );
   }
   return queues;
+}
+
+/**
+ * Begins to look for the front-end.
+ * @param connected one is there already
+ * @throws VhostdError socketInUse, socketPath
+ */
+export function startEndpoint(endpoint: Endpoint, path: string, connected = false): void {
+  try {
+    endpoint.start(connected);
+  } catch (cause) {
+    if (!(cause instanceof SystemError)) throw cause;
+    if (cause.errno === EADDRINUSE) {
+      throw new VhostdError("socketInUse", `another process listens at ${path}`, { cause });
+    }
+    throw new VhostdError("socketPath", `${path} cannot be made: ${errnoText(cause.errno)}`, {
+      fix: "check that the directory is there and that this user may write to it",
+      cause,
+    });
+  }
 }

@@ -1,6 +1,6 @@
 import { setTimeout as pause } from "node:timers/promises";
 import { Deadline } from "../base/deadline.ts";
-import { asError, errnoText, SystemError, sentence, VhostdError } from "../base/errors.ts";
+import { asError, sentence, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -18,10 +18,12 @@ import type { DeviceState } from "../virtio/device-state.ts";
 import type { FreezeMode, ManualControl, StateMover } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 import { OpenRings } from "./open-rings.ts";
+import { Patience } from "./patience.ts";
 import { closing, joinFds, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
 import {
   openParts,
   reviveParts,
+  startEndpoint,
   usableQueues,
   type VfMover,
   type VfOptions,
@@ -30,8 +32,6 @@ import {
   vmOf,
 } from "./vf-parts.ts";
 import { checkTransition, type VfState } from "./vf-state.ts";
-
-const EADDRINUSE = 98;
 
 type ManualStatus = Parameters<ManualControl["change"]>[0];
 
@@ -55,6 +55,8 @@ export class Vf implements SessionTarget {
   private readonly endpoint: Endpoint;
   private readonly log: Logger;
   private readonly stopping = new AbortController();
+  private readonly patience: Patience;
+  private moving = false;
 
   readonly deviceClass: DeviceClass;
   readonly deviceFeatures: bigint;
@@ -74,6 +76,8 @@ export class Vf implements SessionTarget {
     this.deviceClass = parts.deviceClass;
     this.deviceFeatures = parts.dataPath.features;
     this.queues = usableQueues(parts);
+    const { drain, lastDrain } = around.deadlines;
+    this.patience = new Patience(`${options.address} giving back what it has taken`, drain, lastDrain);
     this.endpoint = new Endpoint(
       { path: options.socket, mode: options.mode },
       (connection) => this.serve((target, log) => new Session(connection, target, { log })),
@@ -102,7 +106,7 @@ export class Vf implements SessionTarget {
     undo.defer(() => vf.vanish());
     undo.defer(() => around.keeper.delete(vf.key));
     await vf.checkpoint();
-    vf.open();
+    startEndpoint(vf.endpoint, options.socket);
     vf.become({ name: "idle" });
     undo.move();
     return vf;
@@ -127,7 +131,7 @@ export class Vf implements SessionTarget {
     const vf = new Vf(options, parts, around, { name: "adopting" }, OpenRings.revive(record.rings));
     vf.become({ name: parts.dataPath.running ? "running" : "idle" });
     const { session } = record;
-    vf.open(session !== null);
+    startEndpoint(vf.endpoint, options.socket, session !== null);
     if (session !== null) {
       const own = takeFds(fds, "session");
       vf.serve((target, log) => Session.revive(target, session, own, { log }));
@@ -186,34 +190,21 @@ export class Vf implements SessionTarget {
    * @throws VhostdError notSupported where the VF is not managed; busy where no guest runs it: what stands in guest memory
    *   must not move then; quiesceFailed, freezeFailed, adminQueue
    */
-  move(to: ManualStatus | undefined): Promise<InternalStatusName> {
-    return this.operations.run(async () => {
-      this.checkUsable();
-      const { manual } = this.parts.dataPath;
-      if (manual === undefined) {
-        throw new VhostdError(
-          "notSupported",
-          `the state of ${this.address} cannot be moved: ${this.parts.mover.unmanagedReason()}`,
-        );
-      }
-      if (to !== undefined && this.current.name !== "running") {
-        throw new VhostdError(
-          "busy",
-          `${this.address} is ${this.current.name}: its status is changed while a guest runs it`,
-        );
-      }
-      const deadline = this.drainDeadline();
-      if (to !== undefined) {
-        await manual.change(to, deadline);
-        this.log.warn(`internal status changed by hand: ${to}`);
-      }
-      return await manual.status(deadline);
-    });
+  async move(to: ManualStatus | undefined): Promise<InternalStatusName> {
+    if (this.moving)
+      throw new VhostdError("busy", `the status of ${this.address} is being asked for or changed already`);
+    this.moving = true;
+    try {
+      return await this.patience.during((deadline) => this.operations.run(() => this.moveBy(to, deadline)));
+    } finally {
+      this.moving = false;
+    }
   }
 
   /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */
   async remove(): Promise<void> {
     this.stopping.abort();
+    this.patience.hurry();
     this.endpoint[Symbol.dispose]();
     this.session?.close("the VF is being removed");
     await this.serving;
@@ -318,7 +309,7 @@ export class Vf implements SessionTarget {
     return this.operations.run(async () => {
       this.checkUsable();
       this.become({ name: "stopping" });
-      const state = await this.parts.dataPath.stop(memory, mode, this.drainDeadline());
+      const state = await this.patience.during((deadline) => this.parts.dataPath.stop(memory, mode, deadline));
       this.rings.stopped(state);
       this.checkUsable();
       this.become({ name: "idle" });
@@ -340,7 +331,7 @@ export class Vf implements SessionTarget {
       if (used && dataPath.moverKind !== "registers") {
         if (this.current.name === "running") this.become({ name: "stopping" });
         try {
-          await this.giveBack(memory, this.drainDeadline());
+          await this.patience.during((deadline) => this.giveBack(memory, deadline));
         } catch (error) {
           this.log.warn("what the function had taken is not all given back", asError(error));
         }
@@ -367,8 +358,23 @@ export class Vf implements SessionTarget {
     await this.around.keeper.put(this.key, record, fds);
   }
 
-  private drainDeadline(): Deadline {
-    return Deadline.after(this.around.deadlines.drain, `${this.address} giving back what it has taken`);
+  private async moveBy(to: ManualStatus | undefined, deadline: Deadline): Promise<InternalStatusName> {
+    const { address } = this;
+    this.checkUsable();
+    const { manual } = this.parts.dataPath;
+    if (manual === undefined) {
+      const reason = this.parts.mover.unmanagedReason();
+      throw new VhostdError("notSupported", `the state of ${address} cannot be moved: ${reason}`);
+    }
+    if (to !== undefined && this.current.name !== "running") {
+      throw new VhostdError("busy", `${address} is ${this.current.name}: its status is changed while a guest runs it`);
+    }
+    deadline.check();
+    if (to !== undefined) {
+      await manual.change(to, deadline);
+      this.log.warn(`internal status changed by hand: ${to}`);
+    }
+    return await manual.status(deadline);
   }
 
   private async giveBack(memory: RingMemory, deadline: Deadline): Promise<void> {
@@ -412,23 +418,6 @@ export class Vf implements SessionTarget {
     checkTransition(this.current, next);
     this.current = next;
     this.around.onState(this);
-  }
-
-  /** Begins to look for the front-end. @throws VhostdError socketInUse, socketPath */
-  private open(connected = false): void {
-    const { socket } = this.options;
-    try {
-      this.endpoint.start(connected);
-    } catch (cause) {
-      if (!(cause instanceof SystemError)) throw cause;
-      if (cause.errno === EADDRINUSE) {
-        throw new VhostdError("socketInUse", `another process listens at ${socket}`, { cause });
-      }
-      throw new VhostdError("socketPath", `${socket} cannot be made: ${errnoText(cause.errno)}`, {
-        fix: "check that the directory is there and that this user may write to it",
-        cause,
-      });
-    }
   }
 
   /** What was begun is undone: the VF is not there. */

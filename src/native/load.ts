@@ -34,6 +34,7 @@ const SYMBOLS = {
   vhostd_signal_eventfd: { args: ["i32"], returns: "i32" },
   vhostd_drain_eventfd: { args: ["i32"], returns: "i64_fast" },
   vhostd_memfd: { args: ["ptr", "i64_fast"], returns: "i32" },
+  vhostd_seal_size: { args: ["i32"], returns: "i32" },
   vhostd_open: { args: ["ptr", "i32"], returns: "i32" },
   vhostd_truncate: { args: ["i32", "i64_fast"], returns: "i32" },
   vhostd_pread: { args: ["i32", "ptr", "i64_fast", "i64_fast"], returns: "i64_fast" },

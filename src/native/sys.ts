@@ -35,6 +35,14 @@ export function memfd(name: string, size: number): OwnedFd {
   return new OwnedFd(check(result, `memfd_create ${name}`));
 }
 
+/**
+ * From now on nobody can make a memory file of ours longer or shorter: neither fault whoever maps it, nor keep it busy
+ * for longer than writing all of it takes.
+ */
+export function sealSize(fd: number): void {
+  check(c.vhostd_seal_size(checkFd(fd)), "F_ADD_SEALS");
+}
+
 function socketPath(path: string): Uint8Array {
   const bytes = cString(path, "socket path");
   if (bytes.length - 1 > LONGEST_SOCKET_PATH) {

@@ -9,6 +9,8 @@ import { type StructValue, struct } from "../../base/layout.ts";
 export const BLOB_ALIGNMENT = 4096;
 /** A blob beyond this is no state of a virtio device: the most queues there can be need a third of it. Bytes. */
 export const BLOB_SIZE_MAX = 16 << 20;
+/** More fields than the most queues and all else can need. */
+export const BLOB_FIELDS_MAX = 8192;
 
 const FIELD = struct("state field", 8, { type: [0, "u32"], size: [4, "u32"] });
 const FIELD_COUNT_SIZE = 4;
@@ -46,6 +48,9 @@ export const INDICES_STATE = struct("split queue run state", 6, {
   lastAvail: [2, "u16"],
   lastUsed: [4, "u16"],
 });
+
+/** Head of a list of descriptors; that many `u16` follow. */
+const HEADS = struct("list of descriptors", 4, { queue: [0, "u16"], count: [2, "u16"] });
 
 /** Descriptor heads of one queue. */
 export interface QueueHeads {
@@ -147,6 +152,7 @@ export function decodeState(blob: Uint8Array): VendorState {
 function* walk(blob: Uint8Array): Generator<OpaqueField> {
   if (blob.length < FIELD_COUNT_SIZE) throw malformed(`it has ${blob.length} bytes`);
   const count = new DataView(blob.buffer, blob.byteOffset, blob.length).getUint32(0, true);
+  if (count > BLOB_FIELDS_MAX) throw malformed(`it has ${count} fields, at most ${BLOB_FIELDS_MAX}`);
   let at = FIELD_COUNT_SIZE;
   for (let number = 0; number < count; number++) {
     const field = fieldAt(blob, at);
@@ -167,7 +173,10 @@ function fieldAt(blob: Uint8Array, at: number): OpaqueField | undefined {
 }
 
 /** Longer than its structure is a later version of it. */
-function sized({ bytes }: OpaqueField, { name, size }: { readonly name: string; readonly size: number }): Uint8Array {
+function sized(
+  { bytes }: Pick<OpaqueField, "bytes">,
+  { name, size }: { readonly name: string; readonly size: number },
+): Uint8Array {
   if (bytes.length < size) throw malformed(`its ${name} has ${bytes.length} bytes, ${size} are needed`);
   return bytes;
 }
@@ -177,12 +186,14 @@ function encodeHeads({ queue, heads }: QueueHeads): Uint8Array {
 }
 
 function decodeHeads({ bytes }: OpaqueField): QueueHeads {
-  const words = Array.from({ length: bytes.length >> 1 }, (_, i) => bytes[2 * i]! | (bytes[2 * i + 1]! << 8));
-  const [queue, count, ...heads] = words;
-  if (queue === undefined || count === undefined || heads.length < count) {
-    throw malformed(`a list of ${count ?? 0} descriptors has ${bytes.length} bytes`);
-  }
-  return { queue, heads: heads.slice(0, count) };
+  const { queue, count } = HEADS.read(sized({ bytes }, HEADS));
+  const end = HEADS.size + 2 * count;
+  if (bytes.length < end) throw malformed(`a list of ${count} descriptors has ${bytes.length} bytes`);
+  const heads = Array.from(
+    { length: count },
+    (_, i) => bytes[HEADS.size + 2 * i]! | (bytes[HEADS.size + 2 * i + 1]! << 8),
+  );
+  return { queue, heads };
 }
 
 function checkOnce(what: string, queues: readonly number[]): void {

@@ -152,8 +152,11 @@ function withIndices(queue: QueueState, saved: VendorState, name: string): Queue
   const taken = (lastAvail - lastUsed) & 0xffff;
   if (taken > size) throw broken(`has ${taken} buffers in use, of ${size} (available ${lastAvail}, used ${lastUsed})`);
   const heads = saved.inFlight.find((one) => one.queue === index)?.heads ?? [];
-  const wrong = heads.find((head, i) => head >= size || heads.indexOf(head) !== i);
-  if (wrong !== undefined) throw broken(`lists descriptor ${wrong} of ${size} in flight, or twice`);
+  const seen = new Set<number>();
+  for (const head of heads) {
+    if (head >= size || seen.has(head)) throw broken(`lists descriptor ${head} of ${size} in flight, or twice`);
+    seen.add(head);
+  }
   const { inFlight: _, ...rest } = queue;
   return { ...rest, lastAvail, lastUsed, ...(heads.length === 0 ? {} : { inFlight: heads }) };
 }

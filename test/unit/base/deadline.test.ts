@@ -53,3 +53,13 @@ describe("OperationQueue", () => {
     expect(queue.length).toBe(0);
   });
 });
+
+test("a deadline that is shortened ends what waits already, and is never lengthened", async () => {
+  const deadline = Deadline.after(60_000, "a long wait");
+  const waits = deadline.race(new Promise(() => {}));
+  deadline.shorten(90_000);
+  expect(deadline.remaining).toBeGreaterThan(50_000);
+  deadline.shorten(5);
+  await expect(waits).rejects.toMatchObject({ code: "timedOut" });
+  expect(deadline.remaining).toBeLessThan(5);
+});

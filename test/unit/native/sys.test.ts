@@ -81,6 +81,10 @@ test("files are read, written and cut at offsets beyond 4 GiB", () => {
   expect(sys.pread(file.number, into, at)).toBe(2);
   expect(sys.pread(file.number, new Uint8Array(0), at)).toBe(0);
   expect(() => sys.pread(file.number, into, -1)).toThrow("offset is -1");
+  using sealed = sys.memfd("sealed", 8192);
+  sys.sealSize(sealed.number);
+  for (const size of [0, 4096, 16384]) expect(() => sys.truncate(sealed.number, size)).toThrow("EPERM");
+  expect(sys.pwrite(sealed.number, new Uint8Array(16), 8184)).toBe(8);
   expect(() => sys.memfd("x", 1.5)).toThrow("size of a memory file is 1.5");
 });
 
