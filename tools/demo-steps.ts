@@ -32,12 +32,13 @@ export async function runDemo(home: string, resources: AsyncDisposableStack): Pr
   await writeFile(disk, "");
   await truncate(disk, DISK_SIZE * MIB);
 
-  say(`a disk image of ${DISK_SIZE} MiB, and vfe-softvf: a software PF with one virtio-blk VF on it`);
+  say(`a disk image of ${DISK_SIZE} MiB, and vfe-softvf: a software PF that manages one virtio-blk VF`);
   const stack = resources.use(await Stack.start({ directory: home, disk, queues: QUEUES }));
   say("vfe-vhostd");
   await stack.startDaemon();
   say(`vfe-vhost-cli mgmtpf -a ${stack.pf}`);
   await stack.command("mgmtpf", "-a", stack.pf);
+  say(`vfe-vhost-cli mgmtpf -l: ${await listedPf(stack)}`);
   say(`vfe-vhost-cli vf -a ${stack.vf} -v ${socket}`);
   await stack.command("vf", "-a", stack.vf, "-v", socket);
 
@@ -95,6 +96,12 @@ export async function runDemo(home: string, resources: AsyncDisposableStack): Pr
 `);
   console.log(good ? "The guest's data went through the VF and is right." : "The data is WRONG.");
   return good ? 0 : 1;
+}
+
+/** What the list of PFs says of the only one, on one line. */
+async function listedPf(stack: Stack): Promise<string> {
+  const { devices } = JSON.parse(await stack.command("mgmtpf", "-l"));
+  return JSON.stringify(devices[0]);
 }
 
 /** Seconds that a script takes in the guest. */

@@ -28,7 +28,7 @@ for (const queues of [1, 4]) {
   test(`memory plugged in under load is used for I/O, ${queues} queues`, async () => {
     await using lab = await Lab.ready({ queues });
     const guest = await lab.bootGuest({ processors: Math.min(queues, 2), hotplugMemory: 2 * MODULE });
-    const load = await Load.start(guest, 96, 2);
+    const load = await Load.start(guest, lab.devices, 96, 2);
     for (const module of ["first", "second"]) {
       await guest.vm.plugMemory(module, MODULE);
       await online(guest, 1);
@@ -37,10 +37,13 @@ for (const queues of [1, 4]) {
     expect(await load.stop()).toBeGreaterThan(0);
 
     // The page cache now stands in hot-plugged memory, so the device reads and writes there.
-    const written = await makeFileSystem(guest, 96 * 1024);
-    expect(await checksumsInGuest(guest)).toEqual(written);
-    expect(await cachedPages(guest)).toBeGreaterThan(1024);
-    await guest.run("umount /mnt");
-    expect(await checksumsInImage(lab.disk, written.keys())).toEqual(written);
+    for (const { device, image } of lab.disks) {
+      const before = await cachedPages(guest);
+      const written = await makeFileSystem(guest, device, 96 * 1024);
+      expect(await checksumsInGuest(guest, device)).toEqual(written);
+      expect((await cachedPages(guest)) - before).toBeGreaterThan(1024);
+      await guest.run(`umount /mnt/${device}`);
+      expect(await checksumsInImage(image, written.keys())).toEqual(written);
+    }
   }, 180_000);
 }

@@ -1,13 +1,17 @@
-# Boot sector that SeaBIOS loads from the disk under test: reads, checks, counts up and writes again, for ever.
+# Boot sector that SeaBIOS loads from the first disk under test: reads, checks, counts up and writes again, for ever, on
+# all disks in turn.
 #
-# The blocks 16 to 31 hold one 32-bit counter, repeated. Each round reads them (all copies must be equal), writes the next
-# number over them, reads that back and compares. Debug console (port 0xe9): 'b' at the start, '.' for each good round,
-# 'r' / 'w' / 'c' when a read or write failed or what was read is wrong; then it stops.
+# The blocks 16 to 31 of each disk hold one 32-bit counter, repeated. Each round reads them (all copies must be equal),
+# writes the next number over them, reads that back and compares. Debug console (port 0xe9): 'b' at the start, '.' for
+# each good round on all disks, 'r' / 'w' / 'c' when a read or write failed or what was read is wrong; then it stops.
 
 .code16
 .equ BUFFER, 0x8000
 .equ BLOCKS, 16
 .equ WORDS, BLOCKS * 512 / 4
+.equ FIRST_DRIVE, 0x80
+# BIOS data area: how many hard disks there are.
+.equ DRIVE_COUNT, 0x475
 
 .globl _start
 _start:
@@ -18,11 +22,12 @@ _start:
     mov %ax, %es
     mov %ax, %ss
     mov $0x7c00, %sp
-    mov %dl, drive
     mov $'b', %al
     out %al, $0xe9
-    call read
 round:
+    movb $FIRST_DRIVE, drive
+disk:
+    call read
     call check
     mov BUFFER, %eax
     inc %eax
@@ -39,6 +44,11 @@ round:
     cmp %eax, BUFFER
     mov $'c', %bl
     jne fail
+    incb drive
+    mov DRIVE_COUNT, %al
+    add $FIRST_DRIVE, %al
+    cmp %al, drive
+    jne disk
     mov $'.', %al
     out %al, $0xe9
     jmp round

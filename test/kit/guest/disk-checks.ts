@@ -7,22 +7,30 @@ export type Checksums = ReadonlyMap<string, string>;
 /** Files of the kit's test file system, from one block to some megabytes. */
 const FILES = 8;
 
+/** Mounts a disk on the folder of its name in /mnt. */
+export async function mount(guest: Guest, device: string): Promise<void> {
+  await guest.run(`mkdir -p /mnt/${device} && mount /dev/${device} /mnt/${device}`);
+}
+
 /**
- * Makes an ext4 file system with files of random content on the guest's disk, unmounts it and mounts it again on /mnt.
+ * Makes an ext4 file system with files of random content on a disk of the guest, mounts, unmounts and mounts it again.
  * @param size KiB, or the whole disk
  */
-export async function makeFileSystem(guest: Guest, size?: number): Promise<Checksums> {
-  await guest.run(`mkfs.ext4 -q -F /dev/vda ${size ?? ""} && mount /dev/vda /mnt`);
-  const write = `dd if=/dev/urandom of=/mnt/file$i bs=$((4096 + i * 1021)) count=$((1 + i * i * 16)) 2> /dev/null`;
-  await guest.run(`set -e; for i in $(seq 0 ${FILES - 1}); do ${write}; done; cd /mnt; sha256sum file* > sums`);
-  const written = parseSums(await guest.run("cat /mnt/sums"));
-  await guest.run("umount /mnt && mount /dev/vda /mnt");
+export async function makeFileSystem(guest: Guest, device: string, size?: number): Promise<Checksums> {
+  await guest.run(`mkfs.ext4 -q -F /dev/${device} ${size ?? ""}`);
+  await mount(guest, device);
+  const write = `dd if=/dev/urandom of=file$i bs=$((4096 + i * 1021)) count=$((1 + i * i * 16)) 2> /dev/null`;
+  await guest.run(
+    `set -e; cd /mnt/${device}; for i in $(seq 0 ${FILES - 1}); do ${write}; done; sha256sum file* > sums`,
+  );
+  const written = parseSums(await guest.run(`cat /mnt/${device}/sums && umount /mnt/${device}`));
+  await mount(guest, device);
   return written;
 }
 
 /** The checksums of the files as the guest reads them now. */
-export async function checksumsInGuest(guest: Guest): Promise<Checksums> {
-  return parseSums(await guest.run("cd /mnt && sha256sum file*"));
+export async function checksumsInGuest(guest: Guest, device: string): Promise<Checksums> {
+  return parseSums(await guest.run(`cd /mnt/${device} && sha256sum file*`));
 }
 
 /** The checksums of the same files, read out of the disk image by this machine. */

@@ -1,18 +1,31 @@
 import { Deadline } from "../../../src/base/deadline.ts";
 import type { Guest } from "./guest.ts";
 
-/** Verified I/O in the background of a guest (initramfs/verify-load): several workers, each on 16 MiB of its own. */
+/** MiB of a disk that one worker writes to. */
+const SHARE = 16;
+
+/** Verified I/O in the background of a guest (initramfs/verify-load): several workers for each disk, each on its own part. */
 export class Load {
   private constructor(
     private readonly guest: Guest,
-    private readonly workers: number,
+    private readonly workers: readonly string[],
   ) {}
 
-  /** @param start MiB of the disk behind which the workers write */
-  static async start(guest: Guest, start: number, workers: number): Promise<Load> {
-    await guest.run(`rm -f /tmp/load.*; dd if=/dev/urandom of=/tmp/load.pattern bs=64k count=40 2> /dev/null
-      for i in $(seq 0 ${workers - 1}); do verify-load /dev/vda ${start} $i > /tmp/load.$i.log 2>&1 & done`);
-    const load = new Load(guest, workers);
+  /**
+   * @param disks as the guest calls them; no other load may be running on one of them
+   * @param start MiB of each disk behind which the workers write
+   * @param workers for each disk
+   */
+  static async start(guest: Guest, disks: readonly string[], start: number, workers: number): Promise<Load> {
+    await guest.run(`dd if=/dev/urandom of=/tmp/load.next bs=64k count=40 2> /dev/null; mv /tmp/load.next /tmp/load.pattern
+      for disk in ${disks.join(" ")}; do
+        rm -f /tmp/load.$disk.*
+        for i in $(seq 0 ${workers - 1}); do
+          verify-load /dev/$disk $((${start} + i * ${SHARE})) $disk.$i > /tmp/load.$disk.$i.log 2>&1 &
+        done
+      done`);
+    const names = disks.flatMap((disk) => Array.from({ length: workers }, (_, worker) => `${disk}.${worker}`));
+    const load = new Load(guest, names);
     await load.progress();
     return load;
   }
@@ -28,14 +41,16 @@ export class Load {
 
   /** Ends the workers. @returns rounds done, all verified @throws Error when one found a difference */
   async stop(): Promise<number> {
-    await this.guest.run(`touch /tmp/load.stop; while pgrep -f "verify-load /dev" > /dev/null; do usleep 50000; done`);
+    await this.guest.run(`for name in ${this.workers.join(" ")}; do
+        touch /tmp/load.$name.stop; while pgrep -f "verify-load /dev/.* $name$" > /dev/null; do usleep 50000; done
+      done`);
     return (await this.rounds()).reduce((sum, count) => sum + count, 0);
   }
 
-  private async rounds(): Promise<number[]> {
-    const each = `cat /tmp/load.$i.rounds 2> /dev/null || echo 0`;
+  /** What each worker has done and verified so far. @throws Error when one found a difference */
+  async rounds(): Promise<number[]> {
     const text = await this.guest.run(`cat /tmp/load.*.failed 2> /dev/null && exit 1
-      for i in $(seq 0 ${this.workers - 1}); do ${each}; done`);
+      for name in ${this.workers.join(" ")}; do cat /tmp/load.$name.rounds 2> /dev/null || echo 0; done`);
     return text.split("\n").map(Number);
   }
 }

@@ -6,12 +6,18 @@ const ROOT = join(import.meta.dir, "../../..");
 const START_TIMEOUT = 15_000;
 const PF = "0000:5a:00.0";
 
+/** How the PF moves the state of its VF: by the vendor's admin commands, or not at all, so that its registers must do. */
+export type Migration = "none" | "vendor";
+
 export interface StackOptions {
+  /** Where both processes have their files. */
   readonly directory: string;
   /** Disk image of the VF. */
   readonly disk: string;
   /** Virtqueues of the VF. */
   readonly queues: number;
+  /** `vendor` unless said. */
+  readonly migration?: Migration;
 }
 
 export interface CliResult {
@@ -26,6 +32,8 @@ export class Stack implements AsyncDisposable {
   readonly vf = "0000:5a:00.1";
   readonly pf = PF;
   private running: Child | undefined;
+  /** How many daemons were started. */
+  private daemons = 0;
 
   private constructor(
     private readonly options: StackOptions,
@@ -34,12 +42,13 @@ export class Stack implements AsyncDisposable {
 
   /** Starts the software PF; the daemon is started apart. */
   static async start(options: StackOptions): Promise<Stack> {
+    const { migration = "vendor" } = options;
     const runtime = join(options.directory, "softvf");
     const softvf = new Child(
       [
         ...program("vfe-softvf"),
         ...["--pf", PF, "--class", "blk", "--vfs", "1", "--queues", `${options.queues}`],
-        ...["--disk", options.disk, "--runtime-dir", runtime],
+        ...["--disk", options.disk, "--migration", migration, "--runtime-dir", runtime],
       ],
       { name: "vfe-softvf", log: join(options.directory, "softvf.log") },
     );
@@ -65,10 +74,16 @@ export class Stack implements AsyncDisposable {
     const bus = join(this.options.directory, "softvf/devices");
     const daemon = new Child([...program("vhostd"), "--runtime-dir", runtime, "--bus", bus], {
       name: "vfe-vhostd",
-      log: join(this.options.directory, "vhostd.log"),
+      log: join(this.options.directory, `vhostd${this.daemons++}.log`),
     });
     this.running = daemon;
     await daemon.line(/^ready /m, START_TIMEOUT);
+  }
+
+  /** Ends the daemon as an operator does (SIGTERM). */
+  async stopDaemon(): Promise<void> {
+    await this.daemon[Symbol.asyncDispose]();
+    this.running = undefined;
   }
 
   /** Adds the PF and the VF. @param more options of `vf -a` */
@@ -89,11 +104,14 @@ export class Stack implements AsyncDisposable {
     return this.runProgram("vfe-vhost-cli", words, { VFE_VHOSTD_RUNTIME_DIR: this.runtimeDirectory });
   }
 
-  /** Changes a property of the VF's device, as an operator of the software PF does. */
-  async setDevice(property: string): Promise<void> {
-    const words = ["set", this.vf, property, "--runtime-dir", join(this.options.directory, "softvf")];
-    const { code, output } = await this.runProgram("vfe-softvf", words);
-    if (code !== 0) throw new Error(`vfe-softvf ${words.join(" ")} ended with ${code}: ${output}`);
+  /** Changes properties of the VF's device, as an operator of the software PF does. */
+  setDevice(...properties: string[]): Promise<void> {
+    return this.set(this.vf, properties);
+  }
+
+  /** Changes properties of the PF itself. */
+  setPf(...properties: string[]): Promise<void> {
+    return this.set(this.pf, properties);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -103,6 +121,12 @@ export class Stack implements AsyncDisposable {
 
   private get runtimeDirectory(): string {
     return join(this.options.directory, "vhostd");
+  }
+
+  private async set(address: string, properties: readonly string[]): Promise<void> {
+    const words = ["set", address, ...properties, "--runtime-dir", join(this.options.directory, "softvf")];
+    const { code, output } = await this.runProgram("vfe-softvf", words);
+    if (code !== 0) throw new Error(`vfe-softvf ${words.join(" ")} ended with ${code}: ${output}`);
   }
 
   private async runProgram(

@@ -3,11 +3,14 @@ import type { Accelerator } from "./accelerator.ts";
 import { Child } from "./child.ts";
 import { Qmp } from "./qmp.ts";
 
-/** A vhost-user-blk disk of a VM. QEMU listens on `socket`, and waits there until the back-end has connected. */
+/** A vhost-user-blk disk of a VM. QEMU does not start its machine before the back-end is there. */
 export interface VhostDisk {
   readonly socket: string;
   readonly queues: number;
-  /** "listen": QEMU's side has server=on (the daemon's client mode); "connect": the daemon listens. */
+  /**
+   * "listen": QEMU's side has server=on (the daemon's client mode); "connect": the daemon listens, and QEMU tries once a
+   * second.
+   */
   readonly role?: "listen" | "connect";
 }
 
@@ -94,9 +97,9 @@ export class Vm implements AsyncDisposable {
 }
 
 function diskArguments({ socket, queues, role }: VhostDisk, index: number): string[] {
-  const server = role === "connect" ? "" : ",server=on,wait=off";
+  const manner = role === "connect" ? "reconnect=1" : "server=on,wait=off";
   return [
-    ...["-chardev", `socket,id=disk${index},path=${socket}${server}`],
+    ...["-chardev", `socket,id=disk${index},path=${socket},${manner}`],
     "-device",
     `vhost-user-blk-pci,chardev=disk${index},num-queues=${queues},page-per-vq=on,disable-legacy=on,disable-modern=off,bootindex=${index + 1}`,
   ];
