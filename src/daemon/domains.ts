@@ -53,9 +53,11 @@ export class DomainTable {
     const key = DomainTable.key(vm, transport);
     const domain = this.domains.get(key)?.domain;
     if (domain === undefined) return;
-    const { data, fds } = domain.snapshot();
-    const record: DomainRecord = { version: RECORD_VERSION, vm, transport, domain: data };
-    await this.keeper.put(recordKey(key), record, fds);
+    await this.keeper.put(recordKey(key), () => {
+      const { data, fds } = domain.snapshot();
+      const record: DomainRecord = { version: RECORD_VERSION, vm, transport, domain: data };
+      return { record, fds };
+    });
   }
 
   /**

@@ -4,15 +4,22 @@ import type { OwnedFd } from "../native/fd.ts";
 /**
  * Keeps records with file descriptors across the death of the daemon. It has no policy and knows no devices.
  *
- * The daemon writes each change of a VF's record *before* the front-end is answered; `fds` are borrowed for the call
+ * The daemon writes each change of a VF's record *before* the front-end is answered; the fds are borrowed for the call
  * (a keeper that stores them duplicates them).
  */
 export interface Keeper {
-  put(key: string, record: Json, fds: ReadonlyMap<string, number>): Promise<void>;
+  /** @param take what is to be stored as it is now; a keeper that stores nothing does not ask */
+  put(key: string, take: () => Kept): Promise<void>;
   /** The caller owns the fds that come back. */
   get(key: string): Promise<{ record: Json; fds: Map<string, OwnedFd> } | undefined>;
   list(): Promise<string[]>;
   delete(key: string): Promise<void>;
+}
+
+/** A record beside named fds. */
+export interface Kept {
+  readonly record: Json;
+  readonly fds: ReadonlyMap<string, number>;
 }
 
 /** Stands where no keeper is configured: the write points exist, nothing is stored. */

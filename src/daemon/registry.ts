@@ -130,8 +130,7 @@ export class DeviceRegistry {
       const pf = await Pf.attach(address, entry, this.pfSurroundings);
       await using undo = new AsyncDisposableStack();
       undo.use(pf);
-      const { record, fds } = pf.snapshot();
-      await this.options.keeper.put(`pf/${address}`, record, fds);
+      await this.options.keeper.put(`pf/${address}`, () => pf.snapshot());
       undo.move();
       this.pfs.set(address, { live: pf });
     } catch (error) {

@@ -354,8 +354,7 @@ export class Vf implements SessionTarget {
   }
 
   async checkpoint(): Promise<void> {
-    const { record, fds } = this.snapshot();
-    await this.around.keeper.put(this.key, record, fds);
+    await this.around.keeper.put(this.key, () => this.snapshot());
   }
 
   private async moveBy(to: ManualStatus | undefined, deadline: Deadline): Promise<InternalStatusName> {

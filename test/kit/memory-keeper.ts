@@ -1,6 +1,6 @@
 import { VhostdError } from "../../src/base/errors.ts";
 import type { Json } from "../../src/base/json.ts";
-import type { Keeper } from "../../src/daemon/keeper.ts";
+import type { Keeper, Kept } from "../../src/daemon/keeper.ts";
 import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
 
 interface Entry {
@@ -23,10 +23,11 @@ export class MemoryKeeper implements Keeper, Disposable {
   }
 
   /** @throws VhostdError keeperStore where the key is refused */
-  async put(key: string, record: Json, fds: ReadonlyMap<string, number>): Promise<void> {
+  async put(key: string, take: () => Kept): Promise<void> {
     if (this.refused !== undefined && key.startsWith(this.refused)) {
       throw new VhostdError("keeperStore", `the keeper does not store ${key}`);
     }
+    const { record, fds } = take();
     const kept = new Map([...fds].map(([name, fd]) => [name, duplicate(fd)] as const));
     this.drop(key);
     this.entries.set(key, { record: JSON.stringify(record), fds: kept });

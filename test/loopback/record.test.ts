@@ -20,7 +20,7 @@ async function rebuildFrom(lab: RegistryLab, change: (record: VfRecord) => Json)
   const stored = await lab.keeper.get(key);
   if (stored === undefined) throw new Error("the VF has no record");
   const borrowed = new Map([...stored.fds].map(([name, fd]) => [name, fd.number] as const));
-  await lab.keeper.put(key, change(parseVfRecord(stored.record)), borrowed);
+  await lab.keeper.put(key, () => ({ record: change(parseVfRecord(stored.record)), fds: borrowed }));
   for (const fd of stored.fds.values()) fd[Symbol.dispose]();
   await rebuild(lab);
 }
