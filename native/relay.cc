@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "guard.h"
+#include "priority.h"
 #include "thread.h"
 
 namespace vhostd {
@@ -20,14 +21,21 @@ void store(uintptr_t address, uint32_t value) {
 
 }  // namespace
 
-int Relay::start() { return thread.start(run, this); }
+int Relay::start() {
+  // Without it all goes through this thread.
+  if (forward == Forward::whereKernelCan) forwarder.start();
+  return thread.start(run, this);
+}
 
 void Relay::stop() {
+  forwarder.stop();
   thread.stop();
   while (!connections.empty()) remove(connections.begin());
 }
 
 int64_t Relay::connect(int kick, int doorbell) {
+  const uint64_t forwarded = newNumber();
+  if (forwarder.connect(forwarded, kick, doorbell) == 0) return static_cast<int64_t>(forwarded);
   int own = fcntl(doorbell, F_DUPFD_CLOEXEC, 3);
   if (own < 0) return -errno;
   int64_t number = add({kick, own, 0, 0, 0});
@@ -38,6 +46,11 @@ int64_t Relay::connect(int kick, int doorbell) {
 int64_t Relay::connect(int kick, uintptr_t address, int width, uint32_t value) {
   if (width != 2 && width != 4) return -EINVAL;
   return add({kick, -1, address, width, value});
+}
+
+uint64_t Relay::newNumber() {
+  std::lock_guard<std::mutex> lock(mutex);
+  return ++lastNumber;
 }
 
 int64_t Relay::add(const Connection& connection) {
@@ -51,9 +64,12 @@ int64_t Relay::add(const Connection& connection) {
 }
 
 void Relay::disconnect(uint64_t number) {
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = connections.find(number);
-  if (found != connections.end()) remove(found);
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = connections.find(number);
+    if (found != connections.end()) return remove(found);
+  }
+  forwarder.disconnect(number);
 }
 
 void Relay::remove(std::unordered_map<uint64_t, Connection>::iterator which) {
@@ -74,6 +90,7 @@ bool Relay::ring(const Connection& connection) {
 
 void* Relay::run(void* self) {
   nameThread("vhostd-relay");
+  preferThisThread();
   static_cast<Relay*>(self)->loop();
   return nullptr;
 }

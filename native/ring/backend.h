@@ -39,9 +39,9 @@ class ServiceContext {
    * of it is not mapped for that direction.
    */
   virtual const std::vector<iovec>* vectors(const Chain& chain, Direction direction, uint64_t skip, uint64_t length) = 0;
-  /** Copies out of the readable buffers. False where they are not mapped or their memory is gone. */
+  /** Copies out of the readable buffers. False where there are fewer, they are not mapped or their memory is gone. */
   virtual bool copyFrom(const Chain& chain, uint64_t skip, void* to, size_t length) = 0;
-  /** Copies into the writable buffers. False where they are not mapped or their memory is gone. */
+  /** Copies into the writable buffers. False where there are fewer, they are not mapped or their memory is gone. */
   virtual bool copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) = 0;
 
   /**

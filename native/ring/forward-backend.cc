@@ -11,8 +11,8 @@ namespace {
 
 /** Of one chain, in each direction. */
 constexpr uint64_t kMostBytes = 1 << 20;
-/** Copied out and not yet taken by control: a ring full of the largest chains must not fill this process. */
-constexpr uint64_t kMostWaitingBytes = 64 << 20;
+/** Of all chains until they are given back, in both directions: a ring full of the largest must not fill this process. */
+constexpr uint64_t kMostHeldBytes = 64 << 20;
 
 /** Hands chains to control, which answers them when it likes. */
 class ForwardBackend final : public RingBackend {
@@ -35,13 +35,17 @@ class ForwardBackend final : public RingBackend {
     std::vector<uint8_t> bytes;
   };
   static std::string refusal(const Chain& chain);
+  static uint64_t size(const Chain& chain) { return chain.readableSize + chain.writableSize; }
+  bool hold(uint64_t bytes);
+  void release(uint64_t bytes);
   bool takeAnswer(Answer& answer);
 
   /** For all below; held for list operations only. */
   mutable std::mutex mutex_;
   uint64_t nextId_ = 1;
   std::vector<ForwardedRequest> waiting_;
-  uint64_t waitingBytes_ = 0;
+  /** Waiting, with control, and answered. */
+  uint64_t heldBytes_ = 0;
   std::map<uint64_t, Chain*> unanswered_;
   std::deque<Answer> answers_;
 };
@@ -58,6 +62,9 @@ std::string ForwardBackend::refusal(const Chain& chain) {
 void ForwardBackend::serve(Chain* chain, ServiceContext& context) {
   const std::string reason = refusal(*chain);
   if (!reason.empty()) return context.fail(reason);
+  if (!hold(size(*chain))) {
+    return context.fail("more than " + std::to_string(kMostHeldBytes) + " bytes of requests are unanswered");
+  }
   ForwardedRequest request{0, chain->queue, std::vector<uint8_t>(chain->readableSize), chain->writableSize};
   if (!context.copyFrom(*chain, 0, request.readable.data(), request.readable.size())) {
     return context.fail("a readable buffer of request " + std::to_string(chain->head) + " of queue " +
@@ -65,15 +72,18 @@ void ForwardBackend::serve(Chain* chain, ServiceContext& context) {
   }
   {
     std::lock_guard lock(mutex_);
-    waitingBytes_ += request.readable.size();
-    if (waitingBytes_ <= kMostWaitingBytes) {
-      request.id = nextId_++;
-      unanswered_[request.id] = chain;
-      waiting_.push_back(std::move(request));
-    }
+    request.id = nextId_++;
+    unanswered_[request.id] = chain;
+    waiting_.push_back(std::move(request));
   }
-  if (request.id == 0) return context.fail("more than " + std::to_string(kMostWaitingBytes) + " bytes of requests wait");
   context.callControl();
+}
+
+bool ForwardBackend::hold(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  if (bytes > kMostHeldBytes - heldBytes_) return false;
+  heldBytes_ += bytes;
+  return true;
 }
 
 int64_t ForwardBackend::due() const {
@@ -89,9 +99,16 @@ void ForwardBackend::resume(int64_t, ServiceContext& context) {
       return context.fail("a writable buffer of request " + std::to_string(chain->head) + " of queue " +
                           std::to_string(chain->queue) + " is not in mapped memory");
     }
+    const uint64_t held = size(*chain);
     context.complete(chain, static_cast<uint32_t>(written), chain->readableSize + written, false);
+    release(held);
     if (!context.giveWay()) return;
   }
+}
+
+void ForwardBackend::release(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  heldBytes_ -= bytes;
 }
 
 bool ForwardBackend::takeAnswer(Answer& answer) {
@@ -105,14 +122,13 @@ bool ForwardBackend::takeAnswer(Answer& answer) {
 void ForwardBackend::drop() {
   std::lock_guard lock(mutex_);
   waiting_.clear();
-  waitingBytes_ = 0;
+  heldBytes_ = 0;
   unanswered_.clear();
   answers_.clear();
 }
 
 std::vector<ForwardedRequest> ForwardBackend::takeRequests() {
   std::lock_guard lock(mutex_);
-  waitingBytes_ = 0;
   return std::exchange(waiting_, {});
 }
 

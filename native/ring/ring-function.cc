@@ -162,14 +162,20 @@ std::string RingFunction::start(uint64_t features) {
 }
 
 bool RingFunction::setCall(uint16_t queue, int fd) {
-  std::shared_ptr<File> call;
+  File call;
   if (fd >= 0) {
-    call = std::make_shared<File>(File::duplicate(fd));
-    if (!call->valid()) return false;
+    call = File::duplicate(fd);
+    if (!call.valid()) return false;
   }
-  std::lock_guard lock(callMutex_);
-  slots_[queue]->call.swap(call);
+  takeCall(queue, std::move(call));
   return true;
+}
+
+void RingFunction::takeCall(uint16_t queue, File call) {
+  std::shared_ptr<File> next;
+  if (call.valid()) next = std::make_shared<File>(std::move(call));
+  std::lock_guard lock(callMutex_);
+  slots_[queue]->call.swap(next);
 }
 
 int RingFunction::setKick(uint16_t queue, int fd) {
@@ -193,6 +199,13 @@ int RingFunction::setKick(uint16_t queue, int fd) {
 void RingFunction::quiesce() {
   ControlTurn turn(gate_);
   quiesced_ = true;
+}
+
+bool RingFunction::passCalls() {
+  if (!calling_) return true;
+  // One that comes just before the system call interrupts nothing.
+  if (threadStarted_) pthread_kill(thread_, interruptSignal());
+  return false;
 }
 
 void RingFunction::unquiesce() {

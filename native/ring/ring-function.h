@@ -88,6 +88,8 @@ class RingFunction final : private ServiceContext {
   std::string start(uint64_t features);
   /** The queue's calls go to a duplicate of `fd`, -1 for nowhere; one may be on its way to the former. Never waits. */
   bool setCall(uint16_t queue, int fd);
+  /** The same with a descriptor that is taken: it cannot fail. */
+  void takeCall(uint16_t queue, File call);
   /**
    * Signals of `fd`, of which a duplicate is kept and never read, notify the queue too; -1 for no longer. 0 or -errno:
    * the former stays then. Never waits.
@@ -95,6 +97,11 @@ class RingFunction final : private ServiceContext {
   int setKick(uint16_t queue, int fd);
   /** When it returns no chain is taken until `unquiesce`, however often the worker is stopped and started. */
   void quiesce();
+  /**
+   * While quiesced: true when no call holds the worker up any more, whoever has filled the eventfd; asked until then.
+   * Never waits.
+   */
+  bool passCalls();
   /** Never waits. */
   void unquiesce();
   /** Chains that were taken and not yet shown to the driver as used. Never waits. */
@@ -152,6 +159,7 @@ class RingFunction final : private ServiceContext {
   Pop popNext(Slot& slot, Chain& chain, std::string& reason);
   void publish();
   void signalCalls();
+  void signalCall(int call);
   void collectNotifications(int timeout);
   int untilDue() const;
   Chain* takeChain();
@@ -160,6 +168,8 @@ class RingFunction final : private ServiceContext {
   const std::vector<iovec>* vectors(const Chain& chain, Direction direction, uint64_t skip, uint64_t length) override;
   bool copyFrom(const Chain& chain, uint64_t skip, void* to, size_t length) override;
   bool copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) override;
+  template <typename Copy>
+  bool copyParts(const Chain& chain, Direction direction, uint64_t skip, size_t length, Copy copy);
   void complete(Chain* chain, uint32_t written, uint64_t bytes, bool error) override;
   void abandon(Chain* chain) override;
   void callControl() override;
@@ -182,6 +192,8 @@ class RingFunction final : private ServiceContext {
   bool threadStarted_ = false;
   std::atomic<Stop> stop_{Stop::no};
   std::atomic<bool> quiesced_{false};
+  /** The worker may be in a write that blocks, unless it sees afterwards that it is to stop or quiesced. */
+  std::atomic<bool> calling_{false};
   /** Written inside turns only. */
   std::atomic<uint32_t> inFlight_{0};
   /** Chains that ended in this turn: they are in flight until the driver can see it. */

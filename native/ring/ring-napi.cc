@@ -71,8 +71,10 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
                                                 InstanceMethod<&RingFunctionObject::activate>("activate"),
                                                 InstanceMethod<&RingFunctionObject::start>("start"),
                                                 InstanceMethod<&RingFunctionObject::setCall>("setCall"),
+                                                InstanceMethod<&RingFunctionObject::takeCall>("takeCall"),
                                                 InstanceMethod<&RingFunctionObject::setKick>("setKick"),
                                                 InstanceMethod<&RingFunctionObject::quiesce>("quiesce"),
+                                                InstanceMethod<&RingFunctionObject::passCalls>("passCalls"),
                                                 InstanceMethod<&RingFunctionObject::unquiesce>("unquiesce"),
                                                 InstanceMethod<&RingFunctionObject::inFlight>("inFlight"),
                                                 InstanceMethod<&RingFunctionObject::rings>("rings"),
@@ -132,10 +134,14 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
   Napi::Value setCall(const Napi::CallbackInfo& info) {
     return Napi::Boolean::New(Env(), function_->setCall(queueIndex(info[0]), integer(info[1])));
   }
+  void takeCall(const Napi::CallbackInfo& info) {
+    function_->takeCall(queueIndex(info[0]), File(integer(info[1])));
+  }
   Napi::Value setKick(const Napi::CallbackInfo& info) {
     return number(function_->setKick(queueIndex(info[0]), integer(info[1])));
   }
   void quiesce(const Napi::CallbackInfo&) { function_->quiesce(); }
+  Napi::Value passCalls(const Napi::CallbackInfo&) { return Napi::Boolean::New(Env(), function_->passCalls()); }
   void unquiesce(const Napi::CallbackInfo&) { function_->unquiesce(); }
   Napi::Value inFlight(const Napi::CallbackInfo&) { return number(function_->inFlight()); }
   Napi::Value rings(const Napi::CallbackInfo&) {

@@ -1,10 +1,11 @@
 /**
  * Round trips between two threads by eventfds, bare or with a third in the way there. All on one CPU.
  *
- *   round-trip bare|relay|thread CPU SECONDS    prints nanoseconds of one round trip
+ *   round-trip bare|relay|epoll|thread CPU SECONDS    prints nanoseconds of one round trip
  *
  * bare:   measuring thread → doorbell → answering thread → answer → measuring thread; two wake-ups
  * relay:  measuring thread → kick → relay → doorbell → answering thread → answer → measuring thread; three
+ * epoll:  the same where the kernel does not forward
  * thread: the same with a thread in the relay's place that only reads and writes: the least that three threads take
  */
 #include <sched.h>
@@ -75,7 +76,8 @@ double measure(int there, int back, double seconds) {
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
   const bool bare = strcmp(argv[1], "bare") == 0;
-  const bool relayed = strcmp(argv[1], "relay") == 0;
+  const bool byEpoll = strcmp(argv[1], "epoll") == 0;
+  const bool relayed = byEpoll || strcmp(argv[1], "relay") == 0;
   cpu_set_t cpu;
   CPU_ZERO(&cpu);
   CPU_SET(atoi(argv[2]), &cpu);
@@ -86,7 +88,7 @@ int main(int argc, char** argv) {
   const int answer = eventfd(0, EFD_CLOEXEC);
   const int kick = bare ? doorbell : eventfd(0, EFD_CLOEXEC);
   check(doorbell >= 0 && answer >= 0 && kick >= 0, "eventfd");
-  vhostd::Relay relay;
+  vhostd::Relay relay(byEpoll ? vhostd::Relay::Forward::never : vhostd::Relay::Forward::whereKernelCan);
   if (relayed) check(relay.start() == 0 && relay.connect(kick, doorbell) > 0, "relay");
   std::thread between;
   if (!bare && !relayed) between = pass(kick, doorbell);
