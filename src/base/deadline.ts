@@ -7,6 +7,7 @@ import { VhostdError } from "./errors.ts";
 export class Deadline {
   /** Sets the timers of those that race anew. */
   private readonly racers = new Set<() => void>();
+  private readonly earlier: { readonly deadline: Deadline; readonly by: number }[] = [];
 
   private constructor(
     private end: number,
@@ -36,6 +37,14 @@ export class Deadline {
     this.end -= less;
     this.total -= less;
     for (const rearm of this.racers) rearm();
+    for (const { deadline, by } of this.earlier) deadline.shorten(Math.max(0, this.remaining - by));
+  }
+
+  /** One that passes that many milliseconds before this, also when this is shortened. */
+  before(milliseconds: number): Deadline {
+    const deadline = new Deadline(this.end - milliseconds, this.what, this.total - milliseconds);
+    this.earlier.push({ deadline, by: milliseconds });
+    return deadline;
   }
 
   error(): VhostdError {

@@ -10,7 +10,7 @@ export const DEADLINES = {
   start: 5_000,
   /** A device gives back what it has taken: its slowest request bounds this. */
   drain: 30_000,
-  /** The same where the VF is being removed: an operator waits. */
+  /** The same where the VF is being removed and an operator waits, or where it has been tried before. */
   lastDrain: 5_000,
   /** Status 0 after a session. */
   reset: 5_000,

@@ -19,8 +19,9 @@ export class Patience {
     private readonly last: number,
   ) {}
 
-  async during<T>(work: (deadline: Deadline) => Promise<T>): Promise<T> {
-    const deadline = Deadline.after(this.hurried ? this.last : this.usual, this.what);
+  /** @param again it has been tried before: there is as little time as at the last */
+  async during<T>(work: (deadline: Deadline) => Promise<T>, again = false): Promise<T> {
+    const deadline = Deadline.after(this.hurried || again ? this.last : this.usual, this.what);
     this.deadlines.add(deadline);
     try {
       return await work(deadline);

@@ -163,9 +163,8 @@ export class Pf implements AsyncDisposable {
    * @throws VhostdError vfIndex where the PF does not have it
    */
   moverFor(vf: PciAddress, entry: BusEntry): VfMover {
-    const unmanagedReason = () => this.management.reason ?? "its PF can move it";
     const { admin } = this.parts;
-    if (admin.kind === "none") return { make: undefined, unmanagedReason };
+    if (admin.kind === "none") return { make: undefined, unmanagedReason: () => this.lost ?? admin.reason };
     const found = [...entry.virtfns].find(([, address]) => address === vf);
     if (found === undefined) {
       throw new VhostdError("vfIndex", `${vf} is none of the ${entry.virtfns.size} VFs that ${this.address} names`, {
@@ -173,7 +172,10 @@ export class Pf implements AsyncDisposable {
       });
     }
     const managed = { admin: admin.admin, vdevId: vdevId(found[0]) };
-    return { make: (host, snapshot) => new VendorMover(host, managed, snapshot), unmanagedReason };
+    return {
+      make: (host, snapshot) => new VendorMover(host, managed, snapshot),
+      unmanagedReason: () => this.management.reason ?? admin.admin.obstacle(managed.vdevId) ?? "its PF can move it",
+    };
   }
 
   snapshot(): { record: PfRecord; fds: ReadonlyMap<string, number> } {

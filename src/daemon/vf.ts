@@ -327,11 +327,12 @@ export class Vf implements SessionTarget {
   release(memory: RingMemory): Promise<void> {
     return this.operations.run(async () => {
       const { dataPath } = this.parts;
-      const used = this.current.name === "running" || this.current.name === "stopping";
-      if (used && dataPath.moverKind !== "registers") {
-        if (this.current.name === "running") this.become({ name: "stopping" });
+      const { name } = this.current;
+      // From "stopping" where a stop has failed: the device may have come to its senses.
+      if ((name === "running" || name === "stopping") && dataPath.moverKind !== "registers") {
+        if (name === "running") this.become({ name: "stopping" });
         try {
-          await this.patience.during((deadline) => this.giveBack(memory, deadline));
+          await this.patience.during((deadline) => this.giveBack(memory, deadline), name === "stopping");
         } catch (error) {
           this.log.warn("what the function had taken is not all given back", asError(error));
         }

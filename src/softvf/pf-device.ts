@@ -4,8 +4,8 @@ import { configValues } from "../virtio/config-space.ts";
 import { FeatureBit, featureBits } from "../virtio/features.ts";
 import type { PfSettings } from "./pf-options.ts";
 
-/** Entries of the admin virtqueue. */
-export const PF_RING_SIZE = 256;
+/** Entries of the admin virtqueue: each of 256 VFs can have a command in flight. */
+export const PF_RING_SIZE = 2048;
 /** What a class may say: there are no more doorbells. */
 const ADMIN_QUEUE_MAX = 1023;
 

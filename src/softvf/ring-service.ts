@@ -8,7 +8,7 @@ const STOP_TIMEOUT = 30_000;
 /** Milliseconds for a worker to be frozen: the administrator is told to try again sooner than a driver gives up. */
 const FREEZE_TIMEOUT = 5000;
 /** Milliseconds for everything that was taken to be given back, before the administrator is told to try again. */
-const DRAIN_TIMEOUT = 10_000;
+const DRAIN_TIMEOUT = 5000;
 /** Milliseconds to find the worker between two pieces of I/O. */
 const LOOK_TIMEOUT = 1000;
 const INTERVAL = 1;
@@ -89,24 +89,21 @@ export class RingService {
       throw new VhostdError("notPermitted", `no step leads from ${from} to ${to}`);
     switch (to) {
       case "running":
-        this.current = to;
+        await this.become(to);
         this.engine.unquiesce();
-        await this.update();
         break;
       case "quiesced":
         if (from === "freezed") await this.reattach();
         else await this.engine.quiesce();
-        this.current = to;
-        await this.update();
-        break;
-      default:
-        this.current = to;
         try {
-          await this.update(Deadline.after(FREEZE_TIMEOUT, "the ring worker's piece of I/O"));
+          await this.become(to);
         } catch (error) {
-          this.current = from;
+          if (from !== "freezed") this.engine.unquiesce();
           throw error;
         }
+        break;
+      default:
+        await this.become(to, Deadline.after(FREEZE_TIMEOUT, "the ring worker's piece of I/O"));
     }
     return from;
   }
@@ -158,6 +155,18 @@ export class RingService {
     this.kept.clear();
     this.worker = "stopped";
     this.current = "init";
+  }
+
+  /** @throws what `update` does; the status is what it was then */
+  private async become(to: InternalStatusName, deadline?: Deadline): Promise<void> {
+    const from = this.current;
+    this.current = to;
+    try {
+      await this.update(deadline);
+    } catch (error) {
+      this.current = from;
+      throw error;
+    }
   }
 
   private look() {

@@ -1,4 +1,5 @@
 import { Deadline } from "../../src/base/deadline.ts";
+import { SystemError } from "../../src/base/errors.ts";
 import { struct } from "../../src/base/layout.ts";
 import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
 import { pread, pwrite, signalEventfd, truncate } from "../../src/native/sys.ts";
@@ -30,6 +31,8 @@ const DESCRIPTOR = struct("descriptor", 16, {
 const USED_ELEMENT = struct("used element", 8, { id: [0, "u32"], length: [4, "u32"] });
 const PF_FEATURES = featureBits(FeatureBit.accessPlatform, FeatureBit.adminVq);
 const TIMEOUT = 5000;
+/** The size of the file is sealed. */
+const EPERM = 1;
 
 /** A command as the device has taken it off the ring. */
 export interface FakeCommand {
@@ -77,14 +80,12 @@ export class FakeAdmin implements AsyncDisposable {
   private memory: { readonly iova: number; readonly size: number; readonly fd: OwnedFd } | undefined;
   private readonly routes = new Map<number, OwnedFd>();
   private taken = 0;
-  /** There is no ring left to look at. */
-  private blind = false;
   private opened: VendorAdmin | undefined;
 
   constructor(private readonly options: FakeAdminOptions = {}) {
-    const { vfs = 2, queue = 0, features = PF_FEATURES, queues = queue + 1 } = options;
+    const { vfs = 2, queue = 0, features = PF_FEATURES, queues = queue + 1, queueSize = 2048 } = options;
     this.queue = queue;
-    this.fn = new FakeFunction({ ...options, features, queues });
+    this.fn = new FakeFunction({ ...options, features, queues, queueSize });
     this.fn.onRing = (rung) => {
       if (rung === queue) this.serve();
     };
@@ -143,17 +144,25 @@ export class FakeAdmin implements AsyncDisposable {
     if (this.interrupts && eventfd !== undefined) signalEventfd(eventfd.number);
   }
 
-  /** The file of the queue's memory becomes this short, as a hostile process that has it could do. Bytes. */
-  shrinkMemory(size: number): void {
-    truncate(this.memory!.fd.number, size);
-    this.blind = true;
+  /**
+   * Makes the file of the queue's memory this short, bytes, as a hostile process would that has it.
+   * @returns whether that was possible
+   */
+  shrinkMemory(size: number): boolean {
+    try {
+      truncate(this.memory!.fd.number, size);
+    } catch (error) {
+      if (error instanceof SystemError && error.errno === EPERM) return false;
+      throw error;
+    }
+    return true;
   }
 
   /** Takes and answers whatever is there. */
   serve(): void {
     const { desc, driver, size, enable } = this.fn.queues[this.queue]!;
     if (enable === 0) return;
-    while (!this.blind) {
+    for (;;) {
       const [low = 0, high = 0] = this.read(Number(driver) + 2, 2);
       if ((low | (high << 8)) === this.taken) return;
       const [first = 0, second = 0] = this.read(Number(driver) + 4 + 2 * (this.taken % size), 2);

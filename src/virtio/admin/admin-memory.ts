@@ -1,14 +1,19 @@
 import { VhostdError } from "../../base/errors.ts";
 import type { OwnedFd } from "../../native/fd.ts";
-import { fileInfo, memfd, pread, pwrite } from "../../native/sys.ts";
+import { fileInfo, memfd, pread, pwrite, sealSize } from "../../native/sys.ts";
 import type { AddressSpace } from "../../pci/address-space.ts";
 import type { DmaDomain } from "../../pci/dma-domain.ts";
 import { descSize, deviceSize, driverSize, RING_ALIGNMENT } from "../split-ring.ts";
+import { journalSize } from "./admin-journal.ts";
 
 /** Who holds the memory in the PF's domain. */
 export const ADMIN_MEMORY_OWNER = "admin queue";
 /** Descriptors of one command at most: header, data, payload, result, status. */
 export const SLOT_DESCRIPTORS = 5;
+/** The same, of the command that finds out whether there is anybody: header, result, status. */
+const LIFE_SIGN_DESCRIPTORS = 3;
+/** Entries of the ring: room for one command and the life sign at least, for all VFs of a PF at most. */
+export const ADMIN_RING_SIZE = { min: SLOT_DESCRIPTORS + LIFE_SIGN_DESCRIPTORS, max: 2048 } as const;
 /** Bytes of the payload, and of the result, of one command at most. */
 export const TRANSFER_MAX = 16 << 10;
 /** Bytes of the header, and of the data, of one command at most. */
@@ -33,15 +38,17 @@ interface Places {
   readonly device: number;
   readonly cells: number;
   readonly transfers: number;
+  /** Page-aligned, and within one page. */
+  readonly journal: number;
   readonly size: number;
 }
 
 /**
- * The memory of an admin queue: rings and buffers in a file of our own, which the device reaches at `iova`. It is read
- * and written by system calls only: the device's process has the file too and may shrink it.
+ * The memory of an admin queue: rings, buffers and journal in a file of our own, which the device reaches at `iova`. It
+ * is read and written by system calls only: there is no mapping that the next process would have to make again.
  */
 export class AdminMemory implements Disposable {
-  /** Commands that have room. */
+  /** Commands that have room, beside the life sign: its slot is the one behind theirs. */
   readonly slots: number;
   private readonly places: Places;
 
@@ -51,19 +58,20 @@ export class AdminMemory implements Disposable {
     /** Entries of the ring. */
     readonly ringSize: number,
   ) {
-    this.slots = Math.floor(ringSize / SLOT_DESCRIPTORS);
+    this.slots = slotsOf(ringSize);
     this.places = placesOf(ringSize);
   }
 
   /**
    * Fresh memory, mapped for the function of the domain.
-   * @param ringSize a power of two, SLOT_DESCRIPTORS at least
+   * @param ringSize a power of two, see ADMIN_RING_SIZE
    * @throws VhostdError iommuDomain where there is no room, or what the transport says
    */
   static async claim({ domain, space }: AdminDma, ringSize: number): Promise<AdminMemory> {
     using undo = new DisposableStack();
     const size = alignUp(placesOf(ringSize).size, space.pageSize);
     const file = undo.use(memfd(ADMIN_MEMORY_OWNER, size));
+    sealSize(file.number);
     const iova = findRoom(space, size);
     const { dev, ino } = fileInfo(file.number);
     await domain.claim(ADMIN_MEMORY_OWNER, { iova, size, offset: 0, file: { dev, ino } }, file.number);
@@ -87,8 +95,8 @@ export class AdminMemory implements Disposable {
     return { desc: iova, driver: iova + places.driver, device: iova + places.device };
   }
 
-  /** Offsets of the ring's parts. */
-  get ringPlaces(): { driver: number; device: number } {
+  /** Offsets of the ring's parts, and of what the driver keeps for itself. */
+  get ringPlaces(): { driver: number; device: number; journal: number } {
     return this.places;
   }
 
@@ -137,10 +145,15 @@ export class AdminMemory implements Disposable {
 function placesOf(ringSize: number): Places {
   const driver = descSize(ringSize);
   const device = alignUp(driver + driverSize(ringSize), RING_ALIGNMENT.device);
-  const slots = Math.floor(ringSize / SLOT_DESCRIPTORS);
+  const slots = slotsOf(ringSize) + 1;
   const cells = alignUp(device + deviceSize(ringSize), CELL.size);
   const transfers = alignUp(cells + slots * CELL.size, PAGE);
-  return { driver, device, cells, transfers, size: alignUp(transfers + slots * 2 * TRANSFER_MAX, PAGE) };
+  const journal = alignUp(transfers + slots * 2 * TRANSFER_MAX, PAGE);
+  return { driver, device, cells, transfers, journal, size: alignUp(journal + journalSize(slots), PAGE) };
+}
+
+function slotsOf(ringSize: number): number {
+  return Math.floor((ringSize - LIFE_SIGN_DESCRIPTORS) / SLOT_DESCRIPTORS);
 }
 
 /** @throws VhostdError iommuDomain */

@@ -11,7 +11,7 @@ import { NO_VECTOR } from "../registers.ts";
 import { AdminMemory, DATA_MAX, HEADER_MAX, TRANSFER_MAX } from "./admin-memory.ts";
 import { parseAdminQueueRecord } from "./admin-record.ts";
 import { type AdminCommand, type AdminReply, AdminRing } from "./admin-ring.ts";
-import { ADMIN_HEADER, AdminClass, IDENTITY_RESULT, MigrationCommand } from "./vendor.ts";
+import { ADMIN_HEADER, AdminClass, IDENTITY_RESULT, MigrationCommand, vdevName } from "./vendor.ts";
 
 /** Milliseconds between two looks at the used ring: hardware of the vendor raises no interrupt for it. */
 const POLL_INTERVAL = 1;
@@ -23,8 +23,11 @@ const LIFE_SIGN_TIMEOUT = 3_000;
 const DRAIN_TIMEOUT = 10_000;
 /** Milliseconds for the reset of the PF when the queue is closed. */
 const CLOSE_TIMEOUT = 3_000;
-/** The part of the slots that unanswered commands may use up. Beyond it the rest is for VFs whose commands are answered. */
-const LOST_SHARE = 1 / 2;
+/**
+ * The part of the slots that unanswered commands may use up. Beyond it the rest is for VFs whose commands are answered:
+ * of the largest ring enough for one command of each VF.
+ */
+const LOST_SHARE = 1 / 4;
 /** Vector 0 would be that of configuration changes. */
 const VECTOR = 1;
 
@@ -38,15 +41,32 @@ export type AdminQueueState =
 interface Job {
   readonly command: AdminCommand;
   readonly reply: PromiseWithResolvers<AdminReply>;
+  /** Commands completed when it was given to the device; undefined before that. */
+  postedAt: number | undefined;
 }
 
-/** `lost`: nobody waits any more for what the device still has. */
+type CommandKind = Pick<AdminCommand, "vdevId" | "alters">;
+
+/**
+ * `left`: of an earlier process, and waited for before anything new; `lost`: the device still has it, and nobody waits;
+ * `life`: somebody waits for anything at all.
+ */
 type Slot =
   | { readonly kind: "free" }
   | { readonly kind: "taken"; readonly job: Job }
-  | { readonly kind: "lost"; readonly vdevId: number };
+  | ({ readonly kind: "left" } & CommandKind)
+  | ({ readonly kind: "lost" } & CommandKind)
+  | { readonly kind: "life" };
 
 const FREE: Slot = { kind: "free" };
+
+/** A command expired before the device got it. */
+export class NeverPosted extends VhostdError {
+  constructor(deadline: Deadline, why: string) {
+    super("timedOut", `${deadline.error().message}; ${why}`);
+    this.name = "NeverPosted";
+  }
+}
 
 /** Where the queue is in its device. */
 export interface AdminQueuePlace {
@@ -91,7 +111,7 @@ export class AdminQueue implements AsyncDisposable {
   ) {
     this.current = state;
     this.ring = new AdminRing(memory);
-    this.slots = Array.from({ length: memory.slots }, () => FREE);
+    this.slots = Array.from({ length: memory.slots + 1 }, () => FREE);
     this.doorbell = device.doorbell(place.queue, place.notifyOff);
     this.watch = interrupt && watch(interrupt.number, "in", () => this.onInterrupt(interrupt));
     void device.fn.lost.then((error) => this.die(`the function is gone: ${error.message}`));
@@ -123,8 +143,8 @@ export class AdminQueue implements AsyncDisposable {
   }
 
   /**
-   * Goes on with a queue as another process left it, without a reset. Its commands are waited for before the first new
-   * one. Takes the fds.
+   * Goes on with a queue as another process left it, without a reset. The commands that it waited for are waited for
+   * before the first new one. Takes the fds.
    * @throws VhostdError invalid where the record or the fds do not fit
    */
   static revive(
@@ -146,12 +166,18 @@ export class AdminQueue implements AsyncDisposable {
     const state: AdminQueueState = dead === null ? { kind: "draining" } : { kind: "dead", reason: dead };
     const queue = new AdminQueue(device, record, memory, interrupt, state, timeouts);
     undo.move();
-    if (dead === null) queue.startDraining();
+    if (dead === null) queue.takeUp();
     return queue;
   }
 
   get state(): AdminQueueState {
     return this.current;
+  }
+
+  /** Why a VF cannot be altered now, or undefined. */
+  obstacle(vdevId: number): string | undefined {
+    const { current } = this;
+    return current.kind === "dead" ? current.reason : this.refusal({ vdevId, alters: true })?.message;
   }
 
   /** The PF's. */
@@ -168,23 +194,27 @@ export class AdminQueue implements AsyncDisposable {
   /**
    * Resolves when the device has answered, whatever it says. Commands are taken up in the order in which they were
    * submitted and may end in any other.
-   * @throws VhostdError timedOut; adminQueue where the queue is dead; busy where too many commands of this VF were never
-   *   answered; cancelled
+   * @throws VhostdError timedOut, NeverPosted; adminQueue where the queue is dead; busy where too many commands of this
+   *   VF were never answered, or one that may still alter it; cancelled
    */
   async submit(command: AdminCommand, deadline: Deadline): Promise<AdminReply> {
     checkCommand(command);
-    this.checkUsable(command.vdevId);
+    if (this.closed) throw new VhostdError("cancelled", `the admin queue of ${this.address} was closed`);
+    if (this.current.kind === "dead") throw this.deadError(this.current.reason);
+    const refusal = this.refusal(command);
+    if (refusal !== undefined) throw refusal;
     deadline.check();
-    const before = this.completions;
-    const job: Job = { command, reply: Promise.withResolvers<AdminReply>() };
+    const job: Job = { command, reply: Promise.withResolvers<AdminReply>(), postedAt: undefined };
     this.waiting.push(job);
     this.advance();
     try {
       return await deadline.race(job.reply.promise);
     } catch (error) {
+      const why = this.whyWaiting();
       this.forget(job);
-      const expired = error instanceof VhostdError && error.code === "timedOut";
-      if (expired && this.completions === before) void this.lookForLife();
+      if (!(error instanceof VhostdError && error.code === "timedOut")) throw error;
+      if (job.postedAt === undefined) throw new NeverPosted(deadline, why);
+      if (job.postedAt === this.completions) void this.lookForLife();
       throw error;
     }
   }
@@ -220,16 +250,26 @@ export class AdminQueue implements AsyncDisposable {
     await this.device.reset(deadline).catch(() => {});
   }
 
-  /** @throws VhostdError adminQueue, busy, cancelled */
-  private checkUsable(vdevId: number): void {
-    if (this.closed) throw new VhostdError("cancelled", `the admin queue of ${this.address} was closed`);
-    if (this.current.kind === "dead") throw this.deadError(this.current.reason);
+  /** Why a command is not for the device now, or undefined. */
+  private refusal({ vdevId, alters }: CommandKind): VhostdError | undefined {
+    const lost = this.slots.filter((slot) => slot.kind === "lost");
+    const own = lost.filter((slot) => slot.vdevId === vdevId);
+    if (own.length === 0) return undefined;
+    const fix = "wait until the PF has answered; or remove the PF and its VFs and add them again";
+    const name = vdevName(vdevId);
+    if (alters && own.some((slot) => slot.alters)) {
+      const text = `${this.address} has not answered an earlier command that may still alter ${name}`;
+      return new VhostdError("busy", text, { fix });
+    }
+    if (lost.length < this.memory.slots * LOST_SHARE) return undefined;
+    return new VhostdError("busy", `${this.address} never answered ${own.length} commands of ${name}`, { fix });
+  }
+
+  /** What a command waits for that is not given to the device. */
+  private whyWaiting(): string {
+    if (this.current.kind === "draining") return "commands of an earlier process are in flight";
     const lost = this.slots.filter(({ kind }) => kind === "lost").length;
-    const own = this.slots.filter((slot) => slot.kind === "lost" && slot.vdevId === vdevId).length;
-    if (own === 0 || lost < this.slots.length * LOST_SHARE) return;
-    throw new VhostdError("busy", `${own} commands of vdev ${vdevId} were never answered by ${this.address}`, {
-      fix: "wait until the PF has answered them; or remove the PF and its VFs and add them again",
-    });
+    return `it waited for a free slot, ${lost} of ${this.memory.slots} are held by commands that were never answered`;
   }
 
   /** Gives free slots to those that wait. */
@@ -238,11 +278,17 @@ export class AdminQueue implements AsyncDisposable {
     try {
       for (;;) {
         const slot = this.slots.findIndex(({ kind }) => kind === "free");
-        const job = slot < 0 ? undefined : this.waiting.shift();
+        // The last one is for the life sign.
+        const job = slot < 0 || slot >= this.memory.slots ? undefined : this.waiting.shift();
         if (job === undefined) break;
-        this.slots[slot] = { kind: "taken", job };
-        this.ring.post(slot, job.command);
-        this.ringDoorbell();
+        // An earlier command of its VF may have got lost meanwhile.
+        const refusal = this.refusal(job.command);
+        if (refusal !== undefined) {
+          job.reply.reject(refusal);
+          continue;
+        }
+        job.postedAt = this.completions;
+        this.post(slot, { kind: "taken", job }, job.command);
       }
     } catch (error) {
       this.die(asError(error).message);
@@ -250,12 +296,28 @@ export class AdminQueue implements AsyncDisposable {
     this.schedule();
   }
 
+  private post(slot: number, state: Slot, command: AdminCommand): void {
+    this.slots[slot] = state;
+    this.ring.post(slot, command);
+    this.ringDoorbell();
+  }
+
   /** Nobody waits for this command any more; a slot that the device has stays lost until it comes back. */
   private forget(job: Job): void {
     const at = this.waiting.indexOf(job);
     if (at >= 0) this.waiting.splice(at, 1);
     const slot = this.slots.findIndex((one) => one.kind === "taken" && one.job === job);
-    if (slot >= 0) this.slots[slot] = { kind: "lost", vdevId: job.command.vdevId };
+    if (slot >= 0 && !this.closed) this.giveUp(slot, job.command);
+  }
+
+  private giveUp(slot: number, { vdevId, alters }: CommandKind): void {
+    this.slots[slot] = { kind: "lost", vdevId, alters };
+    if (this.current.kind === "dead") return;
+    try {
+      this.ring.giveUp(slot, { vdevId, alters });
+    } catch (error) {
+      this.die(asError(error).message);
+    }
   }
 
   private ringDoorbell(): void {
@@ -277,8 +339,8 @@ export class AdminQueue implements AsyncDisposable {
   private look(): void {
     if (this.closed || this.current.kind === "dead") return;
     try {
+      this.complete();
       if (this.current.kind === "draining") this.lookAtDrain();
-      else this.complete();
     } catch (error) {
       this.die(asError(error).message);
     }
@@ -287,28 +349,40 @@ export class AdminQueue implements AsyncDisposable {
   }
 
   private complete(): void {
-    const inFlight = this.slots.filter(({ kind }) => kind !== "free").length;
-    for (const index of this.ring.collect(inFlight)) {
-      const slot = this.slots[index]!;
-      if (slot.kind === "free")
-        throw new VhostdError("io", `the device broke the ring: command ${index} came back twice`);
+    for (const index of this.ring.collect()) {
+      const slot = this.slots[index];
       this.slots[index] = FREE;
       this.completions++;
-      if (slot.kind === "taken") slot.job.reply.resolve(this.ring.reply(index, slot.job.command.resultLength));
+      if (slot?.kind === "taken") slot.job.reply.resolve(this.ring.reply(index, slot.job.command.resultLength));
     }
   }
 
-  private startDraining(): void {
+  /** Knows again what is in flight. */
+  private takeUp(): void {
+    try {
+      for (const [index, { kind, vdevId, alters }] of this.ring.takeUp()) {
+        this.slots[index] = { kind: kind === "awaited" ? "left" : "lost", vdevId, alters };
+      }
+    } catch (error) {
+      this.die(asError(error).message);
+      return;
+    }
     this.drainDeadline = Deadline.after(this.timeouts.drain ?? DRAIN_TIMEOUT, "the commands of the earlier process");
-    // The earlier process may have died between the two.
+    // The earlier process may have died between making a command available and saying so.
     this.ringDoorbell();
     this.look();
   }
 
+  /** What does not come back in time gets lost as any other command does. */
   private lookAtDrain(): void {
-    const left = this.ring.outstanding();
-    if (left === 0) this.current = { kind: "ready" };
-    else if (this.drainDeadline?.expired !== false) this.die(`${left} commands of an earlier process never ended`);
+    const left = [...this.slots.entries()].flatMap(([index, slot]) => (slot.kind === "left" ? [{ index, slot }] : []));
+    if (left.length === 0) {
+      this.current = { kind: "ready" };
+    } else if (this.drainDeadline?.expired !== false) {
+      this.current = { kind: "ready" };
+      for (const { index, slot } of left) this.giveUp(index, slot);
+      void this.lookForLife();
+    }
   }
 
   /** Sees to it that the next look comes soon enough. */
@@ -316,7 +390,8 @@ export class AdminQueue implements AsyncDisposable {
     clearTimeout(this.timer);
     this.timer = undefined;
     if (this.closed || this.current.kind === "dead") return;
-    const awaited = this.current.kind === "draining" || this.slots.some(({ kind }) => kind === "taken");
+    const awaited =
+      this.current.kind === "draining" || this.lookingForLife || this.slots.some(({ kind }) => kind === "taken");
     if (!awaited && this.slots.every(({ kind }) => kind === "free")) return;
     this.timer = setTimeout(() => this.look(), awaited ? POLL_INTERVAL : LATE_POLL_INTERVAL);
     if (!awaited) this.timer.unref();
@@ -324,16 +399,22 @@ export class AdminQueue implements AsyncDisposable {
 
   /** Nothing came back while a command expired: is there anybody? */
   private async lookForLife(): Promise<void> {
-    if (this.lookingForLife || this.closed || this.current.kind === "dead") return;
+    if (this.lookingForLife || this.closed || this.current.kind !== "ready") return;
     this.lookingForLife = true;
+    const { completions } = this;
     const deadline = Deadline.after(this.timeouts.lifeSign ?? LIFE_SIGN_TIMEOUT, "a sign of life");
     try {
       const status = await deadline.race(this.device.status());
+      if (this.closed) return;
       if ((status & Status.driverOk) === 0 || (status & Status.needsReset) !== 0) {
-        this.die(`the device stopped by itself: ${describeStatus(status)}`);
-      } else {
-        await this.submit(IDENTITY, deadline);
+        return this.die(`the device stopped by itself: ${describeStatus(status)}`);
       }
+      // Where it is taken an earlier life sign is on its way, which is as good.
+      const slot = this.memory.slots;
+      if (this.slots[slot]?.kind === "free") this.post(slot, { kind: "life" }, IDENTITY);
+      this.schedule();
+      const over = () => this.completions !== completions || this.closed || this.current.kind !== "ready";
+      await deadline.poll(() => over() || undefined, POLL_INTERVAL);
     } catch (error) {
       this.die(`it answers nothing any more: ${asError(error).message}`);
     } finally {
@@ -364,6 +445,7 @@ export class AdminQueue implements AsyncDisposable {
 
 const IDENTITY: AdminCommand = {
   vdevId: 0,
+  alters: false,
   header: ADMIN_HEADER.encode({ class: AdminClass.migration, command: MigrationCommand.identity }),
   data: new Uint8Array(0),
   resultLength: IDENTITY_RESULT.size,

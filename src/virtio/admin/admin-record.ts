@@ -3,17 +3,17 @@ import { VhostdError } from "../../base/errors.ts";
 import type { Json } from "../../base/json.ts";
 import { parseStored } from "../../base/stored.ts";
 import { isRingSize } from "../split-ring.ts";
-import { SLOT_DESCRIPTORS } from "./admin-memory.ts";
+import { ADMIN_RING_SIZE } from "./admin-memory.ts";
 
 /**
  * An admin queue as plain data. Beside it go its fds by name: "memory", and "interrupt" where the queue has a vector.
- * The indices are in the memory itself.
+ * The indices and what is in flight are in the memory itself.
  */
 const AdminQueueSchema = Type.Object({
   queue: Type.Integer({ minimum: 0, maximum: 0xffff }),
   notifyOff: Type.Integer({ minimum: 0, maximum: 0xffff }),
   iova: Type.Integer({ minimum: 0, maximum: Number.MAX_SAFE_INTEGER }),
-  ringSize: Type.Integer({ minimum: SLOT_DESCRIPTORS, maximum: 256 }),
+  ringSize: Type.Integer({ minimum: ADMIN_RING_SIZE.min, maximum: ADMIN_RING_SIZE.max }),
   /** Why it is dead. */
   dead: Type.Union([Type.Null(), Type.String()]),
 });

@@ -1,12 +1,15 @@
 import { VhostdError } from "../../base/errors.ts";
 import { struct } from "../../base/layout.ts";
 import { DescriptorFlag } from "../split-ring.ts";
+import { AdminJournal, type JournalEntry, journalSize } from "./admin-journal.ts";
 import { type AdminMemory, SLOT_DESCRIPTORS } from "./admin-memory.ts";
 
 /** One command as its buffers. */
 export interface AdminCommand {
   /** The id of the VF that it is about, 0 for the PF. */
   readonly vdevId: number;
+  /** It may change that VF whenever the device comes to it. */
+  readonly alters: boolean;
   /** Device-readable, in descriptors of their own. `data` may be empty. */
   readonly header: Uint8Array;
   readonly data: Uint8Array;
@@ -39,21 +42,47 @@ const NO_STATUS = 0xff;
 
 /**
  * The split ring of an admin queue (VIRTIO 1.2, 2.7), driver side. Each slot has its own descriptors, so the head of a
- * chain says which command it is, and nothing has to be allocated.
+ * chain says which command it is, and nothing has to be allocated. What is in flight is in the journal.
  */
 export class AdminRing {
-  private available: number;
-  private used: number;
+  private available = 0;
+  private used = 0;
+  /** Slots whose command the device has. */
+  private readonly inFlight = new Set<number>();
+  private readonly journal: AdminJournal;
 
-  /** Stands where the memory says that the driver stands; everything before counts as completed. */
+  /** Stands at the beginning, as fresh memory does. */
   constructor(private readonly memory: AdminMemory) {
-    this.available = memory.readU16(memory.ringPlaces.driver + INDEX);
-    this.used = this.available;
+    this.journal = new AdminJournal(memory.slots + 1);
   }
 
-  /** Commands made available that the device has not given back, mod 2^16: those of an earlier process included. */
-  outstanding(): number {
-    return (this.available - this.usedIndex()) & 0xffff;
+  /**
+   * Stands where another process left the ring, by its journal.
+   * @returns the slots in flight
+   * @throws VhostdError io where the journal and the ring contradict each other
+   */
+  takeUp(): ReadonlyMap<number, Exclude<JournalEntry, { kind: "free" }>> {
+    const { memory } = this;
+    const { driver, journal } = memory.ringPlaces;
+    const bytes = memory.read(journal, journalSize(memory.slots + 1));
+    const { available, used, entries } = this.journal.decode(bytes);
+    const left = new Map(entries.entries().flatMap(([slot, entry]) => (entry.kind === "free" ? [] : [[slot, entry]])));
+    const published = memory.readU16(driver + INDEX);
+    if (published !== available) {
+      // It died with its last command noted and not yet made available: the device has never seen that one.
+      const slot = memory.readU16(driver + ENTRIES + 2 * (published % memory.ringSize)) / SLOT_DESCRIPTORS;
+      if (available !== ((published + 1) & 0xffff) || !left.delete(slot)) {
+        throw contradiction(`available index ${published} in the ring, ${available} in the journal`);
+      }
+      this.journal.set(slot, { kind: "free" });
+    }
+    if (left.size !== ((published - used) & 0xffff)) {
+      throw contradiction(`${left.size} commands in flight (available ${published}, used ${used})`);
+    }
+    this.available = published;
+    this.used = used;
+    for (const slot of left.keys()) this.inFlight.add(slot);
+    return left;
   }
 
   /** Makes a command available. @throws VhostdError io where the memory is gone */
@@ -85,15 +114,22 @@ export class AdminRing {
     const { driver } = memory.ringPlaces;
     memory.writeU16(driver + ENTRIES + 2 * (this.available % memory.ringSize), head);
     this.available = (this.available + 1) & 0xffff;
+    this.inFlight.add(slot);
+    this.note(slot, { kind: "awaited", vdevId: command.vdevId, alters: command.alters });
     memory.writeU16(driver + INDEX, this.available);
+  }
+
+  /** Nobody waits for this slot any more, in the next process neither. @throws VhostdError io */
+  giveUp(slot: number, { vdevId, alters }: Pick<AdminCommand, "vdevId" | "alters">): void {
+    this.note(slot, { kind: "lost", vdevId, alters });
   }
 
   /**
    * The slots that the device has given back since it was asked last.
-   * @param most slots that are in flight
    * @throws VhostdError io where that makes no sense, or the memory is gone
    */
-  collect(most: number): number[] {
+  collect(): number[] {
+    const most = this.inFlight.size;
     let count = (this.usedIndex() - this.used) & 0xffff;
     // The two bytes are not read at once: what looks wrong is looked at again.
     if (count > most) count = (this.usedIndex() - this.used) & 0xffff;
@@ -104,11 +140,13 @@ export class AdminRing {
       const at = device + ENTRIES + USED_ELEMENT.size * (this.used % this.memory.ringSize);
       const { id } = USED_ELEMENT.read(this.memory.read(at, USED_ELEMENT.size));
       const slot = id / SLOT_DESCRIPTORS;
-      if (!Number.isInteger(slot) || slot >= this.memory.slots)
-        throw nonsense(`descriptor ${id} is no command's first`);
+      if (!Number.isInteger(slot) || slot > this.memory.slots) throw nonsense(`descriptor ${id} is no command's first`);
+      if (!this.inFlight.delete(slot)) throw nonsense(`command ${slot} came back twice`);
+      this.journal.set(slot, { kind: "free" });
       slots.push(slot);
       this.used = (this.used + 1) & 0xffff;
     }
+    if (count > 0) this.saveJournal();
     return slots;
   }
 
@@ -119,6 +157,16 @@ export class AdminRing {
     return { status: code, result: this.memory.read(result, resultLength) };
   }
 
+  private note(slot: number, entry: JournalEntry): void {
+    this.journal.set(slot, entry);
+    this.saveJournal();
+  }
+
+  private saveJournal(): void {
+    const { available, used, memory } = this;
+    memory.write(memory.ringPlaces.journal, this.journal.encode({ available, used }));
+  }
+
   private usedIndex(): number {
     return this.memory.readU16(this.memory.ringPlaces.device + INDEX);
   }
@@ -126,4 +174,8 @@ export class AdminRing {
 
 function nonsense(what: string): VhostdError {
   return new VhostdError("io", `the device broke the ring: ${what}`);
+}
+
+function contradiction(what: string): VhostdError {
+  return new VhostdError("io", `its memory contradicts itself: ${what}`);
 }

@@ -4,14 +4,12 @@ import type { DeviceClass } from "../../plugin.ts";
 import { configSize, configValues } from "../config-space.ts";
 import { FeatureBit, featureBits, hasFeature } from "../features.ts";
 import type { VirtioPciDevice } from "../pci-device.ts";
-import { ADMIN_MEMORY_OWNER, type AdminDma, AdminMemory, SLOT_DESCRIPTORS } from "./admin-memory.ts";
+import { ADMIN_MEMORY_OWNER, ADMIN_RING_SIZE, type AdminDma, AdminMemory } from "./admin-memory.ts";
 import { AdminQueue, type AdminQueuePlace, type AdminQueueTimeouts } from "./admin-queue.ts";
 import { readCommonRegister } from "./common-register.ts";
 import { AdminStatus } from "./vendor.ts";
 import { AdminRefusal, VendorAdmin } from "./vendor-admin.ts";
 
-/** Entries of the queue at most: slots for half a hundred commands. */
-const RING_SIZE_MAX = 256;
 /** Milliseconds for the PF to let go of a queue that does not work. */
 const CLEAN_UP_TIMEOUT = 3_000;
 /** What a PF is asked for, and nothing else. */
@@ -104,11 +102,11 @@ async function findQueue(
   const queue = count > 0 ? index : adminQueue?.(configValues(configSpace, config), features);
   if (queue === undefined) throw new VhostdError("adminQueue", "neither the PF nor its device class says which it is");
   const limit = limits[queue];
-  const ringSize = Math.min(limit?.sizeMax ?? 0, RING_SIZE_MAX);
-  if (limit === undefined || ringSize < SLOT_DESCRIPTORS) {
+  const ringSize = Math.min(limit?.sizeMax ?? 0, ADMIN_RING_SIZE.max);
+  if (limit === undefined || ringSize < ADMIN_RING_SIZE.min) {
     throw new VhostdError(
       "adminQueue",
-      `queue ${queue} of ${limits.length} has room for ${ringSize} descriptors, a command needs ${SLOT_DESCRIPTORS}`,
+      `queue ${queue} of ${limits.length} has room for ${ringSize} descriptors; ${ADMIN_RING_SIZE.min} are needed`,
     );
   }
   return { queue, notifyOff: limit.notifyOff, ringSize };

@@ -1,7 +1,7 @@
 import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import { TRANSFER_MAX } from "./admin-memory.ts";
-import type { AdminQueue } from "./admin-queue.ts";
+import { type AdminQueue, NeverPosted } from "./admin-queue.ts";
 import { BLOB_SIZE_MAX, decodeState, encodeState, type VendorState } from "./state-blob.ts";
 import {
   ADMIN_DO_NOT_RETRY,
@@ -21,8 +21,11 @@ import {
   STATUS_RESULT,
   TRANSFER_DATA,
   VDEV_DATA,
+  vdevName,
 } from "./vendor.ts";
 
+/** Commands that may change a VF whenever the device comes to them, be it long after anybody waited. */
+const ALTERING: readonly MigrationCommandName[] = ["modifyStatus", "restore"];
 /** Milliseconds between two tries of a command that may be tried again, and how many there are. */
 const RETRY_INTERVAL = 1_000;
 const RETRIES_MAX = 120;
@@ -36,6 +39,8 @@ export class AdminRefusal extends VhostdError {
     message: string,
     /** The status code, without the bit that says whether to try again. */
     readonly status: number,
+    /** Another try makes no sense. */
+    readonly final: boolean,
   ) {
     super(code, message);
     this.name = "AdminRefusal";
@@ -55,7 +60,7 @@ interface Request {
 /**
  * The vendor's commands over an admin queue. A VF is named by its vdev id. All throw VhostdError adminQueue where the
  * queue is dead; where the device refuses or does not answer in time, the code that each one names. A command is tried
- * again where the device allows it and there is time.
+ * again where the device allows it and there is time. What cannot be asked of a VF now is refused with busy.
  */
 export class VendorAdmin {
   /** @param retryInterval milliseconds between two tries */
@@ -68,6 +73,11 @@ export class VendorAdmin {
   get dead(): string | undefined {
     const { state } = this.queue;
     return state.kind === "dead" ? state.reason : undefined;
+  }
+
+  /** Why the state of a VF cannot be moved now, or undefined. It may be so for a while only. */
+  obstacle(vdevId: number): string | undefined {
+    return this.queue.obstacle(vdevId);
   }
 
   /** The version of the commands: "1.0.0". @throws VhostdError io, AdminRefusal */
@@ -83,7 +93,8 @@ export class VendorAdmin {
     const result = await this.ask({ command: "getStatus", vdevId, data, resultLength: STATUS_RESULT.size }, deadline);
     const { status } = STATUS_RESULT.read(result);
     const name = internalStatusName(status);
-    if (name === undefined) throw new VhostdError("io", `${nameOf(vdevId)} has the internal status ${status}; 0 to 3`);
+    if (name === undefined)
+      throw new VhostdError("io", `${vdevName(vdevId)} has the internal status ${status}; 0 to 3`);
     return name;
   }
 
@@ -106,7 +117,7 @@ export class VendorAdmin {
     };
     const { pending } = PENDING_RESULT.read(await this.ask(request, deadline));
     if (pending === 0n || pending > BigInt(BLOB_SIZE_MAX)) {
-      throw new VhostdError("stateSave", `${nameOf(vdevId)} has ${pending} bytes of state; 1 to ${BLOB_SIZE_MAX}`);
+      throw new VhostdError("stateSave", `${vdevName(vdevId)} has ${pending} bytes of state; 1 to ${BLOB_SIZE_MAX}`);
     }
     return Number(pending);
   }
@@ -123,7 +134,7 @@ export class VendorAdmin {
       return decodeState(blob);
     } catch (cause) {
       if (!(cause instanceof VhostdError)) throw cause;
-      throw new VhostdError("stateSave", `${nameOf(vdevId)}: ${cause.message}`, { cause });
+      throw new VhostdError("stateSave", `${vdevName(vdevId)}: ${cause.message}`, { cause });
     }
   }
 
@@ -141,8 +152,9 @@ export class VendorAdmin {
   private async ask(request: Request, deadline: Deadline): Promise<Uint8Array> {
     const { command, vdevId, data = new Uint8Array(0), payload, resultLength = 0, code = "io" } = request;
     const header = ADMIN_HEADER.encode({ class: AdminClass.migration, command: MigrationCommand[command] });
-    const buffers = { vdevId, header, data, resultLength, ...(payload === undefined ? {} : { payload }) };
-    const what = `${command} of ${nameOf(vdevId)}`;
+    const alters = ALTERING.includes(command);
+    const buffers = { vdevId, alters, header, data, resultLength, ...(payload === undefined ? {} : { payload }) };
+    const what = `${command} of ${vdevName(vdevId)}`;
     let refusal: AdminRefusal | undefined;
     try {
       for (let tries = 0; ; tries++) {
@@ -150,27 +162,23 @@ export class VendorAdmin {
         const number = status & ADMIN_STATUS_CODE;
         if (number === AdminStatus.ok) return result;
         const final = (status & ADMIN_DO_NOT_RETRY) !== 0;
-        const why = final ? "" : `, also after ${tries} more tries`;
+        const why = final || tries === 0 ? "" : `, also after ${tries} more tries`;
         refusal = new AdminRefusal(
           code,
           `${this.queue.address} refused ${what}: ${describeCode(number)}${why}`,
           number,
+          final,
         );
         if (final || tries === RETRIES_MAX || deadline.remaining <= this.retryInterval) throw refusal;
         await Bun.sleep(this.retryInterval);
       }
     } catch (cause) {
       if (!(cause instanceof VhostdError && cause.code === "timedOut")) throw cause;
-      throw (
-        refusal ?? new VhostdError(code, `${this.queue.address} did not answer ${what}: ${cause.message}`, { cause })
-      );
+      if (refusal !== undefined) throw refusal;
+      const why = cause instanceof NeverPosted ? "was never asked for" : "did not answer";
+      throw new VhostdError(code, `${this.queue.address} ${why} ${what}: ${cause.message}`, { cause });
     }
   }
-}
-
-/** For people: VFs are counted from 0. */
-function nameOf(vdevId: number): string {
-  return vdevId === 0 ? "the PF" : `VF ${vdevId - 1}`;
 }
 
 function describeCode(code: number): string {

@@ -26,6 +26,11 @@ export function vdevId(vfIndex: number): number {
   return vfIndex + 1;
 }
 
+/** For people, who count VFs from 0. */
+export function vdevName(vdevId: number): string {
+  return vdevId === 0 ? "the PF" : `VF ${vdevId - 1}`;
+}
+
 export const IDENTITY_RESULT = struct("identity result", 8, {
   major: [0, "u16"],
   minor: [2, "u16"],

@@ -1,8 +1,8 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
 import { readCommonRegister } from "../admin/common-register.ts";
-import { type SettableStatus, stepsTo } from "../admin/vendor.ts";
-import type { VendorAdmin } from "../admin/vendor-admin.ts";
+import { type InternalStatusName, type SettableStatus, stepsTo } from "../admin/vendor.ts";
+import { AdminRefusal, type VendorAdmin } from "../admin/vendor-admin.ts";
 import { checkBases, readSaved, type SavedState, toVendorState, undrained } from "../admin/vendor-state.ts";
 import type { DeviceState } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
@@ -15,6 +15,8 @@ import { RegistersMover } from "./registers.ts";
 const DRAIN_INTERVAL = { first: 1, longest: 20 } as const;
 /** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
 const CLEAN_UP_TIMEOUT = 5000;
+/** Milliseconds of a stop, and their part of it at most, that are kept for saying why the device has not drained. */
+const REASON_TIME = { most: 3000, share: 1 / 4 } as const;
 /** Milliseconds that a quick reset spends at most to learn that it may be quick. */
 const ASK_TIMEOUT = 1000;
 
@@ -32,8 +34,9 @@ type State =
 
 /**
  * Moves the state of a VF through the vendor's admin commands. Ring indices are part of that state, so the VF resumes
- * anywhere. An operator may change its internal status at any time: it is always asked. When the admin queue dies the
- * VF is moved by its registers from then on, which can only drain it and begin at index 0.
+ * anywhere. An operator may change its internal status at any time: it is always asked. While the admin queue is dead,
+ * or has not answered a command that may still alter the VF, the VF is moved by its registers, which can only drain it
+ * and begin at index 0.
  */
 export class VendorMover implements StateMover {
   readonly kind = "vendor";
@@ -49,25 +52,24 @@ export class VendorMover implements StateMover {
     private readonly vf: ManagedVf,
     snapshot: MoverSnapshot = { kind: "reset" },
   ) {
-    this.current = snapshot.kind === "reset" ? snapshot : { ...snapshot, state: decodeDeviceState(snapshot.state) };
+    this.current = stateOf(snapshot);
     this.manual = {
       status: (deadline) => vf.admin.status(vf.vdevId, deadline),
-      change: (to, deadline) => this.bringTo(to, deadline),
+      change: (to, deadline) => this.changeByHand(to, deadline),
     };
   }
 
   get capabilities(): MoverCapabilities {
-    return { resumeAnywhere: this.vf.admin.dead === undefined, dirtyTracking: false };
+    return { resumeAnywhere: this.obstacle === undefined, dirtyTracking: false };
   }
 
   async configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
-    await this.settle(deadline);
-    const registers = this.fallback();
-    if (registers !== undefined) return registers.configure(wanted, deadline);
+    const registers = await this.settle(deadline);
+    if (registers !== undefined) return this.configureByRegisters(registers, wanted, deadline);
     try {
       checkBases(wanted, this.name);
       if (!(await this.continues(wanted, deadline))) await this.program(wanted, deadline);
-      await this.bringTo("running", deadline);
+      await this.step("freezed", "running", deadline);
       const status = await deadline.race(this.device.status());
       if (status !== wanted.status) {
         throw new VhostdError("io", `${this.name} does not run with what was restored: ${describeStatus(status)}`);
@@ -81,11 +83,13 @@ export class VendorMover implements StateMover {
   }
 
   async freeze(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
-    const { current } = this;
-    if (this.registers === undefined && current.kind === "frozen") return current.state;
+    if (this.registers === undefined && this.current.kind === "frozen") return this.current.state;
     const registers = this.fallback();
     if (registers !== undefined) return registers.freeze(memory, mode, deadline);
+    const { current } = this;
+    if (current.kind === "frozen") return current.state;
     if (current.kind === "reset") throw new VhostdError("invalid", `${this.name} is not running`);
+    await this.stopFor(current.state, memory, mode, deadline);
     let reason: string | undefined;
     try {
       for (let interval: number = DRAIN_INTERVAL.first; ; interval = Math.min(2 * interval, DRAIN_INTERVAL.longest)) {
@@ -109,8 +113,7 @@ export class VendorMover implements StateMover {
 
   /** A device that is freezed uses no memory: the end of its reset is not waited for. */
   async reset(deadline: Deadline): Promise<void> {
-    await this.settle(deadline);
-    const registers = this.fallback();
+    const registers = await this.settle(deadline);
     if (registers !== undefined) return registers.reset(deadline);
     if (this.current.kind === "frozen" && (await this.isFreezed(deadline))) {
       const reset = this.device.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which was freezed`));
@@ -127,38 +130,58 @@ export class VendorMover implements StateMover {
     return current.kind === "reset" ? current : { kind: current.kind, state: encodeDeviceState(current.state) };
   }
 
-  /** What an earlier reset left behind is done. @throws VhostdError resetTimedOut where it cannot be */
-  private async settle(deadline: Deadline): Promise<void> {
+  /**
+   * What an earlier reset left behind is done.
+   * @returns what `fallback` does
+   * @throws VhostdError resetTimedOut where it cannot be
+   */
+  private async settle(deadline: Deadline): Promise<RegistersMover | undefined> {
     if (this.cleanUp !== undefined) await deadline.race(this.cleanUp);
     this.cleanUp = undefined;
-    // Where the registers have taken over, their mover alone knows what the device stands at.
-    if (this.registers !== undefined || this.current.kind !== "reset") return;
+    const registers = this.fallback();
+    if (registers !== undefined || this.current.kind !== "reset") return registers;
     // It failed, or was the task of an earlier process.
     const unfinished = (await deadline.race(this.device.status())) !== 0;
     if (unfinished) await this.device.reset(deadline);
+    return undefined;
   }
 
-  /** Who moves the VF once the admin queue is dead. A device that is freezed can only be reset by its registers. */
+  /** Who moves the VF while the admin queue cannot. A device that is freezed can only be reset by its registers. */
   private fallback(): RegistersMover | undefined {
-    if (this.registers === undefined && this.vf.admin.dead !== undefined) {
+    const blocked = this.obstacle !== undefined;
+    if (blocked && this.registers === undefined) {
       const snapshot = this.snapshot();
       this.registers = new RegistersMover(this.host, snapshot.kind === "frozen" ? { kind: "reset" } : snapshot);
+    } else if (!blocked && this.registers !== undefined) {
+      this.current = stateOf(this.registers.snapshot());
+      this.registers = undefined;
     }
     return this.registers;
   }
 
+  /** @throws what the registers mover does; where it cannot resume, with the reason why it has to */
+  private async configureByRegisters(registers: RegistersMover, wanted: DeviceState, deadline: Deadline) {
+    try {
+      await registers.configure(wanted, deadline);
+    } catch (cause) {
+      if (!(cause instanceof VhostdError && cause.code === "notSupported")) throw cause;
+      throw withMore(cause, `: ${this.obstacle ?? "its PF could not move it"}`);
+    }
+  }
+
   /**
    * Whether the device stands, stopped, exactly where `wanted` begins.
-   * @throws VhostdError io where it should, and has moved
+   * @throws VhostdError io where it has moved from where it was stopped
    */
   private async continues(wanted: DeviceState, deadline: Deadline): Promise<boolean> {
     const { current } = this;
-    if (current.kind !== "frozen" || compare(current.state, wanted).length > 0) return false;
+    if (current.kind !== "frozen") return false;
     if ((await this.vf.admin.status(this.vf.vdevId, deadline)) === "init") return false;
-    const { state } = await this.save(wanted, deadline);
-    const differences = compare(state, wanted);
-    if (differences.length === 0) return true;
-    throw new VhostdError("io", `${this.name} went on while it was stopped: ${differences.join("; ")}`, {
+    const { state } = await this.save(current.state, deadline);
+    // The configuration space is the device's own matter.
+    const moved = compare({ ...state, config: current.state.config }, current.state);
+    if (moved.length === 0) return compare(state, wanted).length === 0;
+    throw new VhostdError("io", `${this.name} went on while it was stopped: ${moved.join("; ")}`, {
       fix: "restart the guest's driver (reboot the guest)",
     });
   }
@@ -166,8 +189,10 @@ export class VendorMover implements StateMover {
   /** Writes the whole state, wherever the device is. */
   private async program(wanted: DeviceState, deadline: Deadline): Promise<void> {
     const { admin, vdevId } = this.vf;
-    await this.bringTo("freezed", deadline);
-    const generation = await deadline.race(readCommonRegister(this.device, "configGeneration"));
+    const [generation] = await Promise.all([
+      deadline.race(readCommonRegister(this.device, "configGeneration")),
+      this.bringTo("freezed", deadline),
+    ]);
     await admin.restore(vdevId, toVendorState(wanted, this.host, generation), deadline);
   }
 
@@ -179,9 +204,47 @@ export class VendorMover implements StateMover {
   }
 
   private async bringTo(to: SettableStatus, deadline: Deadline): Promise<void> {
+    await this.step(await this.vf.admin.status(this.vf.vdevId, deadline), to, deadline);
+  }
+
+  private async step(from: InternalStatusName, to: SettableStatus, deadline: Deadline): Promise<void> {
+    for (const step of stepsTo(from, to)) await this.vf.admin.modify(this.vf.vdevId, step, deadline);
+  }
+
+  /**
+   * The first freeze of a stop. A device may refuse it until it has drained.
+   * @throws VhostdError with what has not drained, where that is why
+   */
+  private async stopFor(configured: DeviceState, memory: RingMemory, mode: FreezeMode, deadline: Deadline) {
+    const { admin, vdevId } = this.vf;
+    const kept = Math.min(REASON_TIME.most, deadline.remaining * REASON_TIME.share);
+    try {
+      await this.bringTo("freezed", deadline.before(kept));
+    } catch (cause) {
+      if (!isImpatience(cause)) throw cause;
+      const reason = await admin
+        .save(vdevId, deadline)
+        .then((saved) => undrained(readSaved(saved, configured, this.name), memory, mode))
+        .catch(() => undefined);
+      throw reason === undefined ? cause : withMore(cause, `: ${reason}`);
+    }
+  }
+
+  /** @throws what the step that failed does; the status is what it was then, or the error says it */
+  private async changeByHand(to: SettableStatus, deadline: Deadline): Promise<void> {
     const { admin, vdevId } = this.vf;
     const from = await admin.status(vdevId, deadline);
-    for (const step of stepsTo(from, to)) await admin.modify(vdevId, step, deadline);
+    try {
+      await this.step(from, to, deadline);
+    } catch (cause) {
+      if (!(cause instanceof VhostdError)) throw cause;
+      const back = Deadline.after(CLEAN_UP_TIMEOUT, `the way back of ${this.name}`);
+      if (from !== "init") await this.bringTo(from, back).catch(() => {});
+      const now = await admin.status(vdevId, back).catch(() => undefined);
+      if (now === from) throw cause;
+      const where = now === undefined ? "its status is not known" : `it was ${from} and is ${now}`;
+      throw withMore(cause, `; ${where}`);
+    }
   }
 
   /** false also where nobody can say. */
@@ -194,6 +257,10 @@ export class VendorMover implements StateMover {
     );
   }
 
+  private get obstacle(): string | undefined {
+    return this.vf.admin.obstacle(this.vf.vdevId);
+  }
+
   private get device(): VirtioPciDevice {
     return this.host.device;
   }
@@ -201,4 +268,25 @@ export class VendorMover implements StateMover {
   private get name(): string {
     return this.device.fn.address;
   }
+}
+
+/** @throws VhostdError invalid */
+function stateOf(snapshot: MoverSnapshot): State {
+  return snapshot.kind === "reset" ? snapshot : { ...snapshot, state: decodeDeviceState(snapshot.state) };
+}
+
+/** A step that the device did not take in time, as one does not that is still busy. */
+function isImpatience(error: unknown): error is VhostdError {
+  if (error instanceof AdminRefusal) return !error.final;
+  return error instanceof VhostdError && (error.code === "quiesceFailed" || error.code === "freezeFailed");
+}
+
+/** The same error, which says more. */
+function withMore(cause: VhostdError, more: string): VhostdError {
+  const { fix, data } = cause;
+  return new VhostdError(cause.code === "system" ? cause.number : cause.code, `${cause.message}${more}`, {
+    cause,
+    ...(fix === undefined ? {} : { fix }),
+    ...(data === undefined ? {} : { data }),
+  });
 }

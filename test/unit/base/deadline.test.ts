@@ -62,4 +62,12 @@ test("a deadline that is shortened ends what waits already, and is never lengthe
   deadline.shorten(5);
   await expect(waits).rejects.toMatchObject({ code: "timedOut" });
   expect(deadline.remaining).toBeLessThan(5);
+
+  const whole = Deadline.after(60_000, "a long wait");
+  const part = whole.before(1_000);
+  expect(whole.remaining - part.remaining).toBeGreaterThan(990);
+  const partWaits = part.race(new Promise(() => {}));
+  whole.shorten(1_005);
+  await expect(partWaits).rejects.toMatchObject({ code: "timedOut" });
+  expect(whole.expired).toBe(false);
 });

@@ -1,7 +1,9 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
+import { AdminMemory } from "../../../src/virtio/admin/admin-memory.ts";
 import { AdminQueue } from "../../../src/virtio/admin/admin-queue.ts";
+import { type AdminQueueRecord, parseAdminQueueRecord } from "../../../src/virtio/admin/admin-record.ts";
 import { VendorAdmin } from "../../../src/virtio/admin/vendor-admin.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
@@ -38,7 +40,7 @@ describe("discovery", () => {
     const fake = make({ features });
     expect(await fake.discover()).toMatchObject({ kind: "vendor", version: "1.0.0" });
     expect(fake.fn.driverFeatures).toBe(featureBits(32, 33, 41));
-    expect(fake.fn.queues[0]).toMatchObject({ size: 256, vector: 1, enable: 1 });
+    expect(fake.fn.queues[0]).toMatchObject({ size: 2048, vector: 1, enable: 1 });
     expect(fake.fn.status).toBe(0x0f);
   });
 
@@ -163,16 +165,85 @@ describe("commands", () => {
     expect(fake.seen.filter((command) => command.head === head).length).toBeGreaterThan(1);
   });
 
-  test("a VF that is never answered does not use up the slots of others", async () => {
-    const { fake, admin } = await open();
-    fake.answer = (command) => (command.vdevId === 1 ? "silence" : fake.honest(command));
-    const results = await Promise.allSettled(Array.from({ length: 26 }, () => admin.status(1, soon(20))));
-    expect(results.every(({ status }) => status === "rejected")).toBe(true);
-    await expect(admin.status(1, soon())).rejects.toMatchObject({
-      code: "busy",
-      message: expect.stringMatching(/vdev 1/),
+  test("all VFs of a PF can have one in flight", async () => {
+    const { fake, admin } = await open({ vfs: 256 });
+    const held: (() => void)[] = [];
+    fake.answer = (command) => new Promise<FakeAnswer>((resolve) => held.push(() => resolve(fake.honest(command))));
+    const asked = fake.vfs.map((_, index) => admin.status(index + 1, soon()));
+    await until(() => held.length === 256);
+    for (const release of held) release();
+    await Promise.all(asked);
+  });
+
+  test("VFs that are never answered do not use up the slots of others", async () => {
+    const { fake, admin } = await open({ vfs: 60, queueSize: 256 });
+    fake.answer = (command) => (command.vdevId <= 13 ? "silence" : fake.honest(command));
+    const asked = Array.from({ length: 13 }, (_, index) => admin.status(index + 1, soon(20)));
+    expect((await Promise.allSettled(asked)).every(({ status }) => status === "rejected")).toBe(true);
+    const seen = fake.seen.length;
+    for (const vdev of [1, 13]) {
+      await expect(admin.status(vdev, soon())).rejects.toMatchObject({
+        code: "busy",
+        message: expect.stringContaining(`never answered 1 commands of VF ${vdev - 1}`),
+      });
+    }
+    expect(fake.seen.slice(seen)).toEqual([]);
+    expect(await Promise.all([20, 40, 60].map((vdev) => admin.status(vdev, soon())))).toEqual(["init", "init", "init"]);
+  });
+
+  test("a device that is slow with all that it has is not dead", async () => {
+    const { fake, admin } = await open({ vfs: 60, queueSize: 256, timeouts: { lifeSign: 50 } });
+    const held: (() => void)[] = [];
+    fake.answer = (command) =>
+      command.name === "identity"
+        ? fake.honest(command)
+        : new Promise<FakeAnswer>((resolve) => held.push(() => resolve(fake.honest(command))));
+    const slow = Array.from({ length: 50 }, (_, index) => admin.status(index + 1, soon()));
+    await until(() => held.length === 50);
+    // One that the device never got says nothing about the device.
+    await expect(admin.status(60, soon(20))).rejects.toMatchObject({
+      code: "io",
+      message: expect.stringMatching(/was never asked for getStatus of VF 59: .*waited for a free slot, 0 of 50/),
     });
-    expect(await admin.status(2, soon())).toBe("init");
+    await Bun.sleep(80);
+    expect(admin.queue.state).toEqual({ kind: "ready" });
+    expect(fake.commands("identity").length).toBe(1);
+    for (const release of held) release();
+    await Promise.all(slow);
+
+    // The life sign needs no slot of theirs.
+    fake.answer = (command) => (command.name === "identity" ? fake.honest(command) : "silence");
+    const lost = Array.from({ length: 50 }, (_, index) => admin.status(index + 1, soon(20)));
+    expect((await Promise.allSettled(lost)).every(({ status }) => status === "rejected")).toBe(true);
+    await until(() => fake.commands("identity").length === 2);
+    await Bun.sleep(80);
+    expect(admin.queue.state).toEqual({ kind: "ready" });
+    await expect(admin.status(60, soon(20))).rejects.toThrow(/50 of 50 are held by commands that were never answered/);
+  });
+
+  test("a VF is not altered while an earlier command may still alter it", async () => {
+    const { fake, admin } = await open({ queueSize: 16 });
+    const held: (() => void)[] = [];
+    fake.answer = (command) => {
+      if (command.name === "modifyStatus") return "silence";
+      return new Promise<FakeAnswer>((resolve) => held.push(() => resolve(fake.honest(command))));
+    };
+    const other = admin.status(2, soon());
+    const never = admin.modify(1, "quiesced", soon(20));
+    const waiting = admin.modify(1, "running", soon());
+    await expect(never).rejects.toMatchObject({ code: "quiesceFailed" });
+    fake.answer = (command) => fake.honest(command);
+    held[0]!();
+    await other;
+    const busy = { code: "busy", message: expect.stringMatching(/may still alter VF 0/) };
+    await expect(waiting).rejects.toMatchObject(busy);
+    await expect(admin.modify(1, "running", soon())).rejects.toMatchObject(busy);
+    expect(admin.obstacle(1)).toMatch(/may still alter VF 0/);
+    expect(admin.obstacle(2)).toBeUndefined();
+    await admin.modify(2, "quiesced", soon());
+    fake.complete(fake.commands("modifyStatus", 1)[0]!.head);
+    await until(() => admin.obstacle(1) === undefined);
+    await admin.modify(1, "running", soon());
   });
 
   test("one that expires while it waits for a slot is never given to the device", async () => {
@@ -260,7 +331,6 @@ describe("a dead queue", () => {
     ["a head that is not in flight", (fake) => fake.complete(50), /came back twice/],
     ["an index that jumps", (fake) => fake.setUsedIndex(0x7000), /used index moved by/],
     ["an index that goes back", (fake) => fake.setUsedIndex(0), /used index moved by/],
-    ["memory that shrinks", (fake) => fake.shrinkMemory(0), /made smaller/],
   ];
   test.each(lies)("is what a lie makes of it: %s", async (_, lie, reason) => {
     const { fake, admin } = await open();
@@ -275,6 +345,12 @@ describe("a dead queue", () => {
     expect(reasons.length).toBe(1);
     admin.queue.onDead((error) => reasons.push(error.message));
     expect(reasons.length).toBe(2);
+  });
+
+  test("cannot be made of memory that shrinks", async () => {
+    const { fake, admin } = await open();
+    expect(fake.shrinkMemory(0)).toBe(false);
+    expect(await admin.status(1, soon())).toBe("init");
   });
 
   test("a command that comes back twice", async () => {
@@ -368,17 +444,83 @@ describe("revival", () => {
     expect(await new VendorAdmin(queue).status(1, soon())).toBe("quiesced");
   });
 
-  test("what never ends makes it a dead queue, at once known to the next daemon", async () => {
-    const { device, record, fds } = await crashed();
+  test("a command that was noted and not yet made available was never given to the device", async () => {
+    const { fake, admin } = await open();
+    fake.fn.onRing = () => {};
+    const cut = admin.modify(1, "quiesced", soon()).catch(() => {});
+    const { record, copies, memory } = leave(admin);
+    await cut;
+    const { driver } = memory.ringPlaces;
+    memory.writeU16(driver + 2, memory.readU16(driver + 2) - 1);
+    memory[Symbol.dispose]();
+    const revived = await revive(fake, record, copies);
+    expect(revived.queue.state).toEqual({ kind: "ready" });
+    fake.fn.onRing = () => fake.serve();
+    expect(await revived.status(1, soon())).toBe("init");
+    expect(fake.commands("modifyStatus")).toEqual([]);
+  });
+
+  test("what was never answered is not waited for again, and comes back", async () => {
+    const { fake, admin } = await open();
+    fake.answer = (command) => (command.name === "modifyStatus" ? "silence" : fake.honest(command));
+    await expect(admin.modify(1, "quiesced", soon(20))).rejects.toMatchObject({ code: "quiesceFailed" });
+    const { record, copies, memory } = leave(admin);
+    memory[Symbol.dispose]();
+    const revived = await revive(fake, record, copies);
+    expect(revived.queue.state).toEqual({ kind: "ready" });
+    expect(await revived.status(1, soon())).toBe("init");
+    fake.answer = (command) => fake.honest(command);
+    await expect(revived.modify(1, "quiesced", soon())).rejects.toMatchObject({ code: "busy" });
+    fake.complete(fake.commands("modifyStatus")[0]!.head);
+    await until(() => revived.obstacle(1) === undefined);
+    await revived.modify(1, "quiesced", soon());
+  });
+
+  test("what does not end in time is lost; a sign of life decides about the queue", async () => {
+    const { fake, device, record, fds } = await crashed();
+    fake.answer = (command) => fake.honest(command);
     const queue = AdminQueue.revive(device, record, fds, { drain: 30 });
     undo.push(queue);
+    const admin = new VendorAdmin(queue);
+    await expect(admin.status(1, soon(10))).rejects.toThrow(/commands of an earlier process are in flight/);
+    expect(await admin.status(1, soon())).toBe("init");
+    await until(() => fake.commands("identity").length === 2);
+    expect(queue.state).toEqual({ kind: "ready" });
+  });
+
+  test("one that gives no sign of life is dead, at once known to the next daemon", async () => {
+    const { device, record, fds } = await crashed();
+    const queue = AdminQueue.revive(device, record, fds, { drain: 30, lifeSign: 50 });
+    undo.push(queue);
     const waiting = new VendorAdmin(queue).status(1, soon());
-    await expect(waiting).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(/2 commands/) });
+    await expect(waiting).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(/nothing any/) });
     const snapshot = queue.snapshot();
     const copies = new Map([...snapshot.fds].map(([name, number]) => [name, dup(number)]));
     const next = AdminQueue.revive(device, snapshot.data, copies);
     undo.push(next);
-    expect(next.state).toMatchObject({ kind: "dead", reason: expect.stringMatching(/2 commands/) });
+    expect(next.state).toMatchObject({ kind: "dead", reason: expect.stringMatching(/nothing any/) });
+  });
+
+  test.each([
+    ["an index that jumped", (memory: AdminMemory) => memory.writeU16(memory.ringPlaces.driver + 2, 77), /index 77/],
+    [
+      "a slot too many",
+      (memory: AdminMemory) => memory.write(memory.ringPlaces.journal + 4, Uint8Array.of(1)),
+      /1 comm/,
+    ],
+    [
+      "a kind of slot",
+      (memory: AdminMemory) => memory.write(memory.ringPlaces.journal + 8, Uint8Array.of(9)),
+      /says 9/,
+    ],
+  ])("memory that contradicts itself makes it a dead queue: %s", async (_, bend, reason) => {
+    const { fake, admin } = await open();
+    await admin.status(1, soon());
+    const { record, copies, memory } = leave(admin);
+    bend(memory);
+    memory[Symbol.dispose]();
+    const { queue } = await revive(fake, record, copies);
+    expect(queue.state).toMatchObject({ kind: "dead", reason: expect.stringMatching(reason) });
   });
 
   test("a record that does not fit is refused and its fds closed", async () => {
@@ -398,6 +540,22 @@ describe("revival", () => {
     for (const fd of fds.values()) fd[Symbol.dispose]();
   });
 });
+
+/** The queue as a daemon leaves it behind that dies, and its memory as the device's process may write to it. */
+function leave({ queue }: VendorAdmin) {
+  const { data, fds } = queue.snapshot();
+  const copies = new Map([...fds].map(([name, number]) => [name, dup(number)]));
+  const record = parseAdminQueueRecord(JSON.parse(JSON.stringify(data)));
+  const memory = AdminMemory.revive(copies.get("memory")!.dup(), record.iova, record.ringSize);
+  queue.abandon();
+  return { record, copies, memory };
+}
+
+async function revive(fake: FakeAdmin, record: AdminQueueRecord, fds: Map<string, OwnedFd>): Promise<VendorAdmin> {
+  const queue = AdminQueue.revive(await VirtioPciDevice.probe(fake.fn, soon()), record, fds);
+  undo.push(queue);
+  return new VendorAdmin(queue);
+}
 
 function dup(number: number): OwnedFd {
   const borrowed = new OwnedFd(number);

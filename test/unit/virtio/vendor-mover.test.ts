@@ -1,11 +1,12 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { liveFds } from "../../../src/native/fd.ts";
+import { InternalStatus } from "../../../src/virtio/admin/vendor.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import type { MoverHost } from "../../../src/virtio/mover.ts";
 import { VendorMover } from "../../../src/virtio/movers/vendor.ts";
 import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
-import { FakeAdmin, type FakeCommand } from "../../kit/fake-admin.ts";
+import { FakeAdmin, type FakeAnswer, type FakeCommand } from "../../kit/fake-admin.ts";
 import { FakeFunction } from "../../kit/fake-function.ts";
 import type { FakeVf } from "../../kit/fake-vf.ts";
 import { FakeRings, wantedState } from "./states.ts";
@@ -234,6 +235,18 @@ describe("freeze", () => {
     expect(parts.mover.snapshot().kind).toBe("running");
   });
 
+  test("says what has not drained where the device does not quiesce before it has", async () => {
+    for (const answer of [{ status: 1 }, "silence"] as const) {
+      const parts = await running(1);
+      advance(parts, 0, 9, 7);
+      parts.pf.answer = (asked) => (asked.name === "modifyStatus" ? answer : parts.pf.honest(asked));
+      await expect(parts.mover.freeze(parts.rings, "drained", soon(250))).rejects.toMatchObject({
+        code: "quiesceFailed",
+        message: expect.stringMatching(/modifyStatus of VF 0: .*: queue 0 has 2 buffers in use/),
+      });
+    }
+  });
+
   test("says why it did not, where the device refuses", async () => {
     const { mover, pf, rings } = await running(1);
     let refused = "quiesced";
@@ -295,6 +308,32 @@ describe("continuing", () => {
     expect(parts.fn.status).toBe(0);
   });
 
+  test("what went on while it was stopped is never written over", async () => {
+    const moves: [(parts: Parts) => void, RegExp][] = [
+      [(parts) => advance(parts, 1, 8, 8), /queue 1 lastAvail: 8 \| 7/],
+      [
+        (parts) => {
+          advance(parts, 0, 8, 7);
+          with_(parts.vf, { inFlight: [{ queue: 0, heads: [3] }] });
+        },
+        /queue 0 inFlight: 3 \| none/,
+      ],
+    ];
+    for (const [move, message] of moves) {
+      const parts = await frozen();
+      await parts.mover.manual.change("running", soon());
+      move(parts);
+      const { state, vf } = parts;
+      const wanted = { ...state, queues: state.queues.slice(0, 1) };
+      await expect(parts.mover.configure(wanted, soon())).rejects.toMatchObject({
+        code: "io",
+        message: expect.stringMatching(message),
+      });
+      expect(vf.restored.length).toBe(1);
+      expect(parts.fn.status).toBe(0);
+    }
+  });
+
   test("a mover made from the snapshot stands where the first one stood", async () => {
     const { mover, vf, host, managed, state } = await frozen();
     const revived = new VendorMover(host, managed, JSON.parse(JSON.stringify(mover.snapshot())));
@@ -305,6 +344,71 @@ describe("continuing", () => {
         new VendorMover(host, managed, { kind: "frozen", state: { ...revived.snapshot(), features: "x" } as never }),
     ).toThrow(/not understood/);
   });
+});
+
+describe("by hand", () => {
+  /** The device does not take this status. */
+  function refuse({ pf }: Parts, status: number, answer: FakeAnswer) {
+    pf.answer = (asked) => {
+      const step = asked.name === "modifyStatus" && asked.data[2] === status;
+      return step ? answer : pf.honest(asked);
+    };
+  }
+
+  test("a change that fails half way leaves the VF where it was", async () => {
+    const parts = await running(1);
+    refuse(parts, InternalStatus.freezed, { status: 0x85 });
+    await expect(parts.mover.manual.change("freezed", soon())).rejects.toMatchObject({ code: "freezeFailed" });
+    expect(parts.vf.steps).toEqual(["quiesced", "running"]);
+  });
+
+  test("or says where it is", async () => {
+    const parts = await setUp(1);
+    refuse(parts, InternalStatus.freezed, { status: 0x85 });
+    await expect(parts.mover.manual.change("freezed", soon())).rejects.toMatchObject({
+      code: "freezeFailed",
+      message: expect.stringMatching(/internal \(code 5\); it was init and is quiesced$/),
+    });
+    const silent = await running(1);
+    refuse(silent, InternalStatus.freezed, "silence");
+    await expect(silent.mover.manual.change("freezed", soon(50))).rejects.toMatchObject({
+      code: "freezeFailed",
+      message: expect.stringMatching(/; it was running and is quiesced$/),
+    });
+  });
+});
+
+describe("while a command that was never answered may still alter the VF", () => {
+  for (const lost of ["modifyStatus", "restore"]) {
+    test(`it begins by its registers, at index 0 only: ${lost}`, async () => {
+      const { mover, pf, fn, vf, rings } = await setUp(1);
+      pf.answer = (asked) => (asked.name === lost ? "silence" : pf.honest(asked));
+      await expect(mover.configure(wantedState(1, 5), soon(50))).rejects.toThrow(`did not answer ${lost}`);
+      expect(fn.status).toBe(0);
+      pf.answer = (asked) => pf.honest(asked);
+      expect(mover.capabilities.resumeAnywhere).toBe(false);
+      await expect(mover.configure(wantedState(1, 5), soon())).rejects.toMatchObject({
+        code: "notSupported",
+        message: expect.stringMatching(/resume at index 5, .*may still alter VF 0/),
+        fix: expect.stringMatching(/reboot/),
+      });
+      await expect(mover.manual.change("quiesced", soon())).rejects.toMatchObject({ code: "busy" });
+      const restored = vf.restored.length;
+      await mover.configure(wantedState(1), soon());
+      expect(fn.status).toBe(0x0f);
+      expect(vf.restored.length).toBe(restored);
+
+      // Answered at last: from then on as ever.
+      pf.complete(pf.commands(lost as "restore")[0]!.head);
+      await soon().poll(() => mover.capabilities.resumeAnywhere || undefined, 1);
+      expect(mover.snapshot().kind).toBe("running");
+      await mover.reset(soon());
+      await mover.configure(wantedState(1, 5), soon());
+      expect(vf.restored.length).toBe(restored + 1);
+      advance({ vf, rings }, 0, 6, 6);
+      expect((await mover.freeze(rings, "drained", soon())).queues[0]?.lastUsed).toBe(6);
+    });
+  }
 });
 
 describe("reset", () => {
