@@ -139,4 +139,94 @@ TEST(ring_forwarded_request_that_is_too_big_or_not_mapped_fails_the_function) {
   rig.stop(false);
 }
 
+/** One head after the other with the same indirect table: a megabyte to read, a megabyte to write. */
+void offerLargest(Rig& rig, int chains) {
+  for (int count = 0; count < chains; count++) {
+    const uint16_t head = rig.available % kRing;
+    rig.describe(head, kIova + kHeaders, 32, 4, 0);
+    rig.offer(head);
+  }
+}
+
+TEST(ring_forwarded_requests_count_until_they_are_given_back) {
+  Rig rig({}, "forward");
+  rig.describe(kHeaders / 16, kIova + kText, 1 << 20, 1, 1);
+  rig.describe(kHeaders / 16 + 1, kIova + kText, 1 << 20, 2, 0);
+  rig.start();
+  constexpr int kMost = 32;
+  const auto take = [&](int chains) {
+    std::vector<uint64_t> ids;
+    CHECK(check::eventually([&] {
+      for (const ForwardedRequest& request : rig.function->takeRequests()) ids.push_back(request.id);
+      return ids.size() == static_cast<size_t>(chains);
+    }));
+    return ids;
+  };
+  for (uint16_t round = 1; round <= 3; round++) {
+    offerLargest(rig, kMost);
+    for (const uint64_t id : take(kMost)) rig.function->answer(id, {1});
+    CHECK(rig.awaitUsed(round * kMost));
+  }
+  CHECK(rig.function->failure().empty());
+  offerLargest(rig, kMost);
+  take(kMost);
+  CHECK(rig.function->failure().empty());
+  offerLargest(rig, 1);
+  CHECK(check::eventually([&] { return !rig.function->failure().empty(); }));
+  CHECK(rig.function->failure().find("unanswered") != std::string::npos);
+  CHECK(rig.function->takeRequests().empty());
+
+  rig.stop(false);
+  memset(rig.memory, 0, 3 * 4096);
+  rig.available = 0;
+  rig.start();
+  offerLargest(rig, kMost);
+  take(kMost);
+  CHECK(rig.function->failure().empty());
+}
+
+TEST(ring_forwarded_request_in_more_pieces_than_a_system_call_takes_is_whole) {
+  constexpr uint32_t kDirect = 40;
+  constexpr uint32_t kTable = 1024;
+  constexpr uint32_t kPieces = kDirect + kTable - 1;
+  Rig rig({}, "forward");
+  rig.start();
+  for (const bool writable : {false, true}) {
+    // Bytes that do not lie side by side: forty of the ring and the rest of a table, whose last is of the other kind.
+    const uint16_t flags = writable ? 2 : 0;
+    const auto at = [](uint32_t piece) { return kText + 2 * piece; };
+    const auto piece = [&](uint16_t index, uint32_t number) {
+      rig.describe(index, kIova + at(number), 1, flags | 1, static_cast<uint16_t>(index + 1));
+    };
+    for (uint32_t index = 0; index < kDirect; index++) piece(static_cast<uint16_t>(index), index);
+    rig.describe(kDirect, kIova + kHeaders, kTable * 16, 4, 0);
+    const uint16_t table = kHeaders / 16;
+    for (uint32_t index = 0; index + 1 < kTable; index++) {
+      rig.describe(static_cast<uint16_t>(table + index), kIova + at(kDirect + index), 1, flags | 1,
+                   static_cast<uint16_t>(index + 1));
+    }
+    rig.describe(table + kTable - 1, kIova + kRoom, 1, 2, 0);
+    for (uint32_t number = 0; number < kPieces; number++) rig.memory[at(number)] = static_cast<uint8_t>(number * 7);
+    rig.offer(0);
+    const ForwardedRequest request = receive(rig);
+    std::vector<uint8_t> bytes(kPieces + 1);
+    for (uint32_t number = 0; number < kPieces; number++) bytes[number] = static_cast<uint8_t>(number * 7 + writable);
+    bytes[kPieces] = 99;
+    if (!writable) {
+      CHECK(request.readable == std::vector<uint8_t>(bytes.begin(), bytes.end() - 1));
+      rig.function->answer(request.id, {99});
+      CHECK(rig.awaitUsed(1));
+    } else {
+      CHECK(request.writable == bytes.size());
+      rig.function->answer(request.id, bytes);
+      CHECK(rig.awaitUsed(2));
+      bool same = true;
+      for (uint32_t number = 0; number < kPieces; number++) same &= rig.memory[at(number)] == bytes[number];
+      CHECK(same);
+    }
+    CHECK(rig.memory[kRoom] == 99);
+    rig.memory[kRoom] = 0;
+  }
+}
+
 }  // namespace

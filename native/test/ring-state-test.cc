@@ -48,6 +48,30 @@ TEST(ring_quiesced_under_load_takes_nothing_and_completes_what_it_took) {
   }
 }
 
+TEST(ring_whose_calls_block_drains_and_ends) {
+  // Its requests end one by one, within that time.
+  Rig rig({{"slow", int64_t{40}}, {"outOfOrder", true}});
+  const int full = eventfd(0, EFD_CLOEXEC);
+  CHECK(eventfd_write(full, UINT64_MAX - 1) == 0);
+  CHECK(rig.function->setCall(0, full));
+  constexpr uint64_t kEveryCall = kFeatures & ~(1ull << 29);
+  constexpr uint16_t kRequests = 10;
+  for (uint16_t slot = 0; slot < kRequests; slot++) rig.put(slot, 0, 0, kIova + (1 << 20));
+  CHECK(rig.function->activate(0, Rig::config(), kEveryCall).empty());
+  CHECK(rig.function->start(kEveryCall).empty());
+  CHECK(check::eventually([&] { return rig.used() > 0; }));
+  rig.function->quiesce();
+  CHECK(check::eventually([&] { return rig.function->passCalls(); }));
+  CHECK(check::eventually([&] { return rig.function->inFlight() == 0; }));
+  CHECK(rig.used() == kRequests);
+
+  rig.put(kRequests, 0, 0, kIova + (1 << 20));
+  rig.function->unquiesce();
+  CHECK(check::eventually([&] { return rig.used() == kRequests + 1; }));
+  rig.stop(true);
+  close(full);
+}
+
 TEST(ring_quiesced_before_the_start_serves_what_was_in_flight_and_nothing_else) {
   Rig rig({}, "blk", 7);
   rig.put(0, 0, 0, kIova + (1 << 20));

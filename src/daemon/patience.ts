@@ -21,7 +21,8 @@ export class Patience {
 
   /** @param again it has been tried before: there is as little time as at the last */
   async during<T>(work: (deadline: Deadline) => Promise<T>, again = false): Promise<T> {
-    const deadline = Deadline.after(this.hurried || again ? this.last : this.usual, this.what);
+    const time = this.hurried || again ? Math.min(this.usual, this.last) : this.usual;
+    const deadline = Deadline.after(time, this.what);
     this.deadlines.add(deadline);
     try {
       return await work(deadline);

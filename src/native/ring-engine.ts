@@ -2,6 +2,7 @@ import { Deadline } from "../base/deadline.ts";
 import { SystemError, VhostdError } from "../base/errors.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import { checkFd, checkInteger, checkSize } from "./arguments.ts";
+import { duplicate, type OwnedFd } from "./fd.ts";
 import { addon } from "./load.ts";
 import { type Watch, watch } from "./poller.ts";
 import { drainEventfd, signalEventfd } from "./sys.ts";
@@ -71,8 +72,10 @@ interface NativeRingFunction {
   activate(queue: number, config: RingConfig, features: bigint): string;
   start(features: bigint): string;
   setCall(queue: number, fd: number): boolean;
+  takeCall(queue: number, fd: number): void;
   setKick(queue: number, fd: number): number;
   quiesce(): void;
+  passCalls(): boolean;
   unquiesce(): void;
   inFlight(): number;
   rings(): RingState[];
@@ -89,6 +92,12 @@ interface NativeRingFunction {
 }
 const { RingFunction } = addon as unknown as { readonly RingFunction: new () => NativeRingFunction };
 
+/** Where the calls of all queues will go. Holds the descriptors until then. */
+export interface PreparedCalls extends Disposable {
+  /** They go there from now on. Cannot fail; once. */
+  commit(): void;
+}
+
 /** Limits of open files (of this process or the system), and of what an epoll waits for. */
 const ENFILE = 23;
 const EMFILE = 24;
@@ -100,6 +109,8 @@ const FIRST_ATTEMPT = 1;
 const INTERVAL = 1;
 /** Milliseconds for the worker to give way: one piece of I/O. */
 const TURN_TIMEOUT = 30_000;
+/** Milliseconds for it to be quiesced: who asks for that waits with others behind, and can ask again. */
+const QUIESCE_TIMEOUT = 5000;
 
 /**
  * The rings of one soft function: its view of guest memory, its virtqueues, and a native thread that serves them from
@@ -201,6 +212,23 @@ export class RingEngine implements Disposable {
   }
 
   /**
+   * `setCall` of all queues, by index, in two steps: what can fail is done first. The fds are borrowed for the call.
+   * @throws VhostdError limitExceeded where no file descriptor is left
+   */
+  prepareCalls(fds: readonly (number | null)[]): PreparedCalls {
+    checkInteger(fds.length, this.queues, this.queues, "number of calls");
+    using undo = new DisposableStack();
+    const calls = fds.map((fd) => (fd === null ? undefined : undo.use(duplicateCall(fd))));
+    const held = undo.move();
+    return {
+      commit: () => {
+        for (const [queue, call] of calls.entries()) this.native.takeCall(queue, call?.release() ?? -1);
+      },
+      [Symbol.dispose]: () => held.dispose(),
+    };
+  }
+
+  /**
    * Signals of an eventfd notify the queue too, also one that waits in it already; null: no longer. It replaces an
    * earlier one and stays until it is replaced. The fd is borrowed for the call; the eventfd is never read or written.
    * @throws VhostdError limitExceeded where no file descriptor is left; SystemError EPERM for what cannot be waited for
@@ -215,11 +243,22 @@ export class RingEngine implements Disposable {
 
   /**
    * When this resolves the worker takes no further chain, over `park`, `stop` and `start`, until `unquiesce`. What it
-   * has taken goes on and completes.
+   * has taken goes on and completes, also where nobody reads its calls.
    * @throws VhostdError timedOut while the worker is held up by the system; it is not quiesced then
    */
-  async quiesce(): Promise<void> {
-    await this.turn(() => this.native.quiesce());
+  async quiesce(deadline = turnDeadline(QUIESCE_TIMEOUT)): Promise<void> {
+    let wanted = true;
+    const quiesced = this.turn(() => {
+      if (wanted) this.native.quiesce();
+    }, deadline);
+    try {
+      await deadline.race(quiesced);
+      await deadline.poll(() => this.native.passCalls() || undefined, INTERVAL);
+    } catch (error) {
+      wanted = false;
+      if (!this.closed) this.unquiesce();
+      throw error;
+    }
   }
 
   /** The worker takes chains again; those that were made available meanwhile are seen, kicked or not. */
@@ -308,9 +347,9 @@ export class RingEngine implements Disposable {
   }
 
   /** Runs `operation` while the worker is between two pieces of work. */
-  private turn(operation: () => void): Promise<void> {
+  private turn(operation: () => void, given?: Deadline): Promise<void> {
     return this.turns.run(async () => {
-      const deadline = Deadline.after(TURN_TIMEOUT, "the ring worker's piece of I/O");
+      const deadline = given ?? turnDeadline(TURN_TIMEOUT);
       try {
         await this.poll((milliseconds) => this.attempt(operation, milliseconds), deadline);
       } finally {
@@ -345,6 +384,19 @@ export class RingEngine implements Disposable {
 
   private checkQueue(queue: number): number {
     return checkInteger(queue, 0, this.queues - 1, "queue");
+  }
+}
+
+function turnDeadline(milliseconds: number): Deadline {
+  return Deadline.after(milliseconds, "the ring worker's piece of I/O");
+}
+
+/** @throws VhostdError limitExceeded */
+function duplicateCall(fd: number): OwnedFd {
+  try {
+    return duplicate(fd);
+  } catch (cause) {
+    throw new VhostdError("limitExceeded", "no file descriptor is left for a call", { cause });
   }
 }
 

@@ -1,22 +1,26 @@
 import { asError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
-import { OperationQueue } from "../base/operation-queue.ts";
 import type { ForwardedRequest, RingEngine } from "../native/ring-engine.ts";
 import { AdminStatus } from "../virtio/admin/vendor.ts";
 import { type AdminCommand, decodeCommand, execute } from "./admin-commands.ts";
 import { AdminError } from "./admin-error.ts";
 import type { Fault } from "./admin-faults.ts";
+import { CommandQueue, Pace } from "./command-queue.ts";
 import type { ManagedVf } from "./managed-vf.ts";
 import type { PfSettings } from "./pf-options.ts";
 
 export type RequestSource = Pick<RingEngine, "takeRequests" | "answer">;
 
+/** The end of a command: its status byte, and a result where that is "ok". */
+type Answer = (status: number, result?: Uint8Array) => void;
+
 /**
  * Serves the PF's admin virtqueue. Commands on different VFs run side by side and complete as they are ready; those on
- * one VF run in the order they came.
+ * one VF run in the order they came. Whatever is asked for, the event loop has a turn between two commands.
  */
 export class AdminService {
-  private readonly turns = new Map<number, OperationQueue>();
+  private readonly queues = new Map<number, CommandQueue>();
+  private readonly pace = new Pace();
   /** Wakes those that make a command last. */
   private readonly pauses = new Set<() => void>();
   /** Resets of the PF so far: commands that came before are not answered any more. */
@@ -35,71 +39,79 @@ export class AdminService {
 
   /** Takes what has come. */
   serve(rings: RequestSource): void {
-    for (const request of rings.takeRequests()) {
-      const { resets } = this;
-      const answer = (bytes: Uint8Array) => {
-        if (resets === this.resets) rings.answer(request.id, bytes);
-      };
-      this.run(request, answer).catch((error) => this.log.error("an admin command got lost", error));
-    }
+    for (const request of rings.takeRequests()) this.take(request, rings);
   }
 
-  /** The PF was reset: nobody waits for an answer. What has begun on a VF comes to its end. */
+  /**
+   * The PF was reset: nobody waits for an answer, and what was transferred by halves is dropped. What has begun on a VF
+   * comes to its end.
+   */
   forget(): void {
     this.resets++;
+    for (const queue of this.queues.values()) queue.clear();
     for (const wake of this.pauses) wake();
+    for (const vf of this.vfs()) vf.forget();
   }
 
-  private async run({ queue, readable, writable }: ForwardedRequest, answer: (bytes: Uint8Array) => void) {
+  private take({ id, queue, readable, writable }: ForwardedRequest, rings: RequestSource): void {
     if (queue !== this.queue || writable === 0) {
       this.log.warn(`a chain of queue ${queue} with room for ${writable} bytes is no admin command`);
-      return answer(new Uint8Array(0));
+      rings.answer(id, new Uint8Array(0));
+      return;
     }
     const room = writable - 1;
     const { resets } = this;
-    let status: number = AdminStatus.ok;
-    let result: Uint8Array = new Uint8Array(0);
+    const answer: Answer = (status, result) => {
+      if (resets !== this.resets) return;
+      const bytes = new Uint8Array(writable);
+      if (result !== undefined) bytes.set(result);
+      bytes[room] = status;
+      rings.answer(id, bytes);
+    };
     try {
       const command = decodeCommand(readable, room);
-      const done = await this.inTurn(command, async () => {
-        if (resets !== this.resets) return undefined;
-        return this.perform(command);
-      });
-      if (done === undefined) return;
-      result = done;
+      const run = () => this.perform(command, answer);
+      const commands = this.queueOf(command);
+      if (commands !== undefined) commands.add(run);
+      else void this.pace.turn().then(() => (resets === this.resets ? run() : undefined));
     } catch (error) {
-      const refusal = error instanceof AdminError ? error : new AdminError("internal", asError(error).message);
-      this.log.warn(`an admin command is refused (${refusal.code}${refusal.retry ? ", retry" : ""})`, error);
-      ({ status } = refusal);
+      this.refuse(error, answer);
     }
-    const bytes = new Uint8Array(writable);
-    bytes.set(result);
-    bytes[room] = status;
-    answer(bytes);
   }
 
-  /** @returns the result, or undefined where there is no answer. @throws AdminError */
-  private async perform(command: AdminCommand): Promise<Uint8Array | undefined> {
+  /** Never rejects. */
+  private async perform(command: AdminCommand, answer: Answer): Promise<void> {
     const vf = command.name === "identity" ? undefined : command.vdevId - 1;
     const began = performance.now();
+    const last = () => this.pause(this.settings.delays.of(command.name) - (performance.now() - began));
     try {
       const fault = this.settings.faults.take(command.name, vf);
       if (fault === "silence") {
         this.log.info(`admin command ${command.name} is never answered, as asked`);
-        return undefined;
+        return await last();
       }
       if (fault !== undefined) throw faultError(fault);
-      return await execute(command, this.vfs());
-    } finally {
-      await this.pause(this.settings.delays.of(command.name) - (performance.now() - began));
+      const result = await execute(command, this.vfs());
+      await last();
+      answer(AdminStatus.ok, result);
+    } catch (error) {
+      await last();
+      this.refuse(error, answer);
     }
   }
 
-  private inTurn<T>(command: AdminCommand, run: () => Promise<T>): Promise<T> {
-    if (command.name === "identity" || this.vfs()[command.vdevId - 1] === undefined) return run();
-    const turns = this.turns.get(command.vdevId) ?? new OperationQueue();
-    this.turns.set(command.vdevId, turns);
-    return turns.run(run);
+  private refuse(error: unknown, answer: Answer): void {
+    const refusal = error instanceof AdminError ? error : new AdminError("internal", asError(error).message);
+    this.log.warn(`an admin command is refused (${refusal.code}${refusal.retry ? ", retry" : ""})`, error);
+    answer(refusal.status);
+  }
+
+  /** Those of one VF; undefined for a command that is on none. */
+  private queueOf(command: AdminCommand): CommandQueue | undefined {
+    if (command.name === "identity" || this.vfs()[command.vdevId - 1] === undefined) return undefined;
+    const queue = this.queues.get(command.vdevId) ?? new CommandQueue(this.pace);
+    this.queues.set(command.vdevId, queue);
+    return queue;
   }
 
   private async pause(milliseconds: number): Promise<void> {

@@ -1,8 +1,6 @@
-import { BLOB_ALIGNMENT, BLOB_SIZE_MAX } from "../virtio/admin/state-blob.ts";
+import { BLOB_ALIGNMENT, BLOB_FIELDS_MAX, BLOB_SIZE_MAX } from "../virtio/admin/state-blob.ts";
 import { AdminError } from "./admin-error.ts";
 
-/** More fields than the most queues and all else can need. */
-const FIELDS_MAX = 8192;
 const COUNT_SIZE = 4;
 const FIELD_HEAD = 8;
 
@@ -40,8 +38,8 @@ export class IncomingState {
     if (this.fields === undefined) {
       if (this.received < COUNT_SIZE) return false;
       const left = view.getUint32(0, true);
-      if (left > FIELDS_MAX)
-        throw new AdminError("dataTransfer", `the state has ${left} fields; at most ${FIELDS_MAX}`);
+      if (left > BLOB_FIELDS_MAX)
+        throw new AdminError("dataTransfer", `the state has ${left} fields; at most ${BLOB_FIELDS_MAX}`);
       this.fields = { at: COUNT_SIZE, left };
     }
     const { fields } = this;

@@ -39,6 +39,7 @@ export class VirtioDevice {
   private readonly registers: DeviceRegisters;
   private readonly service: RingService;
   private readonly operations = new OperationQueue();
+  private readonly resetHandlers: (() => void)[] = [];
   private isr = 0;
 
   /**
@@ -85,9 +86,9 @@ export class VirtioDevice {
     return this.service.status;
   }
 
-  /** Resets so far. */
-  get resets(): number {
-    return this.service.resets;
+  /** @param handler called after each reset, by whomever */
+  onReset(handler: () => void): void {
+    this.resetHandlers.push(handler);
   }
 
   readCommon(offset: number, length: number): Uint8Array {
@@ -200,8 +201,8 @@ export class VirtioDevice {
 
   /**
    * Takes the place of another device, frozen.
-   * @throws VhostdError notPermitted where this one is not frozen, invalid with the reason where the state does not fit;
-   * nothing has changed then
+   * @throws VhostdError notPermitted where this one is not frozen, invalid with the reason where the state does not fit,
+   * limitExceeded where no descriptor is left for its calls; nothing has changed then
    */
   restore(state: VendorState): Promise<void> {
     return this.operations.run(async () => {
@@ -210,13 +211,15 @@ export class VirtioDevice {
       const { registers, device } = this;
       const { features, ringSize, queues } = registers;
       const restored = checkState(state, { features, ringSize, queues: queues.length, vectors: this.host.vectors });
+      const vectors = restored.queues.map(({ vector }) => vector);
+      // No vector is routed anew meanwhile: nobody waits for a worker that is parked.
+      using calls = this.engine.prepareCalls(vectors.map((vector) => this.host.vectorFd(vector)));
       await this.service.replace(restored.rings, restored.state.driverFeatures);
+      calls.commit();
       registers.state = { ...restored.state };
       registers.generation = restored.generation;
-      for (const [index, queue] of restored.queues.entries()) {
-        queues[index] = queue;
-        this.routeCalls(index, queue);
-      }
+      queues.splice(0, queues.length, ...restored.queues);
+      for (const { vector, enabled } of restored.queues) if (enabled) this.host.signal(vector);
       this.isr = 0;
       // What a driver can write; all else is the device's own.
       const change = device.writeConfig(0, restored.config.subarray(0, device.config().length));
@@ -230,6 +233,7 @@ export class VirtioDevice {
     this.isr = 0;
     for (const index of this.registers.queues.keys()) this.engine.setCall(index, null);
     const change = this.device.reset?.();
+    for (const handler of this.resetHandlers) handler();
     if (change?.parameters !== undefined) await this.engine.configure(change.parameters);
   }
 
