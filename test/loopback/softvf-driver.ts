@@ -57,7 +57,9 @@ export class TestVfs implements AsyncDisposable {
     options: SoftOptionValues = {},
     pfOptions: SoftOptionValues = {},
   ): Promise<TestVfs> {
+    await using undo = new AsyncDisposableStack();
     const directory = await mkdtemp(join(tmpdir(), "softvf-"));
+    undo.defer(() => rm(directory, { recursive: true, force: true }));
     for (let vf = 0; vf < count; vf++) {
       await writeFile(join(directory, `disk${vf}`), "");
       await truncate(join(directory, `disk${vf}`), DISK_SIZE);
@@ -72,6 +74,7 @@ export class TestVfs implements AsyncDisposable {
       bus,
       collect(warnings),
     );
+    undo.move();
     return new TestVfs(directory, bus, pf, warnings);
   }
 
