@@ -47,7 +47,7 @@ const VF_OPTIONS = {
     help: "move the state of a managed VF by hand; a guest stands still while it is quiesced or frozen",
   },
   operation: { type: "string", short: "o", value: "OP", help: "of -d: 1 run, 2 quiesce, 3 freeze, 6 status" },
-  "size-mode": { type: "string", short: "b", value: "SIZE_MODE", help: "of -d: 1 bitmap, 2 bytemap" },
+  "size-mode": { type: "string", short: "b", value: "SIZE_MODE", help: "of -d: accepted for old scripts" },
   socket: { type: "string", short: "v", value: "VHOST_SOCKET", help: "of -a: vhost-user socket (/tmp/vf-ADDRESS)" },
   uuid: { type: "string", short: "u", value: "VM_UUID", help: "of -a: the VM; its VFs share one view of its memory" },
   server: { type: "boolean", help: "of -a: listen at the socket instead of connecting to it" },

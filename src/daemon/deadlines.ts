@@ -10,7 +10,9 @@ export const DEADLINES = {
   start: 5_000,
   /** A device gives back what it has taken: its slowest request bounds this. */
   drain: 30_000,
-  /** The same where the VF is being removed and an operator waits, or where it has been tried before. */
+  /** The internal status of a VF, where an operator asks for it. */
+  ask: 5_000,
+  /** As drain, where the VF is being removed and an operator waits, or where it has been tried before. */
   lastDrain: 5_000,
   /** Status 0 after a session. */
   reset: 5_000,

@@ -1,5 +1,5 @@
 import Type, { type Static } from "typebox";
-import { asError, errorNumber, VhostdError } from "../base/errors.ts";
+import { asError, errorNumber, sentence, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import { defineMethod, type Method } from "../rpc/method.ts";
@@ -178,7 +178,8 @@ async function answered(operation: () => Promise<Outcome>, log: Logger): Promise
   try {
     return { ...(await operation()), errno: 0, errstr: "Success" };
   } catch (error) {
-    if (!(error instanceof VhostdError)) log.error("a request failed unexpectedly", error);
+    if (error instanceof VhostdError) log.info(`refused (${error.number}): ${sentence(error)}`);
+    else log.error("a request failed unexpectedly", error);
     return failure(asError(error));
   }
 }

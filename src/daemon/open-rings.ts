@@ -41,9 +41,10 @@ export class OpenRings {
     return rings;
   }
 
-  /** No ring is lost and none is open. */
-  get clean(): boolean {
-    return this.lost.size === 0 && this.open.length === 0;
+  /** Why rings of the last guest cannot go on, or undefined. */
+  get trouble(): string | undefined {
+    const [first] = this.lost;
+    return first && `queue ${first[0]} of the last guest cannot go on: ${first[1]}`;
   }
 
   /**

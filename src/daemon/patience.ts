@@ -8,21 +8,15 @@ export class Patience {
   private readonly deadlines = new Set<Deadline>();
   private hurried = false;
 
+  /** @param last milliseconds once `hurry` was called */
+  constructor(private readonly last: number) {}
+
   /**
    * @param what is waited for
    * @param usual milliseconds
-   * @param last milliseconds once `hurry` was called
    */
-  constructor(
-    private readonly what: string,
-    private readonly usual: number,
-    private readonly last: number,
-  ) {}
-
-  /** @param again it has been tried before: there is as little time as at the last */
-  async during<T>(work: (deadline: Deadline) => Promise<T>, again = false): Promise<T> {
-    const time = this.hurried || again ? Math.min(this.usual, this.last) : this.usual;
-    const deadline = Deadline.after(time, this.what);
+  async during<T>(what: string, usual: number, work: (deadline: Deadline) => Promise<T>): Promise<T> {
+    const deadline = Deadline.after(this.hurried ? Math.min(usual, this.last) : usual, what);
     this.deadlines.add(deadline);
     try {
       return await work(deadline);

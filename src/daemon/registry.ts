@@ -80,8 +80,8 @@ type Slot<T> = { readonly live: T } | "adding" | "removing";
 export class DeviceRegistry {
   private readonly pfs = new Map<PciAddress, Slot<Pf>>();
   private readonly vfs = new Map<PciAddress, { slot: Slot<Vf>; readonly socket: string; readonly pf: PciAddress }>();
-  /** Of VFs that were removed: a guest that comes back to rings which cannot go on is told so. */
-  private readonly lostRings = new Map<PciAddress, OpenRings>();
+  /** Of VFs that were removed, with their VM: a guest that comes back to rings which cannot go on is told so. */
+  private readonly lostRings = new Map<PciAddress, { readonly vm: string; readonly rings: OpenRings }>();
   /** Adds that are under way. */
   private readonly adding = new Set<Promise<unknown>>();
   private readonly domains: DomainTable;
@@ -195,7 +195,11 @@ export class DeviceRegistry {
     this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
     try {
       const mover = this.livePf(pf).moverFor(address, parent);
-      const vf = await Vf.attach(options, entry, mover, this.around, this.lostRings.get(address));
+      const lost = this.lostRings.get(address);
+      // Another VM has rings of its own.
+      const rings = lost?.vm === guestOf(options) ? lost.rings : undefined;
+      const vf = await Vf.attach(options, entry, mover, this.around, rings);
+      this.lostRings.delete(address);
       this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
       return this.infoOf(vf);
     } catch (error) {
@@ -213,8 +217,7 @@ export class DeviceRegistry {
       await vf.remove();
     } finally {
       this.vfs.delete(address);
-      if (vf.rings.clean) this.lostRings.delete(address);
-      else this.lostRings.set(address, vf.rings);
+      if (vf.rings.trouble !== undefined) this.lostRings.set(address, { vm: guestOf(vf.options), rings: vf.rings });
     }
   }
 
@@ -454,4 +457,9 @@ export class DeviceRegistry {
       ...vf.management,
     };
   }
+}
+
+/** What tells one VM from another, as far as the operator says. */
+function guestOf({ uuid, socket }: VfOptions): string {
+  return uuid ?? socket;
 }

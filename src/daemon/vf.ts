@@ -76,8 +76,8 @@ export class Vf implements SessionTarget {
     this.deviceClass = parts.deviceClass;
     this.deviceFeatures = parts.dataPath.features;
     this.queues = usableQueues(parts);
-    const { drain, lastDrain } = around.deadlines;
-    this.patience = new Patience(`${options.address} giving back what it has taken`, drain, lastDrain);
+    this.patience = new Patience(around.deadlines.lastDrain);
+    this.trouble = rings.trouble;
     this.endpoint = new Endpoint(
       { path: options.socket, mode: options.mode },
       (connection) => this.serve((target, log) => new Session(connection, target, { log })),
@@ -195,7 +195,11 @@ export class Vf implements SessionTarget {
       throw new VhostdError("busy", `the status of ${this.address} is being asked for or changed already`);
     this.moving = true;
     try {
-      return await this.patience.during((deadline) => this.operations.run(() => this.moveBy(to, deadline)));
+      const { ask, drain } = this.around.deadlines;
+      const what = `${to === undefined ? "the internal status" : "a change of the internal status"} of ${this.address}`;
+      return await this.patience.during(what, to === undefined ? ask : drain, (deadline) =>
+        this.operations.run(() => this.moveBy(to, deadline)),
+      );
     } finally {
       this.moving = false;
     }
@@ -309,7 +313,7 @@ export class Vf implements SessionTarget {
     return this.operations.run(async () => {
       this.checkUsable();
       this.become({ name: "stopping" });
-      const state = await this.patience.during((deadline) => this.parts.dataPath.stop(memory, mode, deadline));
+      const state = await this.drain((deadline) => this.parts.dataPath.stop(memory, mode, deadline));
       this.rings.stopped(state);
       this.checkUsable();
       this.become({ name: "idle" });
@@ -332,7 +336,7 @@ export class Vf implements SessionTarget {
       if ((name === "running" || name === "stopping") && dataPath.moverKind !== "registers") {
         if (name === "running") this.become({ name: "stopping" });
         try {
-          await this.patience.during((deadline) => this.giveBack(memory, deadline), name === "stopping");
+          await this.drain((deadline) => this.giveBack(memory, deadline), name === "stopping");
         } catch (error) {
           this.log.warn("what the function had taken is not all given back", asError(error));
         }
@@ -358,6 +362,13 @@ export class Vf implements SessionTarget {
     await this.around.keeper.put(this.key, () => this.snapshot());
   }
 
+  /** @param again it has been tried before: there is as little time as at the last */
+  private drain<T>(work: (deadline: Deadline) => Promise<T>, again = false): Promise<T> {
+    const { drain, lastDrain } = this.around.deadlines;
+    const time = again ? Math.min(drain, lastDrain) : drain;
+    return this.patience.during(`${this.address} giving back what it has taken`, time, work);
+  }
+
   private async moveBy(to: ManualStatus | undefined, deadline: Deadline): Promise<InternalStatusName> {
     const { address } = this;
     this.checkUsable();
@@ -373,6 +384,8 @@ export class Vf implements SessionTarget {
     if (to !== undefined) {
       await manual.change(to, deadline);
       this.log.warn(`internal status changed by hand: ${to}`);
+      this.trouble = to === "running" ? undefined : `${to} by hand, its guest waits (let it go on with "vf -d -o 1")`;
+      this.around.onState(this);
     }
     return await manual.status(deadline);
   }

@@ -1,7 +1,7 @@
 import { edenGC } from "bun:jsc";
 import type { Static, TSchema } from "typebox";
 import { Compile, type Validator } from "typebox/compile";
-import { VhostdError } from "../base/errors.ts";
+import { asError, sentence, VhostdError } from "../base/errors.ts";
 import { findMismatch } from "./mismatch.ts";
 import { ProtocolError, RpcCode } from "./protocol.ts";
 
@@ -64,6 +64,9 @@ export function defineMethod<P extends TSchema, R extends TSchema>(definition: M
         call.log(`${name} ${JSON.stringify(params).slice(0, LONGEST_NOTE)}`);
         try {
           return await handler(params as Static<P>, call);
+        } catch (error) {
+          call.log(`${name} failed: ${sentence(asError(error))}`);
+          throw error;
         } finally {
           // About a millisecond. Left to itself the heap would grow to twice its size, and what stays of many changes
           // would lie scattered over it for ever.

@@ -198,10 +198,14 @@ export class DataPath {
     const queues = state.queues.map(({ index }) => ({ index, ...eventfds.get(index) }));
     this.active = new Set(queues.map(({ index }) => index));
     try {
-      await deadline.race(Promise.all(queues.map(({ index, call }) => this.routeCall(index, call ?? null))));
+      const calls = queues.map(({ index, call }) => this.routeCall(index, call ?? null));
+      // A doorbell is not rung before DRIVER_OK (VIRTIO 1.2, 3.1.1); a function that waits itself knows when to look.
+      const waits = ({ index }: { index: number }) => this.doorbell(index).takeKick !== undefined;
+      const connect = (chosen: typeof queues) =>
+        chosen.map(({ index, kick }) => (kick === undefined ? undefined : this.connectKick(index, kick)));
+      await deadline.race(Promise.all([...calls, ...connect(queues.filter(waits))]));
       await this.mover.configure(state, deadline);
-      const kicks = queues.map(({ index, kick }) => (kick === undefined ? undefined : this.connectKick(index, kick)));
-      await deadline.race(Promise.all(kicks));
+      await deadline.race(Promise.all(connect(queues.filter((queue) => !waits(queue)))));
       // async, so that a doorbell that cannot be found rejects like one that cannot be rung.
       await deadline.race(Promise.all(queues.map(async ({ index }) => this.doorbell(index).ring(index))));
       for (const { call } of queues) if (call !== undefined) signalEventfd(call);

@@ -181,7 +181,7 @@ describe("of one VF", () => {
         if (unsettled(one)) {
           await expect(guest.start()).rejects.toThrow();
           await guest.hungUp();
-          expect(info(vf).reason).toContain(`may still alter VF ${vf}`);
+          expect(info(vf).reason).toContain(`may still alter virtfn${vf}`);
           await guest.start(0);
           expect(info(vf)).toMatchObject({ state: "running", managed: false });
           return;

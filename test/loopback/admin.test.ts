@@ -91,17 +91,17 @@ test("every fault of one VF's command ends in a stated outcome in time, and othe
     ["status@0:retry:2", start],
     ["save@0:retry:2", stop],
     ["modify@0:fail", start, { code: "quiesceFailed" }],
-    ["restore@0:fail", start, { code: "io", message: expect.stringMatching(/refused restore of VF 0: internal/) }],
+    ["restore@0:fail", start, { code: "io", message: expect.stringMatching(/refused restore of virtfn0: internal/) }],
     ["", start],
     ["modify@0:retry", stop, { code: "quiesceFailed", message: expect.stringMatching(/also after \d+ more tries/) }],
     ["pending@0:fail", stop, { code: "stateSave" }],
     ["save@0:fail", stop, { code: "stateSave" }],
-    ["save@0:silence", stop, { code: "stateSave", message: expect.stringMatching(/did not answer save of VF 0/) }],
+    ["save@0:silence", stop, { code: "stateSave", message: expect.stringMatching(/did not answer save of virtfn0/) }],
     ["modify@0:silence", start, { code: "invalid", message: expect.stringMatching(/is running already/) }],
     ["", stop],
     ["modify@0:silence:1", start, { code: "quiesceFailed" }],
     // Whatever became of that change: the VF begins anew or not at all.
-    ["", start, { code: "notSupported", message: expect.stringMatching(/may still alter VF 0/) }],
+    ["", start, { code: "notSupported", message: expect.stringMatching(/may still alter virtfn0/) }],
   ];
   for (const [fault, operation, error] of outcomes) {
     await softvf.fault(fault);

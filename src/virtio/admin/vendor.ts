@@ -28,7 +28,7 @@ export function vdevId(vfIndex: number): number {
 
 /** For people, who count VFs from 0. */
 export function vdevName(vdevId: number): string {
-  return vdevId === 0 ? "the PF" : `VF ${vdevId - 1}`;
+  return vdevId === 0 ? "the PF" : `virtfn${vdevId - 1}`;
 }
 
 export const IDENTITY_RESULT = struct("identity result", 8, {

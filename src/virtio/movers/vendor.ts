@@ -42,8 +42,10 @@ export class VendorMover implements StateMover {
   readonly kind = "vendor";
   readonly manual: ManualControl;
   private current: State;
-  /** The end, good or bad, of a reset that was not waited for. */
-  private cleanUp: Promise<unknown> | undefined;
+  /** The end of a reset that was not waited for: what went wrong, or undefined. */
+  private cleanUp: Promise<Error | undefined> | undefined;
+  /** Status 0 was read after the last reset; not known of one that failed or was the task of an earlier process. */
+  private atRest = false;
   private registers: RegistersMover | undefined;
 
   /** @throws VhostdError invalid where the snapshot of an earlier process is malformed */
@@ -65,6 +67,7 @@ export class VendorMover implements StateMover {
 
   async configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
     const registers = await this.settle(deadline);
+    this.atRest = false;
     if (registers !== undefined) return this.configureByRegisters(registers, wanted, deadline);
     try {
       checkBases(wanted, this.name);
@@ -77,6 +80,7 @@ export class VendorMover implements StateMover {
     } catch (error) {
       this.current = { kind: "reset" };
       await this.device.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
+      this.atRest = true;
       throw error;
     }
     this.current = { kind: "running", state: wanted };
@@ -120,6 +124,7 @@ export class VendorMover implements StateMover {
       this.cleanUp = reset.then(() => undefined, asError);
     } else {
       await this.device.reset(deadline);
+      this.atRest = true;
     }
     this.current = { kind: "reset" };
   }
@@ -136,13 +141,13 @@ export class VendorMover implements StateMover {
    * @throws VhostdError resetTimedOut where it cannot be
    */
   private async settle(deadline: Deadline): Promise<RegistersMover | undefined> {
-    if (this.cleanUp !== undefined) await deadline.race(this.cleanUp);
+    if (this.cleanUp !== undefined) this.atRest = (await deadline.race(this.cleanUp)) === undefined;
     this.cleanUp = undefined;
     const registers = this.fallback();
-    if (registers !== undefined || this.current.kind !== "reset") return registers;
-    // It failed, or was the task of an earlier process.
+    if (registers !== undefined || this.current.kind !== "reset" || this.atRest) return registers;
     const unfinished = (await deadline.race(this.device.status())) !== 0;
     if (unfinished) await this.device.reset(deadline);
+    this.atRest = true;
     return undefined;
   }
 

@@ -38,6 +38,14 @@ const RUNNING = Status.acknowledge | Status.driver | Status.featuresOk | Status.
 const REPLY_TIMEOUT = 30_000;
 const NOTHING = new Uint8Array();
 
+/** The commands that QEMU 7.2 wants a reply to. */
+const QEMU_WAITS_FOR: ReadonlySet<number> = new Set([
+  Request.SET_MEM_TABLE,
+  Request.SET_BACKEND_REQ_FD,
+  Request.ADD_MEM_REG,
+  Request.REM_MEM_REG,
+]);
+
 export interface NegotiateOptions {
   /** Of what is offered, only this. */
   readonly features?: bigint;
@@ -73,6 +81,8 @@ export class VhostUserFrontend implements Disposable {
   memory = new FrontendMemory();
   queues: FrontendQueue[] = [];
   backendRequests: BackendRequests | undefined;
+  /** Which commands ask for a reply where REPLY_ACK is negotiated. */
+  replies: "all" | "as QEMU" = "all";
 
   /** Takes ownership of a connected socket. */
   constructor(fd: OwnedFd) {
@@ -106,7 +116,7 @@ export class VhostUserFrontend implements Disposable {
 
   /** With REPLY_ACK: waits for the reply. @returns 0n where the back-end accepted it (or was not asked) */
   async command(request: number, payload: Uint8Array = NOTHING, fds: readonly number[] = []): Promise<bigint> {
-    if (!this.has(ProtocolFeature.REPLY_ACK)) {
+    if (!this.has(ProtocolFeature.REPLY_ACK) || (this.replies === "as QEMU" && !QEMU_WAITS_FOR.has(request))) {
       await this.send(request, payload, fds);
       return 0n;
     }

@@ -153,7 +153,10 @@ describe("commands", () => {
     const silent = admin.save(1, soon(300));
     await until(() => fake.commands("save").length === 1);
     const other = admin.status(2, soon());
-    await expect(silent).rejects.toMatchObject({ code: "stateSave", message: expect.stringMatching(/save of VF 0/) });
+    await expect(silent).rejects.toMatchObject({
+      code: "stateSave",
+      message: expect.stringMatching(/save of virtfn0/),
+    });
     expect(await other).toBe("init");
     const { head } = fake.commands("save")[0]!;
     // Others were answered meanwhile: nobody has to ask whether there is life.
@@ -184,7 +187,7 @@ describe("commands", () => {
     for (const vdev of [1, 13]) {
       await expect(admin.status(vdev, soon())).rejects.toMatchObject({
         code: "busy",
-        message: expect.stringContaining(`never answered 1 commands of VF ${vdev - 1}`),
+        message: expect.stringContaining(`never answered 1 commands of virtfn${vdev - 1}`),
       });
     }
     expect(fake.seen.slice(seen)).toEqual([]);
@@ -203,7 +206,7 @@ describe("commands", () => {
     // One that the device never got says nothing about the device.
     await expect(admin.status(60, soon(20))).rejects.toMatchObject({
       code: "io",
-      message: expect.stringMatching(/was never asked for getStatus of VF 59: .*waited for a free slot, 0 of 50/),
+      message: expect.stringMatching(/was never asked for getStatus of virtfn59: .*waited for a free slot, 0 of 50/),
     });
     await Bun.sleep(80);
     expect(admin.queue.state).toEqual({ kind: "ready" });
@@ -235,10 +238,10 @@ describe("commands", () => {
     fake.answer = (command) => fake.honest(command);
     held[0]!();
     await other;
-    const busy = { code: "busy", message: expect.stringMatching(/may still alter VF 0/) };
+    const busy = { code: "busy", message: expect.stringMatching(/may still alter virtfn0/) };
     await expect(waiting).rejects.toMatchObject(busy);
     await expect(admin.modify(1, "running", soon())).rejects.toMatchObject(busy);
-    expect(admin.obstacle(1)).toMatch(/may still alter VF 0/);
+    expect(admin.obstacle(1)).toMatch(/may still alter virtfn0/);
     expect(admin.obstacle(2)).toBeUndefined();
     await admin.modify(2, "quiesced", soon());
     fake.complete(fake.commands("modifyStatus", 1)[0]!.head);
@@ -278,7 +281,7 @@ describe("commands", () => {
     const before = fake.seen.length;
     await expect(admin.modify(2, "quiesced", soon())).rejects.toMatchObject({
       code: "quiesceFailed",
-      message: "0000:5a:00.1 refused modifyStatus of VF 1: internal (code 5)",
+      message: "0000:5a:00.1 refused modifyStatus of virtfn1: internal (code 5)",
     });
     expect(fake.seen.length).toBe(before + 1);
     fake.answer = () => ({ status: 1 });
@@ -312,7 +315,7 @@ describe("commands", () => {
       fake.answer = () => ({ status: 0, result });
       await expect(admin.save(1, soon())).rejects.toMatchObject({
         code: "stateSave",
-        message: `VF 0 has ${size} bytes of state; 1 to 16777216`,
+        message: `virtfn0 has ${size} bytes of state; 1 to 16777216`,
       });
     }
     fake.answer = (command) => fake.honest(command);

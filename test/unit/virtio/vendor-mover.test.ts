@@ -242,7 +242,7 @@ describe("freeze", () => {
       parts.pf.answer = (asked) => (asked.name === "modifyStatus" ? answer : parts.pf.honest(asked));
       await expect(parts.mover.freeze(parts.rings, "drained", soon(250))).rejects.toMatchObject({
         code: "quiesceFailed",
-        message: expect.stringMatching(/modifyStatus of VF 0: .*: queue 0 has 2 buffers in use/),
+        message: expect.stringMatching(/modifyStatus of virtfn0: .*: queue 0 has 2 buffers in use/),
       });
     }
   });
@@ -389,7 +389,7 @@ describe("while a command that was never answered may still alter the VF", () =>
       expect(mover.capabilities.resumeAnywhere).toBe(false);
       await expect(mover.configure(wantedState(1, 5), soon())).rejects.toMatchObject({
         code: "notSupported",
-        message: expect.stringMatching(/resume at index 5, .*may still alter VF 0/),
+        message: expect.stringMatching(/resume at index 5, .*may still alter virtfn0/),
         fix: expect.stringMatching(/reboot/),
       });
       await expect(mover.manual.change("quiesced", soon())).rejects.toMatchObject({ code: "busy" });
