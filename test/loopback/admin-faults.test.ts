@@ -53,9 +53,9 @@ const RESTLESS = CASES.length + 1;
 
 /** What an error says of the fault; one that goes away when the command is tried again is no error. */
 const SAYS: Readonly<Record<Exclude<Fault, "retry:1">, (command: string, vf: number) => string>> = {
-  retry: (command, vf) => `refused ${command} of VF ${vf}: error (code 1), also after`,
-  fail: (command, vf) => `refused ${command} of VF ${vf}: internal (code 5)`,
-  silence: (command, vf) => `did not answer ${command} of VF ${vf}`,
+  retry: (command, vf) => `refused ${command} of virtfn${vf}: error (code 1), also after`,
+  fail: (command, vf) => `refused ${command} of virtfn${vf}: internal (code 5)`,
+  silence: (command, vf) => `did not answer ${command} of virtfn${vf}`,
 };
 
 let lab: RegistryLab;
