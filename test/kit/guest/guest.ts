@@ -124,7 +124,7 @@ export class Guest implements AsyncDisposable {
   }
 
   private receive(line: string): void {
-    if (line.startsWith("ready ")) {
+    if (announcesBoot(line)) {
       this.boots++;
       if (this.boots > 1) this.fail(new Error("the guest has rebooted"));
       return;
@@ -142,4 +142,12 @@ export class Guest implements AsyncDisposable {
     const console = (await this.vm.console()).trimEnd().split("\n").slice(-15).join("\n");
     return new Error(`${error instanceof Error ? error.message : error}\nconsole of the guest:\n${console}`);
   }
+}
+
+/**
+ * The first line of a guest that has come up. One that was reset in the middle of an answer has left the beginning of
+ * that in front of it.
+ */
+export function announcesBoot(line: string): boolean {
+  return /ready [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(line);
 }
