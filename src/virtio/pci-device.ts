@@ -5,7 +5,13 @@ import type { AccessWidth, Doorbell, PciFunction, RegisterSpace } from "../pci/f
 import type { QueueState } from "./device-state.ts";
 import { FeatureBit, Status } from "./features.ts";
 import { type PciLayout, probeLayout } from "./pci-layout.ts";
-import { COMMON_CONFIG, type CommonRegister, NO_VECTOR, type WritableCommonRegister } from "./registers.ts";
+import {
+  COMMON_CONFIG,
+  COMMON_CONFIG_SIZE,
+  type CommonRegister,
+  NO_VECTOR,
+  type WritableCommonRegister,
+} from "./registers.ts";
 import { isRingSize } from "./split-ring.ts";
 
 /** What a queue of the device is before a driver sets it up; plain data. */
@@ -175,6 +181,18 @@ export class VirtioPciDevice {
       return bytes;
     }
     throw new VhostdError("again", `the configuration space of ${this.name} changed ${GENERATION_TRIES} times`);
+  }
+
+  /** Counts changes of the device configuration space (4.1.4.3). */
+  configGeneration(): Promise<number> {
+    return this.read("configGeneration");
+  }
+
+  /** Admin virtqueues, valid once ADMIN_VQ is negotiated (VIRTIO 1.3, 4.1.4.3); none where the device does not say. */
+  async adminQueues(): Promise<{ readonly index: number; readonly count: number }> {
+    if (this.layout.common.size < COMMON_CONFIG_SIZE) return { index: 0, count: 0 };
+    const [index, count] = await Promise.all([this.read("adminQueueIndex"), this.read("adminQueueNum")]);
+    return { index, count };
   }
 
   /** @throws VhostdError invalid where it lies outside what the device has */

@@ -42,8 +42,11 @@ export const Isr = { queue: 0x1, config: 0x2 } as const;
 
 export type Register = readonly [offset: number, type: Exclude<FieldType, "addr">, access: "ro" | "rw"];
 
+/** Bytes of the common configuration with all that this table has. */
+export const COMMON_CONFIG_SIZE = 64;
+
 /** Common configuration (4.1.4.3; the last two of VIRTIO 1.3). A driver writes a u64 as two u32, low half first. */
-export const COMMON_CONFIG = registerBlock("virtio_pci_common_cfg", 64, {
+export const COMMON_CONFIG = registerBlock("virtio_pci_common_cfg", COMMON_CONFIG_SIZE, {
   deviceFeatureSelect: [0, "u32", "rw"],
   deviceFeature: [4, "u32", "ro"],
   driverFeatureSelect: [8, "u32", "rw"],

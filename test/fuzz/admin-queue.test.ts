@@ -5,7 +5,7 @@ import { VhostdError } from "../../src/base/errors.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { InternalStatus, type InternalStatusName } from "../../src/virtio/admin/vendor.ts";
 import type { VendorAdmin } from "../../src/virtio/admin/vendor-admin.ts";
-import { FakeAdmin, type FakeAnswer } from "../kit/fake-admin.ts";
+import { deathOf, FakeAdmin, type FakeAnswer } from "../kit/fake-admin.ts";
 import { FUZZ_TIMEOUT, fuzz } from "../kit/fuzz.ts";
 
 /** Milliseconds for each command, and for the sign of life that decides whether the queue is dead. */
@@ -152,12 +152,12 @@ test(
           fake.answer = (command) => fake.honest(command);
           for (let vdevId = 1; vdevId <= VFS; vdevId++) {
             const last = await outcome(admin, "status", vdevId, harmless ? HONEST_TIME : COMMAND_TIME);
-            if (admin.dead !== undefined) expect(await outcome(admin, "status", vdevId)).toBe("adminQueue");
+            if (deathOf(admin) !== undefined) expect(await outcome(admin, "status", vdevId)).toBe("adminQueue");
             // "busy": too many commands of this VF were lost.
             else expect(harmless ? ["done", "busy"] : ["done", "busy", "io"]).toContain(last);
           }
-          if (honest) expect(admin.dead).toBeUndefined();
-          else expect(admin.dead).not.toBe("");
+          if (honest) expect(deathOf(admin)).toBeUndefined();
+          else expect(deathOf(admin)).not.toBe("");
         }
         expect(liveFds()).toBe(before);
       },

@@ -6,7 +6,7 @@ import { pread, pwrite, signalEventfd, truncate } from "../../src/native/sys.ts"
 import type { AddressSpace } from "../../src/pci/address-space.ts";
 import { DmaDomain } from "../../src/pci/dma-domain.ts";
 import type { DeviceClass } from "../../src/plugin.ts";
-import type { AdminQueueTimeouts } from "../../src/virtio/admin/admin-queue.ts";
+import type { AdminQueue, AdminQueueTimeouts } from "../../src/virtio/admin/admin-queue.ts";
 import { type AdminDiscovery, openAdmin } from "../../src/virtio/admin/open-admin.ts";
 import {
   ADMIN_HEADER,
@@ -255,4 +255,10 @@ export class FakeAdmin implements AsyncDisposable {
       adopt: () => {},
     };
   }
+}
+
+/** Why the queue is dead, or undefined. */
+export function deathOf({ queue }: { readonly queue: AdminQueue }): string | undefined {
+  const { state } = queue;
+  return state.kind === "dead" ? state.reason : undefined;
 }

@@ -6,7 +6,6 @@ import { FeatureBit, featureBits, hasFeature } from "../features.ts";
 import type { VirtioPciDevice } from "../pci-device.ts";
 import { ADMIN_MEMORY_OWNER, ADMIN_RING_SIZE, type AdminDma, AdminMemory } from "./admin-memory.ts";
 import { AdminQueue, type AdminQueuePlace, type AdminQueueTimeouts } from "./admin-queue.ts";
-import { readCommonRegister } from "./common-register.ts";
 import { AdminStatus } from "./vendor.ts";
 import { AdminRefusal, VendorAdmin } from "./vendor-admin.ts";
 
@@ -93,9 +92,8 @@ async function findQueue(
   { configSpace, adminQueue }: Pick<DeviceClass, "configSpace" | "adminQueue">,
   features: bigint,
 ): Promise<AdminQueuePlace & { readonly ringSize: number }> {
-  const [count, index, config, limits] = await Promise.all([
-    readCommonRegister(device, "adminQueueNum"),
-    readCommonRegister(device, "adminQueueIndex"),
+  const [{ index, count }, config, limits] = await Promise.all([
+    device.adminQueues(),
     device.readConfig(configSize(configSpace)),
     device.queueLimits(),
   ]);

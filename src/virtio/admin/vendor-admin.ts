@@ -42,7 +42,7 @@ export class AdminRefusal extends VhostdError {
     /** Another try makes no sense. */
     readonly final: boolean,
   ) {
-    super(code, message);
+    super(code, message, { fix: "look at the log of the PF's server or firmware" });
     this.name = "AdminRefusal";
   }
 }
@@ -68,12 +68,6 @@ export class VendorAdmin {
     readonly queue: AdminQueue,
     private readonly retryInterval = RETRY_INTERVAL,
   ) {}
-
-  /** Why nothing can be asked any more, or undefined. */
-  get dead(): string | undefined {
-    const { state } = this.queue;
-    return state.kind === "dead" ? state.reason : undefined;
-  }
 
   /** Why the state of a VF cannot be moved now, or undefined. It may be so for a while only. */
   obstacle(vdevId: number): string | undefined {

@@ -1,6 +1,5 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
-import { readCommonRegister } from "../admin/common-register.ts";
 import { type InternalStatusName, type SettableStatus, stepsTo } from "../admin/vendor.ts";
 import { AdminRefusal, type VendorAdmin } from "../admin/vendor-admin.ts";
 import { checkBases, readSaved, type SavedState, toVendorState, undrained } from "../admin/vendor-state.ts";
@@ -195,7 +194,7 @@ export class VendorMover implements StateMover {
   private async program(wanted: DeviceState, deadline: Deadline): Promise<void> {
     const { admin, vdevId } = this.vf;
     const [generation] = await Promise.all([
-      deadline.race(readCommonRegister(this.device, "configGeneration")),
+      deadline.race(this.device.configGeneration()),
       this.bringTo("freezed", deadline),
     ]);
     await admin.restore(vdevId, toVendorState(wanted, this.host, generation), deadline);

@@ -1,35 +1,14 @@
-import { afterEach, describe, expect, test } from "bun:test";
-import { Deadline } from "../../../src/base/deadline.ts";
-import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
+import { describe, expect, test } from "bun:test";
+import { OwnedFd } from "../../../src/native/fd.ts";
 import { AdminMemory } from "../../../src/virtio/admin/admin-memory.ts";
 import { AdminQueue } from "../../../src/virtio/admin/admin-queue.ts";
 import { type AdminQueueRecord, parseAdminQueueRecord } from "../../../src/virtio/admin/admin-record.ts";
 import { VendorAdmin } from "../../../src/virtio/admin/vendor-admin.ts";
 import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
-import { FakeAdmin, type FakeAdminOptions, type FakeAnswer } from "../../kit/fake-admin.ts";
+import type { FakeAdmin, FakeAnswer } from "../../kit/fake-admin.ts";
+import { cleanUpAfterEach, open, soon, undo, until } from "./admin-lab.ts";
 
-const soon = (ms = 2000) => Deadline.after(ms, "the test");
-const undo: AsyncDisposable[] = [];
-
-afterEach(async () => {
-  for (const one of undo.splice(0).reverse()) await one[Symbol.asyncDispose]();
-  expect(liveFds()).toBe(0);
-});
-
-function make(options: FakeAdminOptions = {}): FakeAdmin {
-  const fake = new FakeAdmin(options);
-  undo.push(fake);
-  return fake;
-}
-
-async function open(options: FakeAdminOptions = {}) {
-  const fake = make(options);
-  return { fake, admin: await fake.open() };
-}
-
-async function until(condition: () => boolean): Promise<void> {
-  await soon().poll(() => condition() || undefined, 1);
-}
+cleanUpAfterEach();
 
 describe("revival", () => {
   /** What a daemon leaves behind that dies with two commands in flight. */

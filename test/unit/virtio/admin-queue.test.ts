@@ -1,31 +1,9 @@
-import { afterEach, describe, expect, test } from "bun:test";
-import { Deadline } from "../../../src/base/deadline.ts";
-import { liveFds } from "../../../src/native/fd.ts";
+import { describe, expect, test } from "bun:test";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
-import { FakeAdmin, type FakeAdminOptions, type FakeAnswer } from "../../kit/fake-admin.ts";
+import { deathOf, type FakeAdmin, type FakeAnswer } from "../../kit/fake-admin.ts";
+import { cleanUpAfterEach, make, open, soon, until } from "./admin-lab.ts";
 
-const soon = (ms = 2000) => Deadline.after(ms, "the test");
-const undo: AsyncDisposable[] = [];
-
-afterEach(async () => {
-  for (const one of undo.splice(0).reverse()) await one[Symbol.asyncDispose]();
-  expect(liveFds()).toBe(0);
-});
-
-function make(options: FakeAdminOptions = {}): FakeAdmin {
-  const fake = new FakeAdmin(options);
-  undo.push(fake);
-  return fake;
-}
-
-async function open(options: FakeAdminOptions = {}) {
-  const fake = make(options);
-  return { fake, admin: await fake.open() };
-}
-
-async function until(condition: () => boolean): Promise<void> {
-  await soon().poll(() => condition() || undefined, 1);
-}
+cleanUpAfterEach();
 
 describe("discovery", () => {
   const class0 = { configSpace: {}, adminQueue: () => 0 };
@@ -367,7 +345,7 @@ describe("a dead queue", () => {
     fake.answer = () => "silence";
     await expect(admin.status(1, soon(20))).rejects.toMatchObject({ code: "io" });
     await until(() => admin.queue.state.kind === "dead");
-    expect(admin.dead).toMatch(/answers nothing any more/);
+    expect(deathOf(admin)).toMatch(/answers nothing any more/);
   });
 
   test("is not one that is slow with one command", async () => {
@@ -384,8 +362,8 @@ describe("a dead queue", () => {
     first.fake.answer = () => "silence";
     first.fake.fn.status |= 0x40;
     await expect(first.admin.status(1, soon(20))).rejects.toMatchObject({ code: "io" });
-    await until(() => first.admin.dead !== undefined);
-    expect(first.admin.dead).toMatch(/needsReset/);
+    await until(() => deathOf(first.admin) !== undefined);
+    expect(deathOf(first.admin)).toMatch(/needsReset/);
 
     const second = await open();
     second.fake.answer = () => "silence";
