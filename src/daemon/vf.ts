@@ -77,7 +77,6 @@ export class Vf implements SessionTarget {
     this.deviceFeatures = parts.dataPath.features;
     this.queues = usableQueues(parts);
     this.patience = new Patience(around.deadlines.lastDrain);
-    this.trouble = rings.trouble;
     this.endpoint = new Endpoint(
       { path: options.socket, mode: options.mode },
       (connection) => this.serve((target, log) => new Session(connection, target, { log })),
@@ -155,7 +154,7 @@ export class Vf implements SessionTarget {
 
   /** What is wrong with the function or was with its last front-end, or null. */
   get reason(): string | null {
-    return this.current.name === "failed" ? this.current.reason : (this.trouble ?? null);
+    return this.current.name === "failed" ? this.current.reason : (this.trouble ?? this.rings.trouble ?? null);
   }
 
   get vectors(): number {
@@ -375,10 +374,14 @@ export class Vf implements SessionTarget {
     const { manual } = this.parts.dataPath;
     if (manual === undefined) {
       const reason = this.parts.mover.unmanagedReason();
-      throw new VhostdError("notSupported", `the state of ${address} cannot be moved: ${reason}`);
+      throw new VhostdError("notSupported", `the state of ${address} cannot be moved: ${reason}`, {
+        fix: '"vf -i" and "mgmtpf -l" show what the PF can do',
+      });
     }
     if (to !== undefined && this.current.name !== "running") {
-      throw new VhostdError("busy", `${address} is ${this.current.name}: its status is changed while a guest runs it`);
+      throw new VhostdError("busy", `${address} is ${this.current.name}: its status is changed while a guest runs it`, {
+        fix: "start its guest first, or let it go on",
+      });
     }
     deadline.check();
     if (to !== undefined) {
