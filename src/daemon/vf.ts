@@ -154,7 +154,10 @@ export class Vf implements SessionTarget {
 
   /** What is wrong with the function or was with its last front-end, or null. */
   get reason(): string | null {
-    return this.current.name === "failed" ? this.current.reason : (this.trouble ?? this.rings.trouble ?? null);
+    if (this.current.name === "failed") return this.current.reason;
+    if (this.trouble !== undefined) return this.trouble;
+    // A guest that runs may do without the queues that were lost.
+    return (this.current.name === "running" ? undefined : this.rings.trouble) ?? null;
   }
 
   get vectors(): number {

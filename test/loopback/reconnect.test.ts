@@ -173,15 +173,15 @@ describe("a device that does not give back in time what it has taken", () => {
       if (stopped === "stop") await expect(first.stop({ order: "new" })).rejects.toThrow();
       using guest = LonelyGuest.hangUp(first);
       await lab.idle();
-      const shouldBe = stopped === "stop" ? expect.stringContaining(lab.vf) : null;
-      expect(lab.registry.vfInfo(lab.vf).reason).toEqual(shouldBe);
+      const why = "which requests were open is not known";
+      expect(lab.registry.vfInfo(lab.vf).reason).toContain(stopped === "stop" ? lab.vf : why);
       await lab.set(lab.vf, { slow: 0 });
       using second = lab.dial();
       await expect(guest.meet(second)).rejects.toThrow();
       second[Symbol.dispose]();
       await Promise.all(loads.map((io) => io.abandon()));
       await lab.idle();
-      expect(lab.registry.vfInfo(lab.vf).reason).toContain("which requests were open is not known");
+      expect(lab.registry.vfInfo(lab.vf).reason).toContain(why);
       // Also not when it is tried again, or after a restart of the daemon; but with new rings.
       await lab.registry.abandon();
       lab.registry = lab.newRegistry();
