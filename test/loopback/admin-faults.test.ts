@@ -6,6 +6,7 @@ import { usedIndex } from "../../src/virtio/split-ring.ts";
 import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { LonelyGuest } from "../kit/frontend/hang-up.ts";
 import { RegistryLab } from "../kit/registry-lab.ts";
+import { rejection } from "../kit/rejection.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
 
 /** Each admin command fails, fails for now, or is never answered, whenever the daemon needs it. */
@@ -179,7 +180,7 @@ describe("of one VF", () => {
         guests[vf]![Symbol.dispose]();
         await idle(vf);
         if (unsettled(one)) {
-          await expect(guest.start()).rejects.toThrow();
+          await rejection(guest.start());
           await guest.hungUp();
           expect(info(vf).reason).toContain(`may still alter virtfn${vf}`);
           await guest.start(0);
@@ -258,7 +259,7 @@ test("an admin queue that answers nothing is dead: its VFs go on and say so, unt
     await lab.set(pf, {
       "admin-fault": ["identity", ...Object.keys(COMMANDS)].map((word) => `${word}:silence`).join(),
     });
-    await expect(second.stop({ order: "new" })).rejects.toThrow();
+    await rejection(second.stop({ order: "new" }));
     await second.hungUp();
     expect(await died.promise).toContain("answers nothing any more");
     const reason = expect.stringContaining("is dead: it answers nothing any more");

@@ -13,6 +13,7 @@ import { type AdminTimeouts, openAdmin } from "../../src/virtio/admin/open-admin
 import { VendorAdmin } from "../../src/virtio/admin/vendor-admin.ts";
 import { VirtioPciDevice } from "../../src/virtio/pci-device.ts";
 import { deathOf } from "../kit/fake-admin.ts";
+import { rejection } from "../kit/rejection.ts";
 import { ManagedGuest } from "./managed-guest.ts";
 import type { Reachable } from "./softvf-driver.ts";
 import { serve, workspace } from "./softvf-process.ts";
@@ -130,7 +131,7 @@ test("a queue that answers nothing any more is dead; its VFs go on", async () =>
   const results = await Promise.allSettled([1, 2].map((vdev) => admin.status(vdev, soon(100))));
   expect(results.map(({ status }) => status)).toEqual(["rejected", "rejected"]);
   await soon().poll(() => deathOf(admin), 1);
-  await expect(admin.status(2, soon())).rejects.toMatchObject({ code: "adminQueue" });
+  expect(await rejection(admin.status(2, soon()))).toMatchObject({ code: "adminQueue" });
   await guest.progress(50);
   await guest.unload();
   // By its registers: drained, and continued where it stands.

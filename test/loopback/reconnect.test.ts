@@ -5,6 +5,7 @@ import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { LonelyGuest } from "../kit/frontend/hang-up.ts";
 import { MOVERS } from "../kit/movers.ts";
 import { RegistryLab } from "../kit/registry-lab.ts";
+import { rejection } from "../kit/rejection.ts";
 import { type BackgroundIo, VerifiedDisk } from "../kit/verified-disk.ts";
 
 /** A guest whose back-end stops, or is lost and comes back, at any index of its rings and under load. */
@@ -170,14 +171,14 @@ describe("a device that does not give back in time what it has taken", () => {
       await lab.set(lab.vf, { slow: 200 });
       // Long enough for some to be overtaken.
       await Bun.sleep(500);
-      if (stopped === "stop") await expect(first.stop({ order: "new" })).rejects.toThrow();
+      if (stopped === "stop") await rejection(first.stop({ order: "new" }));
       using guest = LonelyGuest.hangUp(first);
       await lab.idle();
       const why = "which requests were open is not known";
       expect(lab.registry.vfInfo(lab.vf).reason).toContain(stopped === "stop" ? lab.vf : why);
       await lab.set(lab.vf, { slow: 0 });
       using second = lab.dial();
-      await expect(guest.meet(second)).rejects.toThrow();
+      await rejection(guest.meet(second));
       second[Symbol.dispose]();
       await Promise.all(loads.map((io) => io.abandon()));
       await lab.idle();
@@ -187,7 +188,7 @@ describe("a device that does not give back in time what it has taken", () => {
       lab.registry = lab.newRegistry();
       await lab.registry.revive();
       using third = lab.dial();
-      await expect(lab.run(third, 1, 9)).rejects.toThrow();
+      await rejection(lab.run(third, 1, 9));
       using fourth = lab.dial();
       await lab.run(fourth);
       await new VerifiedDisk().steps(fourth.queues[0]!.driver, 5);

@@ -5,6 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Deadline } from "../../src/base/deadline.ts";
 import { RpcClient } from "../../src/rpc/client.ts";
+import { rejection } from "../kit/rejection.ts";
 
 const DAEMON = join(import.meta.dir, "../../bin/vhostd.ts");
 const soon = () => Deadline.after(10_000, "the test");
@@ -101,8 +102,8 @@ describe("the daemon as a process", () => {
 
   test("a function that no bus has", async () => {
     await startReady();
-    await expect(call("pf.add", { device: "5a:00.0" })).rejects.toMatchObject({ code: "pfNotFound" });
-    await expect(call("vf.add", { device: "5a:00.1" })).rejects.toMatchObject({ code: "vfNotFound" });
+    expect(await rejection(call("pf.add", { device: "5a:00.0" }))).toMatchObject({ code: "pfNotFound" });
+    expect(await rejection(call("vf.add", { device: "5a:00.1" }))).toMatchObject({ code: "vfNotFound" });
   });
 
   test("devices of the configuration that cannot be added are logged, the daemon serves", async () => {

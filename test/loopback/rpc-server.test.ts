@@ -11,6 +11,7 @@ import { RpcClient } from "../../src/rpc/client.ts";
 import { withDiscovery } from "../../src/rpc/discover.ts";
 import { defineMethod } from "../../src/rpc/method.ts";
 import { RpcServer } from "../../src/rpc/server.ts";
+import { rejection } from "../kit/rejection.ts";
 
 const soon = () => Deadline.after(5000, "the test");
 const openFds = () => readdirSync("/proc/self/fd").length;
@@ -286,7 +287,7 @@ describe("many and slow clients", () => {
     using two = await RpcClient.connect(path, soon());
     await Promise.all([one, two].map((client) => client.call("echo", { text: "" }, soon())));
     using three = await RpcClient.connect(path, soon());
-    await expect(three.call("echo", { text: "" }, soon())).rejects.toMatchObject({ code: "limitExceeded" });
+    expect(await rejection(three.call("echo", { text: "" }, soon()))).toMatchObject({ code: "limitExceeded" });
     expect(await one.call("echo", { text: "fine" }, soon())).toEqual({ text: "fine" });
   });
 });
@@ -310,7 +311,7 @@ describe("the listening socket", () => {
   test("one that is alive is not", async () => {
     await startServer();
     const second = new RpcServer(methods, { log: silentLogger });
-    await expect(second.listenUnix(path, 0o600)).rejects.toMatchObject({ number: 98 });
+    expect(await rejection(second.listenUnix(path, 0o600))).toMatchObject({ number: 98 });
     await expectServes();
   });
 
@@ -318,7 +319,7 @@ describe("the listening socket", () => {
     await startServer();
     const file = join(directory, "precious");
     writeFileSync(file, "");
-    await expect(server.listenUnix(file, 0o600)).rejects.toMatchObject({ code: "exists" });
+    expect(await rejection(server.listenUnix(file, 0o600))).toMatchObject({ code: "exists" });
     expect(existsSync(file)).toBe(true);
   });
 
@@ -350,7 +351,7 @@ describe("the listening socket", () => {
 describe("RpcClient", () => {
   test("nobody listens: an error with errno and fix", async () => {
     await startServer();
-    await expect(RpcClient.connect(join(directory, "none"), soon())).rejects.toMatchObject({
+    expect(await rejection(RpcClient.connect(join(directory, "none"), soon()))).toMatchObject({
       number: 2,
       fix: expect.stringContaining("start the daemon"),
     });
@@ -362,11 +363,11 @@ describe("RpcClient", () => {
     const call = client.call("echo", { text: "", after: 200 }, soon());
     await soon().poll(() => (server.clients === 1 ? true : undefined), 2);
     void server.stop(0);
-    await expect(call).rejects.toMatchObject({
+    expect(await rejection(call)).toMatchObject({
       code: "connectionLost",
       message: expect.stringContaining("before it answered echo"),
     });
-    await expect(client.call("echo", { text: "" }, soon())).rejects.toMatchObject({ code: "connectionLost" });
+    expect(await rejection(client.call("echo", { text: "" }, soon()))).toMatchObject({ code: "connectionLost" });
     await Bun.sleep(200);
   });
 
@@ -374,7 +375,7 @@ describe("RpcClient", () => {
     await startServer();
     using client = await RpcClient.connect(path, soon());
     const call = client.call("echo", { text: "late", after: 200 }, Deadline.after(50, "echo"));
-    await expect(call).rejects.toMatchObject({ code: "timedOut" });
+    expect(await rejection(call)).toMatchObject({ code: "timedOut" });
     expect(await client.call("echo", { text: "next" }, soon())).toEqual({ text: "next" });
   });
 

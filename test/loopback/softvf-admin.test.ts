@@ -14,6 +14,7 @@ import {
 } from "../../src/virtio/admin/vendor.ts";
 import { NO_VECTOR } from "../../src/virtio/registers.ts";
 import { readRequest } from "../kit/blk-requests.ts";
+import { rejection } from "../kit/rejection.ts";
 import { header, RawAdmin, transfer } from "./softvf-admin.ts";
 import { GUEST_BASE, TestDriver, TestVfs } from "./softvf-driver.ts";
 import { MovedGuest } from "./softvf-guest.ts";
@@ -151,7 +152,7 @@ describe("faults and delays", () => {
     expect([await admin.step(0, "quiesced"), await admin.step(1, "quiesced")]).toEqual([0, INTERNAL]);
     expect(await admin.status(1)).toBe("init");
     expect(await admin.step(1, "quiesced")).toBe(0);
-    await expect(admin.pending(2)).rejects.toThrow("0x85");
+    expect((await rejection(admin.pending(2))).message).toContain("0x85");
     expect(await admin.pending(2)).toBe(4096);
     expect((await admin.command("identity", [], 8)).status).toBe(RETRY);
 
@@ -460,5 +461,7 @@ test("a PF that moves nothing has no admin virtqueue", async () => {
   expect(plain.physical.fn.layout.queues).toBe(0);
   await using driver = await TestDriver.start(plain.vf(0));
   expect(await driver.request(readRequest(0, 512))).toMatchObject({ status: 0 });
-  await expect(TestVfs.serve(1, {}, { migration: "maybe" })).rejects.toThrow("must be one of vendor, none");
+  expect((await rejection(TestVfs.serve(1, {}, { migration: "maybe" }))).message).toContain(
+    "must be one of vendor, none",
+  );
 });

@@ -5,6 +5,7 @@ import { Status } from "../../src/virtio/features.ts";
 import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
 import { BlkStatus, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
 import type { DriverRing } from "../kit/driver-ring.ts";
+import { rejection } from "../kit/rejection.ts";
 import { GUEST_BASE, pattern, TestDriver, TestVfs } from "./softvf-driver.ts";
 
 const { next, write, indirect } = DescriptorFlag;
@@ -194,9 +195,9 @@ test("rings that cannot be used are refused when they are enabled", async () => 
   ];
   for (const queue of cases) {
     await using driver = await TestDriver.connect(vfs.vf(0));
-    await expect(driver.device.setUpQueues(0, [{ ...queue, lastAvail: 0, lastUsed: 0 }])).rejects.toThrow(
-      "take queue 0",
-    );
+    expect(
+      (await rejection(driver.device.setUpQueues(0, [{ ...queue, lastAvail: 0, lastUsed: 0 }]))).message,
+    ).toContain("take queue 0");
     expect((await driver.device.status()) & Status.needsReset).toBe(Status.needsReset);
   }
   await using driver = await TestDriver.connect(vfs.vf(0));
@@ -209,7 +210,7 @@ test("features that were not offered, or no VERSION_1, leave FEATURES_OK clear",
   const offered = await driver.device.features();
   for (const features of [offered | (1n << 40n), offered & ~(1n << 32n), offered | 1n]) {
     await driver.device.reset(Deadline.after(1000, "reset"));
-    await expect(driver.device.negotiate(features)).rejects.toThrow("does not accept");
+    expect((await rejection(driver.device.negotiate(features))).message).toContain("does not accept");
   }
 });
 

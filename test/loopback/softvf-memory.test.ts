@@ -11,6 +11,7 @@ import { Status } from "../../src/virtio/features.ts";
 import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
 import { BlkStatus, BlkType, header, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
 import { GuestMemoryFile } from "../kit/guest-memory-file.ts";
+import { rejection } from "../kit/rejection.ts";
 import { GUEST_BASE, pattern, TestDriver, TestVfs } from "./softvf-driver.ts";
 
 const EXTRA = GUEST_BASE + (1 << 30);
@@ -45,18 +46,20 @@ test("maps that overlap, are no memory or no pages are refused; the connection g
   await using vfs = await TestVfs.serve(1);
   await using driver = await TestDriver.start(vfs.vf(0));
   const { memory } = driver;
-  await expect(driver.map(memory, GUEST_BASE + 4096, 4096)).rejects.toThrow("EEXIST");
-  await expect(driver.map(memory, GUEST_BASE - 4096, 8192)).rejects.toThrow("EEXIST");
-  await expect(driver.map(memory, EXTRA, memory.size, 4096)).rejects.toThrow("EINVAL");
-  await expect(driver.map(memory, EXTRA, 100)).rejects.toThrow("EINVAL");
+  expect((await rejection(driver.map(memory, GUEST_BASE + 4096, 4096))).message).toContain("EEXIST");
+  expect((await rejection(driver.map(memory, GUEST_BASE - 4096, 8192))).message).toContain("EEXIST");
+  expect((await rejection(driver.map(memory, EXTRA, memory.size, 4096))).message).toContain("EINVAL");
+  expect((await rejection(driver.map(memory, EXTRA, 100))).message).toContain("EINVAL");
   const range = { iova: EXTRA, size: 4096, offset: 0, file: { dev: 0, ino: 0 } };
   using event = eventfd();
   using device = openFile("/dev/zero", "read-write");
   for (const fd of [event, device]) {
-    await expect(driver.fn.dmaMap(range, fd.number, Deadline.after(1000, "map"))).rejects.toThrow("EINVAL");
+    expect((await rejection(driver.fn.dmaMap(range, fd.number, Deadline.after(1000, "map")))).message).toContain(
+      "EINVAL",
+    );
   }
-  await expect(driver.unmap(GUEST_BASE, 4096)).rejects.toThrow("ENOENT");
-  await expect(driver.fn.interrupts.route(1, memory.file.number)).rejects.toThrow("EINVAL");
+  expect((await rejection(driver.unmap(GUEST_BASE, 4096))).message).toContain("ENOENT");
+  expect((await rejection(driver.fn.interrupts.route(1, memory.file.number))).message).toContain("EINVAL");
   expect(await driver.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
 });
 
@@ -114,11 +117,11 @@ test("a client gets a part of the address space, not all of it", async () => {
   using huge = memfd("huge", 4 * 2 ** 40);
   const map = (iova: number, size: number) =>
     driver.fn.dmaMap({ iova, size, offset: 0, file: fileInfo(huge.number) }, huge.number, Deadline.after(5000, "map"));
-  await expect(map(2 ** 44, 4 * 2 ** 40)).rejects.toThrow("ENOSPC");
+  expect((await rejection(map(2 ** 44, 4 * 2 ** 40))).message).toContain("ENOSPC");
   expect(vfs.warnings.at(-1)).toContain("dmaMap refused");
   for (let round = 0; round < 3; round++) {
     await map(2 ** 44, 3 * 2 ** 40);
-    await expect(map(2 ** 43, 2 ** 40)).rejects.toThrow("ENOSPC");
+    expect((await rejection(map(2 ** 43, 2 ** 40))).message).toContain("ENOSPC");
     await driver.unmap(2 ** 44, 3 * 2 ** 40);
   }
   expect(await driver.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
@@ -148,7 +151,7 @@ test("a second client is answered EBUSY; one that comes when the first goes is s
   {
     await using first = await TestDriver.start(vfs.vf(0));
     const second = VfioUserFunction.connect(address, server.path, Deadline.after(5000, "connect"));
-    await expect(second).rejects.toThrow("EBUSY");
+    expect((await rejection(second)).message).toContain("EBUSY");
     expect(await first.request(readRequest(0, SECTOR))).toMatchObject({ status: BlkStatus.ok });
   }
   await using next = await TestDriver.start(vfs.vf(0));

@@ -66,3 +66,10 @@ test("a plugin imports nothing of the host but types", () => {
   });
   expect(wrong).toEqual([]);
 });
+
+test("no test waits in an event loop of its own (test/kit/rejection.ts says why)", () => {
+  const waiting = sources("test").filter((path) =>
+    /\.(rejects|resolves)\b/.test(readFileSync(join(ROOT, path), "utf8")),
+  );
+  expect(waiting).toEqual([]);
+});

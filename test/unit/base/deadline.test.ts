@@ -2,6 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { VhostdError } from "../../../src/base/errors.ts";
 import { OperationQueue } from "../../../src/base/operation-queue.ts";
+import { rejection } from "../../kit/rejection.ts";
 
 describe("Deadline", () => {
   test("names what was waited for and carries ETIMEDOUT", async () => {
@@ -17,14 +18,16 @@ describe("Deadline", () => {
   test("hands through the result and the failure of what it waits for", async () => {
     const deadline = Deadline.after(10_000, "x");
     expect(await deadline.race(Promise.resolve(7))).toBe(7);
-    await expect(deadline.race(Promise.reject(new Error("broken")))).rejects.toThrow("broken");
+    expect((await rejection(deadline.race(Promise.reject(new Error("broken"))))).message).toContain("broken");
   });
 
   test("polls until there is an answer, and no longer than the deadline", async () => {
     let asked = 0;
     expect(await Deadline.after(10_000, "x").poll(() => (++asked === 3 ? "yes" : undefined), 1)).toBe("yes");
     expect(asked).toBe(3);
-    await expect(Deadline.after(5, "status 0").poll(() => undefined, 1)).rejects.toThrow("status 0 did not end");
+    expect((await rejection(Deadline.after(5, "status 0").poll(() => undefined, 1))).message).toContain(
+      "status 0 did not end",
+    );
   });
 });
 
@@ -46,7 +49,7 @@ describe("OperationQueue", () => {
       return "c";
     });
     expect(queue.length).toBe(3);
-    await expect(failing).rejects.toThrow("b failed");
+    expect((await rejection(failing)).message).toContain("b failed");
     expect(await last).toBe("c");
     await slow;
     expect(log).toEqual(["a begins", "a ends", "b", "c"]);
@@ -60,7 +63,7 @@ test("a deadline that is shortened ends what waits already, and is never lengthe
   deadline.shorten(90_000);
   expect(deadline.remaining).toBeGreaterThan(50_000);
   deadline.shorten(5);
-  await expect(waits).rejects.toMatchObject({ code: "timedOut" });
+  expect(await rejection(waits)).toMatchObject({ code: "timedOut" });
   expect(deadline.remaining).toBeLessThan(5);
 
   const whole = Deadline.after(60_000, "a long wait");
@@ -68,6 +71,6 @@ test("a deadline that is shortened ends what waits already, and is never lengthe
   expect(whole.remaining - part.remaining).toBeGreaterThan(990);
   const partWaits = part.race(new Promise(() => {}));
   whole.shorten(1_005);
-  await expect(partWaits).rejects.toMatchObject({ code: "timedOut" });
+  expect(await rejection(partWaits)).toMatchObject({ code: "timedOut" });
   expect(whole.expired).toBe(false);
 });

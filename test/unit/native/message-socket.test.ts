@@ -6,6 +6,7 @@ import { c } from "../../../src/native/load.ts";
 import { type Framing, type Message, MessageSocket } from "../../../src/native/message-socket.ts";
 import { watch } from "../../../src/native/poller.ts";
 import { eventfd, fileInfo, memfd, signalEventfd, socketPair } from "../../../src/native/sys.ts";
+import { rejection } from "../../kit/rejection.ts";
 import { LingeringSocket } from "./lingering-socket.ts";
 import { eventually, openFds, warmUp } from "./open-fds.ts";
 
@@ -172,17 +173,17 @@ test("a message that is begun and not completed times out, its fds are closed", 
 test("too many fds in a message are refused and closed, also when they come in parts", async () => {
   using file = memfd("a", 10);
   sendRaw(peer, message(Uint8Array.of(1)), new Array<number>(9).fill(file.number));
-  await expect(socket.receive()).rejects.toThrow("message carries 9 fds, the limit is 8");
+  expect((await rejection(socket.receive())).message).toContain("message carries 9 fds, the limit is 8");
   connect();
   const bytes = message(Uint8Array.of(1));
   sendRaw(peer, bytes.subarray(0, 4), new Array<number>(8).fill(file.number));
   sendRaw(peer, bytes.subarray(4), [file.number]);
-  await expect(socket.receive()).rejects.toThrow("message carries 9 fds, the limit is 8");
+  expect((await rejection(socket.receive())).message).toContain("message carries 9 fds, the limit is 8");
 });
 
 test("framing decides what is nonsense, and the message stays in the socket", async () => {
   sendRaw(peer, Uint8Array.of(1, 2, 3, 4, 5));
-  await expect(socket.receive()).rejects.toThrow("message begins with 1");
+  expect((await rejection(socket.receive())).message).toContain("message begins with 1");
   expect(waiting(socket.fd)).toBe(5);
 });
 
@@ -241,9 +242,9 @@ test("sending to a peer that is gone is a lost connection", async () => {
 
 test("fds that cannot be sent do not harm the stream", async () => {
   const bytes = message(Uint8Array.of(1));
-  await expect(socket.send(bytes, [1_000_000])).rejects.toThrow("EBADF");
-  await expect(socket.send(bytes, new Array<number>(254).fill(0))).rejects.toThrow("254 fds");
-  await expect(socket.send(bytes, [-1])).rejects.toThrow("file descriptor is -1");
+  expect((await rejection(socket.send(bytes, [1_000_000]))).message).toContain("EBADF");
+  expect((await rejection(socket.send(bytes, new Array<number>(254).fill(0)))).message).toContain("254 fds");
+  expect((await rejection(socket.send(bytes, [-1]))).message).toContain("file descriptor is -1");
   await socket.send(bytes);
   expect(waiting(peer.number)).toBe(5);
 });

@@ -6,6 +6,7 @@ import { BlkStatus, blkResult, readRequest, SECTOR, writeRequest } from "../../k
 import { DriverQueue } from "../../kit/driver-queue.ts";
 import { DriverRing } from "../../kit/driver-ring.ts";
 import { GuestMemoryFile } from "../../kit/guest-memory-file.ts";
+import { rejection } from "../../kit/rejection.ts";
 import { eventually, openFds, warmUp } from "./open-fds.ts";
 
 const GPA = 0x10_0000;
@@ -141,13 +142,17 @@ test("heads and kicks are checked", async () => {
   using lab = new Lab();
   const engine = await lab.create();
   const activate = (config: RingConfig) => engine.activate(0, config, FEATURES);
-  await expect(activate(lab.config(2, 0, [SIZE]))).rejects.toThrow("head in flight 64 is outside the ring of 64");
-  await expect(activate(lab.config(2, 0, [5, 5]))).rejects.toThrow("head 5 is in flight twice");
-  await expect(activate(lab.config(2, 0, [1, 2, 3]))).rejects.toThrow("3 chains are in flight, by the indices 2");
-  await expect(activate(lab.config(0, 1))).rejects.toThrow("65535 ahead of used index 1");
-  await expect(activate(lab.config(2, 0, [65536]))).rejects.toThrow("head in flight is 65536");
+  expect((await rejection(activate(lab.config(2, 0, [SIZE])))).message).toContain(
+    "head in flight 64 is outside the ring of 64",
+  );
+  expect((await rejection(activate(lab.config(2, 0, [5, 5])))).message).toContain("head 5 is in flight twice");
+  expect((await rejection(activate(lab.config(2, 0, [1, 2, 3])))).message).toContain(
+    "3 chains are in flight, by the indices 2",
+  );
+  expect((await rejection(activate(lab.config(0, 1)))).message).toContain("65535 ahead of used index 1");
+  expect((await rejection(activate(lab.config(2, 0, [65536])))).message).toContain("head in flight is 65536");
   await activate(lab.config());
-  await expect(activate(lab.config())).rejects.toThrow("queue 0 is active");
+  expect((await rejection(activate(lab.config()))).message).toContain("queue 0 is active");
   expect(() => engine.setKick(1, null)).toThrow("queue is 1");
   expect(() => engine.setKick(0, lab.disk.number)).toThrow("EPERM");
   engine.setKick(0, null);

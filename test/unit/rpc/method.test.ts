@@ -4,6 +4,7 @@ import { VhostdError } from "../../../src/base/errors.ts";
 import { type Call, defineMethod } from "../../../src/rpc/method.ts";
 import { fromErrorObject, toErrorObject } from "../../../src/rpc/protocol.ts";
 import { parseLoopbackAddress } from "../../../src/rpc/tcp-address.ts";
+import { rejection } from "../../kit/rejection.ts";
 
 const call: Call = { client: "test", notify() {}, log() {}, onClose() {} };
 
@@ -40,7 +41,7 @@ describe("parameters that do not fit are named with what was expected", () => {
   ];
   for (const [params, message] of cases) {
     test(JSON.stringify(params) ?? "none", async () => {
-      await expect(method.invoke(params, call)).rejects.toMatchObject({
+      expect(await rejection(method.invoke(params, call))).toMatchObject({
         code: -32602,
         message: expect.stringContaining(message),
       });
@@ -48,7 +49,7 @@ describe("parameters that do not fit are named with what was expected", () => {
   }
 
   test("the parameter is in the data, for programs", async () => {
-    await expect(method.invoke({ device: 1 }, call)).rejects.toMatchObject({
+    expect(await rejection(method.invoke({ device: 1 }, call))).toMatchObject({
       data: { parameter: "device", expected: "a non-empty string (PCI address)" },
     });
   });

@@ -6,6 +6,7 @@ import { createMethods } from "../../../src/daemon/methods.ts";
 import { rpcPage } from "../../../src/daemon/rpc-page.ts";
 import { parsePciAddress } from "../../../src/pci/address.ts";
 import type { Call } from "../../../src/rpc/method.ts";
+import { rejection } from "../../kit/rejection.ts";
 import { FakeDevices, vfInfo } from "./fake-devices.ts";
 
 const PF = parsePciAddress("0000:5a:00.0");
@@ -79,7 +80,7 @@ describe("typed methods", () => {
   });
 
   test("an address that is none", async () => {
-    await expect(invoke("vf.info", { device: "eth0" })).rejects.toMatchObject({ code: "badArguments" });
+    expect(await rejection(invoke("vf.info", { device: "eth0" }))).toMatchObject({ code: "badArguments" });
   });
 
   test("events go to a subscriber once, until it leaves", async () => {

@@ -4,6 +4,7 @@ import type { SoftDeviceClass } from "../../../src/plugin.ts";
 import type { Call } from "../../../src/rpc/method.ts";
 import { controlMethods } from "../../../src/softvf/control.ts";
 import type { ServedFunction } from "../../../src/softvf/physical-function.ts";
+import { rejection } from "../../kit/rejection.ts";
 
 const CALL: Call = { client: "test", log: () => {}, notify: () => {}, onClose: () => {} };
 
@@ -33,9 +34,9 @@ test("what was set before an option failed is said; one that does not fit keeps 
   const log: string[] = [];
   const set = controlMethods(() => [vf(log, "c")]).find(({ name }) => name === "set")!;
   const invoke = async (options: Record<string, string>) => set.invoke({ address: "0000:5a:00.1", options }, CALL);
-  await expect(invoke({ a: "1", b: "0" })).rejects.toThrow("option b is 0; nothing was set");
-  await expect(invoke({ b: "0" })).rejects.toThrow(/option b is 0$/);
+  expect((await rejection(invoke({ a: "1", b: "0" }))).message).toContain("option b is 0; nothing was set");
+  expect((await rejection(invoke({ b: "0" }))).message).toMatch(/option b is 0$/);
   expect(log).toEqual([]);
-  await expect(invoke({ a: "1", b: "1", c: "1" })).rejects.toThrow("c broke; set before that: a, b");
-  await expect(invoke({ c: "1" })).rejects.toThrow(/c broke$/);
+  expect((await rejection(invoke({ a: "1", b: "1", c: "1" }))).message).toContain("c broke; set before that: a, b");
+  expect((await rejection(invoke({ c: "1" }))).message).toMatch(/c broke$/);
 });

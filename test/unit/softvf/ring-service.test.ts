@@ -3,6 +3,7 @@ import { VhostdError } from "../../../src/base/errors.ts";
 import type { RingEngine } from "../../../src/native/ring-engine.ts";
 import { RingService } from "../../../src/softvf/ring-service.ts";
 import type { InternalStatusName } from "../../../src/virtio/admin/vendor.ts";
+import { rejection } from "../../kit/rejection.ts";
 
 /** A function whose worker, once it runs, does not let go while `hangs` says so. */
 function hanging() {
@@ -45,7 +46,7 @@ test.each(steps)(
     worker.hangs = true;
     // The driver has taken its rings away, which a hanging worker notices at the next change.
     worker.serveable = false;
-    await expect(service.change(to)).rejects.toMatchObject({ code: "timedOut" });
+    expect(await rejection(service.change(to))).toMatchObject({ code: "timedOut" });
     expect(service.status).toBe(from);
     expect(worker.quiesced).toBe(quiesced);
     worker.hangs = false;

@@ -32,6 +32,7 @@ import {
   SPARSE_MMAP,
 } from "../../../src/vfio-user/messages.ts";
 import { encodeVersion } from "../../../src/vfio-user/version.ts";
+import { rejection } from "../../kit/rejection.ts";
 import { type Answer, BAR_SIZE, CAPABILITIES, ioFds, type Request, ScriptedServer } from "./scripted-server.ts";
 
 const ADDRESS = parsePciAddress("5a:00.1");
@@ -89,8 +90,8 @@ describe("registers", () => {
   test("outside a region are never asked for", async () => {
     const { fn, server } = await open();
     expect(() => fn.region(2)).toThrow(expect.objectContaining({ code: "barRead" }));
-    await expect(fn.region(4).read(BAR_SIZE - 2, 4)).rejects.toMatchObject({ code: "barRead" });
-    await expect(fn.region(4).write(-1, 1, 0)).rejects.toMatchObject({ code: "barRead" });
+    expect(await rejection(fn.region(4).read(BAR_SIZE - 2, 4))).toMatchObject({ code: "barRead" });
+    expect(await rejection(fn.region(4).write(-1, 1, 0))).toMatchObject({ code: "barRead" });
     expect(() => fn.doorbell(4, BAR_SIZE)).toThrow(/outside/);
     expect(server.requests).toEqual([]);
   });
@@ -106,10 +107,10 @@ describe("registers", () => {
     ];
     for (const lie of lies) {
       server.script.set(Command.regionRead, () => lie);
-      await expect(fn.region(4).read(8, 4)).rejects.toMatchObject({ code: "protocol" });
+      expect(await rejection(fn.region(4).read(8, 4))).toMatchObject({ code: "protocol" });
     }
     server.script.set(Command.regionWrite, () => ({ body: REGION_ACCESS.encode({ offset: 8, region: 4, count: 1 }) }));
-    await expect(fn.region(4).write(8, 4, 1)).rejects.toMatchObject({ code: "protocol" });
+    expect(await rejection(fn.region(4).write(8, 4, 1))).toMatchObject({ code: "protocol" });
   });
 });
 
@@ -163,13 +164,13 @@ describe("a lying server is not opened", () => {
     ],
   ];
   test.each(lies)("%s", async (_, prepare, message) => {
-    await expect(open(prepare)).rejects.toThrow(message);
+    expect((await rejection(open(prepare))).message).toMatch(message);
   });
 
   test("a file in the place of an eventfd", async () => {
     using file = memfd("file", 4096);
     const opened = open((s) => forRegion(s, Command.getRegionIoFds, 4, { body: ioFds([0]), fds: [file.number] }));
-    await expect(opened).rejects.toThrow(/not an eventfd/);
+    expect((await rejection(opened)).message).toMatch(/not an eventfd/);
   });
 
   const area = (offset: number, size: number, capOffset = 32, next = 0) => {
@@ -190,7 +191,7 @@ describe("a lying server is not opened", () => {
   ] as [string, Uint8Array, RegExp][])("%s", async (_, body, message) => {
     using file = memfd("bar", 8192);
     const opened = open((s) => forRegion(s, Command.getRegionInfo, 4, { body, fds: [file.number] }));
-    await expect(opened).rejects.toThrow(message);
+    expect((await rejection(opened)).message).toMatch(message);
   });
 });
 
@@ -273,7 +274,7 @@ describe("doorbells", () => {
     expect(drainEventfd(connect!.fds[0]!.number)).toBe(1);
 
     server.script.set(Command.setKick, () => ({ errno: 24 }));
-    await expect(doorbell.takeKick?.(kick.number)).rejects.toMatchObject({ errno: 24 });
+    expect(await rejection(doorbell.takeKick!(kick.number))).toMatchObject({ errno: 24 });
   });
 
   test("do not take a kick where the server says nothing of it", async () => {
@@ -310,7 +311,7 @@ describe("interrupts", () => {
     expect(IRQ_SET.read(unset!.body)).toEqual({ argsz: 20, flags: 0x24, index: 2, start: 2, count: 1 });
     expect(unset!.fds).toHaveLength(0);
     expect(fn.interrupts.count).toBe(3);
-    await expect(fn.interrupts.route(3, call.number)).rejects.toMatchObject({ code: "noVectors" });
+    expect(await rejection(fn.interrupts.route(3, call.number))).toMatchObject({ code: "noVectors" });
   });
 });
 
@@ -346,7 +347,7 @@ describe("memory", () => {
     await space.attach(fn, [], soon());
     server.script.set(Command.dmaMap, () => ({ errno: 12 }));
     using file = memfd("memory", 65536);
-    await expect(space.map(range(0, file.number), file.number, soon())).rejects.toMatchObject({ errno: 12 });
+    expect(await rejection(space.map(range(0, file.number), file.number, soon()))).toMatchObject({ errno: 12 });
     expect(server.commands).toEqual(["dmaMap"]);
     expect(fn.gone).toBeUndefined();
   });

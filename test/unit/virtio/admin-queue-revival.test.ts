@@ -6,6 +6,7 @@ import { type AdminQueueRecord, parseAdminQueueRecord } from "../../../src/virti
 import { VendorAdmin } from "../../../src/virtio/admin/vendor-admin.ts";
 import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
 import type { FakeAdmin, FakeAnswer } from "../../kit/fake-admin.ts";
+import { rejection } from "../../kit/rejection.ts";
 import { cleanUpAfterEach, open, soon, undo, until } from "./admin-lab.ts";
 
 cleanUpAfterEach();
@@ -76,14 +77,14 @@ describe("revival", () => {
   test("what was never answered is not waited for again, and comes back", async () => {
     const { fake, admin } = await open();
     fake.answer = (command) => (command.name === "modifyStatus" ? "silence" : fake.honest(command));
-    await expect(admin.modify(1, "quiesced", soon(20))).rejects.toMatchObject({ code: "quiesceFailed" });
+    expect(await rejection(admin.modify(1, "quiesced", soon(20)))).toMatchObject({ code: "quiesceFailed" });
     const { record, copies, memory } = leave(admin);
     memory[Symbol.dispose]();
     const revived = await revive(fake, record, copies);
     expect(revived.queue.state).toEqual({ kind: "ready" });
     expect(await revived.status(1, soon())).toBe("init");
     fake.answer = (command) => fake.honest(command);
-    await expect(revived.modify(1, "quiesced", soon())).rejects.toMatchObject({ code: "busy" });
+    expect(await rejection(revived.modify(1, "quiesced", soon()))).toMatchObject({ code: "busy" });
     fake.complete(fake.commands("modifyStatus")[0]!.head);
     await until(() => revived.obstacle(1) === undefined);
     await revived.modify(1, "quiesced", soon());
@@ -95,7 +96,9 @@ describe("revival", () => {
     const queue = AdminQueue.revive(device, record, fds, { drain: 30 });
     undo.push(queue);
     const admin = new VendorAdmin(queue);
-    await expect(admin.status(1, soon(10))).rejects.toThrow(/commands of an earlier process are in flight/);
+    expect((await rejection(admin.status(1, soon(10)))).message).toMatch(
+      /commands of an earlier process are in flight/,
+    );
     expect(await admin.status(1, soon())).toBe("init");
     await until(() => fake.commands("identity").length === 2);
     expect(queue.state).toEqual({ kind: "ready" });
@@ -106,7 +109,10 @@ describe("revival", () => {
     const queue = AdminQueue.revive(device, record, fds, { drain: 30, lifeSign: 50 });
     undo.push(queue);
     const waiting = new VendorAdmin(queue).status(1, soon());
-    await expect(waiting).rejects.toMatchObject({ code: "adminQueue", message: expect.stringMatching(/nothing any/) });
+    expect(await rejection(waiting)).toMatchObject({
+      code: "adminQueue",
+      message: expect.stringMatching(/nothing any/),
+    });
     const snapshot = queue.snapshot();
     const copies = new Map([...snapshot.fds].map(([name, number]) => [name, dup(number)]));
     const next = AdminQueue.revive(device, snapshot.data, copies);
