@@ -5,6 +5,7 @@ import { asError, VhostdError } from "./base/errors.ts";
 import type { Logger } from "./base/log.ts";
 import type { DeviceClass, Plugin, PluginApiVersion } from "./plugin.ts";
 import { findMismatch } from "./rpc/mismatch.ts";
+import { Request } from "./vhost-user/messages.ts";
 
 const API_VERSION: PluginApiVersion = 1;
 
@@ -117,8 +118,17 @@ async function importPlugin(path: string): Promise<unknown> {
   try {
     return ((await import(path)) as { readonly default?: unknown }).default;
   } catch (error) {
-    throw refusal(`plugin ${path} cannot be loaded: ${asError(error).message}`, error);
+    throw refusal(`plugin ${path} cannot be loaded: ${describeBuildError(error)}`, error);
   }
+}
+
+/** Bun says the place of a mistake in members of its own, several mistakes in a list. */
+function describeBuildError(thrown: unknown): string {
+  const { errors } = thrown as { readonly errors?: readonly unknown[] };
+  const first: unknown = errors?.[0] ?? thrown;
+  const { position } = first as { readonly position?: { readonly file: string; readonly line: number } | null };
+  const place = position ? ` (${position.file}:${position.line})` : "";
+  return `${asError(first).message}${place}`;
 }
 
 function checkPlugin(candidate: unknown, origin: string): Plugin {
@@ -148,6 +158,18 @@ const ClassBit = Type.Union([
   Type.Integer({ minimum: 0, maximum: 23, description: "feature bit" }),
   Type.Integer({ minimum: 50, maximum: 63, description: "feature bit" }),
 ]);
+/** Of one message: far more than any needs, far fewer than the system carries. */
+const FDS_MAX = 8;
+/** Members of a class that are functions and may be left out. */
+const OPTIONAL_FUNCTIONS = [
+  "describe",
+  "countedQueues",
+  "adminQueue",
+  "receives",
+  "stateFields",
+  "comparedConfig",
+  "linkUp",
+] as const satisfies readonly (keyof DeviceClass)[];
 const NumberKey = "^(0|[1-9][0-9]*)$";
 
 const PluginSchema = Type.Object({ name: Name, apiVersion: Type.Literal(API_VERSION), setup: Type.Unknown() }, exact);
@@ -158,7 +180,7 @@ const DeviceClassSchema: TSchema = Type.Object(
     virtioId: Type.Integer({ minimum: 1, maximum: 0x3f, description: "virtio device id" }),
     configSpace: Type.Record(
       Type.String(),
-      Type.Array(Type.Union([Type.Integer({ minimum: 0 }), Type.Enum(["u8", "u16", "u32", "u64"])]), {
+      Type.Array(Type.Union([Type.Integer({ minimum: 0 }), Type.Enum(["u8", "u16", "u32", "u48", "u64"])]), {
         minItems: 2,
         maxItems: 2,
       }),
@@ -182,6 +204,7 @@ const DeviceClassSchema: TSchema = Type.Object(
             name: Type.String(),
             size: Type.Integer({ minimum: 0 }),
             needs: Type.Optional(Type.Integer({ minimum: 0, maximum: 63 })),
+            fds: Type.Optional(Type.Integer({ minimum: 0, maximum: FDS_MAX })),
             handle: Type.Unknown(),
           },
           exact,
@@ -189,7 +212,15 @@ const DeviceClassSchema: TSchema = Type.Object(
       ),
     ),
     describe: Type.Optional(Type.Unknown()),
+    countedQueues: Type.Optional(Type.Unknown()),
     adminQueue: Type.Optional(Type.Unknown()),
+    receives: Type.Optional(Type.Unknown()),
+    control: Type.Optional(
+      Type.Object({ queue: Type.Unknown(), features: Type.Array(ClassBit), commands: Type.Unknown() }, exact),
+    ),
+    stateFields: Type.Optional(Type.Unknown()),
+    comparedConfig: Type.Optional(Type.Unknown()),
+    linkUp: Type.Optional(Type.Unknown()),
     softDevice: Type.Optional(
       Type.Object(
         {
@@ -220,7 +251,7 @@ function findProblem(candidate: unknown): string | undefined {
   const mismatch = findMismatch(DeviceClassSchema, candidate, "member");
   if (mismatch !== undefined) return mismatch.message;
   const deviceClass = candidate as DeviceClass;
-  const { configSpace, features, writableConfig = [], messages = {}, softDevice } = deviceClass;
+  const { configSpace, features, writableConfig = [], messages = {}, softDevice, control } = deviceClass;
 
   for (const [field, entry] of Object.entries(configSpace)) {
     if (typeof entry[0] !== "number" || typeof entry[1] !== "string") {
@@ -238,13 +269,22 @@ function findProblem(candidate: unknown): string | undefined {
     findNonFunction(deviceClass, ["queues"]) ??
     findNonFunction(
       deviceClass,
-      (["describe", "adminQueue"] as const).filter((member) => deviceClass[member] !== undefined),
+      OPTIONAL_FUNCTIONS.filter((member) => deviceClass[member] !== undefined),
     ) ??
+    (control === undefined ? undefined : findNonFunction(control, ["queue", "commands"], "control.")) ??
     (softDevice === undefined ? undefined : findNonFunction(softDevice, ["create"], "softDevice.")) ??
     Object.entries(messages)
       .map(([number, message]) => findNonFunction(message, ["handle"], `messages.${number}.`))
-      .find((problem) => problem !== undefined)
+      .find((problem) => problem !== undefined) ??
+    findTaken(messages)
   );
+}
+
+function findTaken(messages: NonNullable<DeviceClass["messages"]>): string | undefined {
+  const taken = Object.entries(Request).find(([, number]) => Object.hasOwn(messages, number));
+  if (taken === undefined) return undefined;
+  const [name, number] = taken;
+  return `member "messages.${number}" would replace ${name} of the core, a class adds requests that the core lacks`;
 }
 
 function findNonFunction(object: object, members: readonly string[], prefix = ""): string | undefined {

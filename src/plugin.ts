@@ -33,12 +33,17 @@ export interface DeviceClass {
   readonly features: ClassFeatures;
   /** Virtqueues that a front-end may use, given the configuration space and the features that the function offers. */
   queues(config: ConfigValues, features: bigint): number;
+  /**
+   * What GET_QUEUE_NUM answers where a front-end may use so many queues: VMMs count those of a network card in pairs.
+   * The queues themselves unless said.
+   */
+  countedQueues?(queues: number): number;
 
   /** Configuration fields that a front-end may write (SET_CONFIG). None unless said. */
   readonly writableConfig?: readonly string[];
   /** Protocol feature bits of this class beside those of the core (vhost-user, "Protocol features"). */
   readonly protocolFeatures?: readonly number[];
-  /** Messages of this class, by request number: they are added to the session's table or replace a row of it. */
+  /** Messages of this class, by request number: they are added to the session's table. None is a request of the core. */
   readonly messages?: Readonly<Record<number, ClassMessage>>;
   /** What `vf -i` shows of the configuration space and the features that the function offers, in this order. */
   describe?(config: ConfigValues, features: bigint): Readonly<Record<string, string>>;
@@ -47,6 +52,22 @@ export interface DeviceClass {
    * the features that the PF offers. Such a PF cannot be managed where this is left out.
    */
   adminQueue?(config: ConfigValues, features: bigint): number;
+  /**
+   * Buffers of this queue wait for the world outside (a receive queue): a device may hold them for ever, and gives them
+   * back in the order it took them. It is stopped without waiting for them, and takes them once more when it goes on.
+   */
+  receives?(queue: number): boolean;
+  /** The function's own control queue, which no guest sees: a VMM has one of its own for its guest. */
+  readonly control?: FunctionControl;
+  /** Fields of the class in the state of a managed VF (types 4 to 7 of the vendor's form), in their order. */
+  stateFields?(config: ConfigValues, features: bigint): readonly StateField[];
+  /** Configuration fields that a device must have the same values in to go on with a state; all unless said. */
+  comparedConfig?(features: bigint): readonly string[];
+  /**
+   * Whether the device reaches the world outside. A guest whose front-end cannot be told of configuration changes is
+   * shown it by hanging up. Always, where left out.
+   */
+  linkUp?(config: ConfigValues, features: bigint): boolean;
   /** A software implementation, for vfe-softvf. */
   readonly softDevice?: SoftDeviceClass;
 }
@@ -60,10 +81,47 @@ export interface ClassFeatures {
   readonly hide?: readonly number[];
 }
 
-export type ConfigFieldType = "u8" | "u16" | "u32" | "u64";
+/** Little-endian integers; `u48` is a bigint as `u64` is (a MAC address, its first byte lowest). */
+export type ConfigFieldType = "u8" | "u16" | "u32" | "u48" | "u64";
 export type ConfigTable = Readonly<Record<string, readonly [offset: number, type: ConfigFieldType]>>;
 /** Fields beyond what the function implements read as 0. */
 export type ConfigValues = Readonly<Record<string, number | bigint>>;
+
+/** The control queue of a function, driven by the daemon after a plain reset. Its commands do not depend on the guest's. */
+export interface FunctionControl {
+  /** Its index on the function, given what the function says of itself; undefined where it has none. */
+  queue(config: ConfigValues, features: bigint): number | undefined;
+  /** Feature bits that are acknowledged to the function for it, where offered. */
+  readonly features: readonly number[];
+  /** What brings a device to serve exactly these queues, in order; sent when it begins to run and when they change. */
+  commands(running: FunctionRunning): readonly ControlCommand[];
+}
+
+export interface FunctionRunning {
+  /** Queues in use by the guest, ascending. */
+  readonly queues: readonly number[];
+  readonly config: ConfigValues;
+  /** That the function offers. */
+  readonly features: bigint;
+}
+
+export interface ControlCommand {
+  /** For logs and errors. */
+  readonly name: string;
+  /** What the device reads. */
+  readonly request: Uint8Array;
+  /** Bytes that the device writes. */
+  readonly answerSize: number;
+  accepted(answer: Uint8Array): boolean;
+  /** A device may refuse it: that is logged, and all goes on. */
+  readonly optional?: boolean;
+}
+
+/** A field of a managed VF's state. */
+export interface StateField {
+  readonly type: number;
+  readonly bytes: Uint8Array;
+}
 
 /** One more request of the vhost-user protocol. The core has checked size, fds and `needs` before `handle` is called. */
 export interface ClassMessage {
@@ -72,11 +130,15 @@ export interface ClassMessage {
   readonly size: number;
   /** The protocol feature bit that must have been negotiated. */
   readonly needs?: number;
+  /** File descriptors that come with it, exactly; none unless said. */
+  readonly fds?: number;
   /**
-   * @returns the payload of the answer, or nothing where the message has none (a REPLY_ACK is sent by the core)
+   * @param fds borrowed: the core closes them afterwards
+   * @returns the payload of the answer, 4096 bytes at most, or nothing where the message has none (a REPLY_ACK is sent
+   * by the core)
    * @throws an Error that refuses the message with its text as the reason
    */
-  handle(payload: Uint8Array, device: ClassDevice): Promise<Uint8Array | undefined>;
+  handle(payload: Uint8Array, device: ClassDevice, fds: readonly number[]): Promise<Uint8Array | undefined>;
 }
 
 /** What a class's message handler may do to its device. */
@@ -111,6 +173,7 @@ export type SoftOptionValues = Readonly<Record<string, SoftOptionValue | undefin
 export interface SoftDevice extends Disposable {
   /** Bits 0 to 23 and 50 to 63 that the device offers. */
   readonly features: bigint;
+  /** Virtqueues, a control queue included. */
   readonly queues: number;
   /** The ring worker of the native layer that serves the queues, and its parameters. */
   readonly worker: SoftWorker;
@@ -124,6 +187,29 @@ export interface SoftDevice extends Disposable {
   check?(option: string, value: SoftOptionValue): void;
   /** A live option was set. */
   set(option: string, value: SoftOptionValue): SoftChange;
+  /**
+   * Serves one request, with the worker "forward" only: what is returned is written to the request's writable buffers, as
+   * far as there is room. Whatever it throws fails the device: its driver has to reset it.
+   */
+  serve?(request: SoftRequest): Promise<Uint8Array>;
+  /** The worker says that it reaches the world outside now, or no longer. */
+  carrierChanged?(up: boolean): SoftChange;
+  /**
+   * Fields of the class in the device's state, as `DeviceClass.stateFields`.
+   * @param facts by name, what the worker knows of itself: what the driver has told it on the queues
+   */
+  stateFields?(facts: Readonly<Record<string, number>>): readonly StateField[];
+  /** Another device's state was restored; fields that are not known are left alone. @throws an Error that says why not */
+  restoreFields?(fields: readonly StateField[]): SoftChange;
+}
+
+/** One descriptor chain of a queue that the worker "forward" handed over. */
+export interface SoftRequest {
+  readonly queue: number;
+  /** A copy of its device-readable buffers. */
+  readonly readable: Uint8Array;
+  /** Room in its device-writable buffers, bytes. */
+  readonly writable: number;
 }
 
 export interface SoftWorker {

@@ -3,12 +3,12 @@
  * writing derive from the table; sizes are checked when the module loads.
  */
 
-const SIZES = { u8: 1, u16: 2, u32: 4, u64: 8, addr: 8 } as const;
+const SIZES = { u8: 1, u16: 2, u32: 4, u48: 6, u64: 8, addr: 8 } as const;
 
-/** `u64` is a bigint; `addr` is a u64 that holds an address, offset or size and must fit a safe integer. */
+/** `u48` and `u64` are bigints; `addr` is a u64 that holds an address, offset or size and must fit a safe integer. */
 export type FieldType = keyof typeof SIZES;
 
-type ValueOf<T extends FieldType> = T extends "u64" ? bigint : number;
+type ValueOf<T extends FieldType> = T extends "u48" | "u64" ? bigint : number;
 type Fields = Readonly<Record<string, readonly [offset: number, type: FieldType]>>;
 
 /** The values of a structure, by field name. */
@@ -90,6 +90,8 @@ export function readField(bytes: Uint8Array, offset: number, type: FieldType): n
       return bytes[offset]! | (bytes[offset + 1]! << 8);
     case "u32":
       return readU32(bytes, offset);
+    case "u48":
+      return (BigInt(bytes[offset + 4]! | (bytes[offset + 5]! << 8)) << 32n) | BigInt(readU32(bytes, offset));
     case "u64":
       return (BigInt(readU32(bytes, offset + 4)) << 32n) | BigInt(readU32(bytes, offset));
     case "addr": {
@@ -110,10 +112,10 @@ function readU32(bytes: Uint8Array, offset: number): number {
 
 function writeField(bytes: Uint8Array, offset: number, type: FieldType, value: number | bigint): void {
   const size = SIZES[type];
-  if (size === 8) {
+  if (size > 4) {
     const whole = BigInt.asUintN(64, BigInt(value));
     writeNumber(bytes, offset, 4, Number(whole & 0xffff_ffffn));
-    writeNumber(bytes, offset + 4, 4, Number(whole >> 32n));
+    writeNumber(bytes, offset + 4, size - 4, Number(whole >> 32n));
   } else {
     writeNumber(bytes, offset, size, Number(value));
   }

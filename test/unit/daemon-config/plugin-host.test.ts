@@ -61,6 +61,11 @@ describe("refused, naming the plugin and the member", () => {
       plugin("x", { ...rng, messages: { 40: { name: "M", size: 0, handle: 1 } } }),
       `"messages.40.handle" is not a function`,
     ],
+    [
+      "a request of the core",
+      plugin("x", { ...rng, messages: { 5: { name: "M", size: 8, handle: async () => undefined } } }),
+      `"messages.5" would replace SET_MEM_TABLE of the core`,
+    ],
     ["two classes of one id", plugin("x", rng, { ...rng, name: "other" }), "meets rng with id 4"],
     ["no class but a text", plugin("x", "rng"), "device class 0"],
   ];
