@@ -4,8 +4,6 @@
 #include <signal.h>
 #include <string.h>
 
-#include <mutex>
-
 namespace vhostd {
 namespace {
 
@@ -48,7 +46,7 @@ void onFault(int number, siginfo_t* info, void* context) {
   chain(number, info, context);
 }
 
-void install() {
+bool install() {
   struct sigaction action;
   memset(&action, 0, sizeof action);
   action.sa_sigaction = onFault;
@@ -58,14 +56,14 @@ void install() {
   sigemptyset(&action.sa_mask);
   sigaction(SIGBUS, &action, &previousBus);
   sigaction(SIGSEGV, &action, &previousSegv);
+  return true;
 }
-
-std::once_flag installed;
 
 }  // namespace
 
 bool guardedCall(void (*body)(void*), void* context) noexcept {
-  std::call_once(installed, install);
+  // Once; from then on it is one load, which is less than std::call_once needs.
+  [[maybe_unused]] static const bool installed = install();
   sigjmp_buf here;
   sigjmp_buf* const outer = landing;
   if (sigsetjmp(here, SAVE_MASK) != 0) {

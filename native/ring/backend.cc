@@ -26,6 +26,7 @@ class NoBackend final : public RingBackend {
 std::unique_ptr<RingBackend> createBackend(const std::string& name) {
   if (name == "none") return std::make_unique<NoBackend>();
   if (name == "blk") return createBlkBackend();
+  if (name == "net") return createNetBackend();
   if (name == "forward") return createForwardBackend();
   return nullptr;
 }

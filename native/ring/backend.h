@@ -45,6 +45,23 @@ class ServiceContext {
   virtual bool copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) = 0;
 
   /**
+   * For queues that the backend pulls: the next chain, which it completes or puts back before it returns. nullptr where
+   * there is none, or none may be taken now.
+   */
+  virtual Chain* pull(uint16_t queue) = 0;
+  /** Of the chains that were pulled and not completed the last one, while none was completed since. */
+  virtual void putBack(Chain* chain) = 0;
+  /** Whether `pull` may find one. Where not, the worker is woken when that changes. */
+  virtual bool stocked(uint16_t queue) const = 0;
+  /** Looks at a queue again that had too few chains. */
+  virtual void restock(uint16_t queue) = 0;
+  virtual bool active(uint16_t queue) const = 0;
+  /** There will be another turn soon, notified or not. */
+  virtual bool polling() const = 0;
+  /** The turn should end soon: someone else wants it, or there will be no other. */
+  virtual bool pressed() const = 0;
+
+  /**
    * Gives the chain back to the driver and ends its life.
    * @param written bytes from the start of its writable buffers
    * @param bytes of data that were moved, for the counters
@@ -75,7 +92,12 @@ class RingBackend {
   virtual std::string set(const std::string& name, const Parameter& value) = 0;
   /** What the parameters lack before the first start; empty where nothing. */
   virtual std::string missing() const = 0;
-  /** The driver is ready (DRIVER_OK). */
+  /**
+   * Once, when the parameters are complete. Empty, or why it is refused.
+   * @param notify makes control look at `carrier`, from any thread
+   */
+  virtual std::string open(std::function<void()> /*notify*/) { return {}; }
+  /** The driver is ready (DRIVER_OK), or goes on. There is no worker. */
   virtual void start(uint64_t features) = 0;
   /** Owns the chain until it has called `complete` or `abandon`, now or later. */
   virtual void serve(Chain* chain, ServiceContext& context) = 0;
@@ -88,6 +110,30 @@ class RingBackend {
   virtual void drain(ServiceContext& /*context*/) {}
   /** Forgets all that is kept; the chains are dead. Called while there is no worker. */
   virtual void drop() {}
+
+  /** For backends that take chains themselves: `serve` gets none of such a queue. */
+  virtual bool pulls(uint16_t /*queue*/) const { return false; }
+  /** For backends that wait for other files than notifications, edge-triggered: by index; -1 for none. Inside turns. */
+  virtual std::vector<int> sources() const { return {}; }
+  /** Something came from a source. On the worker's thread, outside its turns. */
+  virtual void signalled(size_t /*source*/, uint32_t /*epollEvents*/) {}
+  /** Once in each turn: a bounded piece of what comes from there. True where there is more that can be done now. */
+  virtual bool poll(ServiceContext& /*context*/) { return false; }
+  /**
+   * How many turns without work the worker makes before it has itself notified and sleeps: for work that comes in a
+   * stream, where that costs more than to look again. It lets others run in between.
+   */
+  virtual unsigned patience() const { return 0; }
+  /** Rings were activated. Inside control's turn. */
+  virtual void ringsChanged() {}
+  /** The worker ends because the rings have failed. On its thread, outside its turns. */
+  virtual void broken() {}
+  /** All memory was unmapped: whoever had the function has left it. Inside control's turn. */
+  virtual void released() {}
+  /** Whether the world outside can be reached. By control at any time. */
+  virtual bool carrier() const { return true; }
+  /** Facts that the driver or the world outside have made, by name. By control at any time. */
+  virtual std::map<std::string, int64_t> info() const { return {}; }
 
   /** For backends that let control serve. By control at any time, outside its turns too: what was not yet taken. */
   virtual std::vector<ForwardedRequest> takeRequests() { return {}; }
@@ -103,6 +149,7 @@ std::unique_ptr<RingBackend> createBackend(const std::string& name);
 
 /** One for each class that has a worker. */
 std::unique_ptr<RingBackend> createBlkBackend();
+std::unique_ptr<RingBackend> createNetBackend();
 /** Has no class: control serves. */
 std::unique_ptr<RingBackend> createForwardBackend();
 

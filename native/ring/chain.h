@@ -24,6 +24,8 @@ struct Chain {
   /** Bytes. */
   uint64_t readableSize = 0;
   uint64_t writableSize = 0;
+  /** Was in flight when its ring was activated. */
+  bool again = false;
   /** When a backend that delays it wants to serve it: CLOCK_MONOTONIC, ns. */
   int64_t due = 0;
 

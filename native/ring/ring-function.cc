@@ -47,9 +47,12 @@ std::unique_ptr<RingFunction> RingFunction::create(const std::string& backend, c
   reason = function->configure(parameters);
   if (!reason.empty()) return nullptr;
   reason = function->backend_->missing();
-  if (reason.empty()) return function;
-  reason = "the ring worker " + backend + " needs the parameter " + reason;
-  return nullptr;
+  if (!reason.empty()) {
+    reason = "the ring worker " + backend + " needs the parameter " + reason;
+    return nullptr;
+  }
+  reason = function->backend_->open([&events = function->events_] { signalOwn(events); });
+  return reason.empty() ? std::move(function) : nullptr;
 }
 
 bool RingFunction::open(std::string& reason) {
@@ -75,9 +78,11 @@ void RingFunction::signalOwn(const File& file) {
 RingFunction::~RingFunction() {
   withdraw();
   requestStop(Stop::drop);
-  while (!tryStop(10)) {
+  while (backend_ && !tryStop(10)) {
   }
   for (const DmaMapping& mapping : dma_.removeAll()) unmapFile(mapping);
+  // Before the eventfd that it notifies control with.
+  backend_.reset();
 }
 
 int RingFunction::map(uint64_t iova, uint64_t size, int fd, uint64_t offset, bool writable) {
@@ -117,6 +122,7 @@ void RingFunction::unmapAll() {
     if (std::any_of(slots_.begin(), slots_.end(), [](const auto& slot) { return slot->queue.active(); })) {
       fail("all memory was unmapped while rings were in use");
     }
+    backend_->released();
   }
   unmapFiles(std::move(mappings), unmapsUnderWay_);
 }
@@ -132,6 +138,7 @@ std::string RingFunction::activate(uint16_t queue, const QueueConfig& config, ui
   slot.queue.activate(config, dma_, (features >> kIndirectDesc & 1) != 0, (features >> kEventIdx & 1) != 0);
   inFlight_ = inFlight_ + static_cast<uint32_t>(config.inFlight.size());
   slot.ready = true;
+  backend_->ringsChanged();
   signalOwn(wake_);
   return {};
 }
@@ -142,6 +149,8 @@ std::string RingFunction::start(uint64_t features) {
   ended_ = false;
   stop_ = Stop::no;
   backend_->start(features);
+  const std::string reason = watchSources();
+  if (!reason.empty()) return reason;
   // The thread takes no signal of the process but the one that is for it.
   sigset_t blocked, before;
   sigfillset(&blocked);
@@ -210,8 +219,33 @@ bool RingFunction::passCalls() {
 
 void RingFunction::unquiesce() {
   quiesced_ = false;
+  lookAround();
+}
+
+/** The worker looks at all rings once more, notified or not. */
+void RingFunction::lookAround() {
   for (const auto& slot : slots_) slot->ready = true;
   signalOwn(wake_);
+}
+
+/**
+ * Has the epoll wait for the backend's files, edge-triggered. One that was closed has left the epoll by itself, and
+ * another may have its number.
+ */
+std::string RingFunction::watchSources() {
+  const std::vector<int> wanted = backend_->sources();
+  for (const int fd : sources_) {
+    if (std::find(wanted.begin(), wanted.end(), fd) == wanted.end()) {
+      epoll_ctl(epoll_.number(), EPOLL_CTL_DEL, fd, nullptr);
+    }
+  }
+  sources_ = wanted;
+  for (uint32_t index = 0; index < wanted.size(); index++) {
+    if (wanted[index] < 0) continue;
+    const int error = addToEpoll(epoll_.number(), wanted[index], kFirstSource + index);
+    if (error != 0 && error != -EEXIST) return std::string("its files cannot be waited for: ") + strerror(-error);
+  }
+  return {};
 }
 
 std::vector<QueueState> RingFunction::rings() {
@@ -230,13 +264,18 @@ void RingFunction::answer(uint64_t id, std::vector<uint8_t> bytes) {
 
 std::string RingFunction::configure(const Parameters& parameters) {
   ControlTurn turn(gate_);
+  std::string reason;
   for (const auto& [name, value] : parameters) {
-    const std::string reason = backend_->set(name, value);
-    if (!reason.empty()) return "parameter " + name + ": " + reason;
+    reason = backend_->set(name, value);
+    if (reason.empty()) continue;
+    reason = "parameter " + name + ": " + reason;
+    break;
   }
+  const std::string unwatched = watchSources();
+  if (reason.empty()) reason = unwatched;
   // What is kept may be due earlier now.
   signalOwn(wake_);
-  return {};
+  return reason;
 }
 
 void RingFunction::requestStop(Stop how) {
@@ -289,8 +328,8 @@ std::string RingFunction::failure() const {
 
 QueueStats RingFunction::stats(uint16_t queue) const {
   const Slot& slot = *slots_[queue];
-  return {slot.requests.load(std::memory_order_relaxed), slot.bytes.load(std::memory_order_relaxed),
-          slot.errors.load(std::memory_order_relaxed)};
+  const auto value = [](const std::atomic<uint64_t>& counter) { return counter.load(std::memory_order_relaxed); };
+  return {value(slot.received), value(slot.completed), value(slot.bad), value(slot.bytes)};
 }
 
 }  // namespace vhostd::ring

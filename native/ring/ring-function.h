@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -32,10 +33,14 @@ struct QueueState {
 };
 
 struct QueueStats {
-  uint64_t requests;
+  /** Chains taken. */
+  uint64_t received;
+  /** Chains given back. */
+  uint64_t completed;
+  /** Of these, malformed ones and those whose request failed. */
+  uint64_t bad;
   /** Data moved, without headers and status bytes. */
   uint64_t bytes;
-  uint64_t errors;
 };
 
 /** How the worker is to end. */
@@ -64,7 +69,7 @@ class RingFunction final : private ServiceContext {
   uint16_t queues() const { return static_cast<uint16_t>(slots_.size()); }
   /** Non-blocking eventfd of the function: a signal is a notification of the queue. */
   int doorbell(uint16_t queue) const { return slots_[queue]->doorbell.number(); }
-  /** Non-blocking eventfd, signalled when the worker has failed or there is something for `takeRequests`. */
+  /** Non-blocking eventfd, signalled when there may be a `failure`, something for `takeRequests` or a new `carrier`. */
   int events() const { return events_.number(); }
 
   /** Control's turn, if it is to be had in that time. After false the worker gives way: try again or `withdraw`. */
@@ -125,6 +130,11 @@ class RingFunction final : private ServiceContext {
   /** What is to be written to a request's buffers, as far as there is room. Unknown ids are ignored. Never waits. */
   void answer(uint64_t id, std::vector<uint8_t> bytes);
 
+  /** Whether the backend reaches the world outside. Never waits. */
+  bool carrier() const { return backend_->carrier(); }
+  /** What the backend knows of itself, by name. Never waits. */
+  std::map<std::string, int64_t> info() const { return backend_->info(); }
+
   /** Why the function needs a reset; empty where it does not. */
   std::string failure() const;
   QueueStats stats(uint16_t queue) const;
@@ -141,25 +151,33 @@ class RingFunction final : private ServiceContext {
     std::shared_ptr<File> signalTo;
     /** Notified, and not yet found empty. */
     std::atomic<bool> ready{false};
-    std::atomic<uint64_t> requests{0};
+    std::atomic<uint64_t> received{0};
+    std::atomic<uint64_t> completed{0};
+    std::atomic<uint64_t> bad{0};
     std::atomic<uint64_t> bytes{0};
-    std::atomic<uint64_t> errors{0};
   };
   /** In the place of a queue's number: control wants the worker to look around. */
   static constexpr uint32_t kWakeEvent = UINT32_MAX;
+  /** Behind the queues' numbers: those of the backend's sources. */
+  static constexpr uint32_t kFirstSource = 1 << 16;
 
   RingFunction() = default;
   bool open(std::string& reason);
   static void signalOwn(const File& file);
+  std::string watchSources();
+  void lookAround();
 
   void run();
   bool turn();
   bool serveQueue(Slot& slot, uint16_t index);
+  bool arm(Slot& slot, uint16_t index);
   void serveAgain(Slot& slot, uint16_t index);
   Pop popNext(Slot& slot, Chain& chain, std::string& reason);
+  uint8_t* inOnePiece(const Chain& chain, Direction direction, uint64_t skip, uint64_t length) const;
   void publish();
   void signalCalls();
   void signalCall(int call);
+  void betweenTurns(bool more);
   void collectNotifications(int timeout);
   int untilDue() const;
   Chain* takeChain();
@@ -170,6 +188,13 @@ class RingFunction final : private ServiceContext {
   bool copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) override;
   template <typename Copy>
   bool copyParts(const Chain& chain, Direction direction, uint64_t skip, size_t length, Copy copy);
+  Chain* pull(uint16_t queue) override;
+  void putBack(Chain* chain) override;
+  bool stocked(uint16_t queue) const override;
+  void restock(uint16_t queue) override { slots_[queue]->ready = true; }
+  bool active(uint16_t queue) const override { return queue < slots_.size() && slots_[queue]->queue.active(); }
+  bool polling() const override { return polling_; }
+  bool pressed() const override { return failed_ || stop_ != Stop::no || gate_.wanted(); }
   void complete(Chain* chain, uint32_t written, uint64_t bytes, bool error) override;
   void abandon(Chain* chain) override;
   void callControl() override;
@@ -187,6 +212,8 @@ class RingFunction final : private ServiceContext {
   File events_;
   File wake_;
   File epoll_;
+  /** Files of the backend that the epoll waits for. */
+  std::vector<int> sources_;
 
   pthread_t thread_{};
   bool threadStarted_ = false;
@@ -212,6 +239,13 @@ class RingFunction final : private ServiceContext {
   bool severalActive_ = false;
   /** Bytes moved in this turn: completions are shown after a while, however many requests are waiting. */
   uint64_t turnBytes_ = 0;
+  /** Chains given back in this turn. */
+  uint32_t turnChains_ = 0;
+  /** Turns in a row in which there were none. While they are few the worker is `polling`: it asks for no notification. */
+  unsigned idleTurns_ = 0;
+  bool polling_ = false;
+  /** Until notifications are looked at although there is work. */
+  unsigned unnotifiedTurns_ = 0;
 };
 
 }  // namespace vhostd::ring

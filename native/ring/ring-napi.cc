@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 
 #include "../module.h"
 #include "../thread.h"
@@ -87,7 +88,10 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
                                                 InstanceMethod<&RingFunctionObject::indices>("indices"),
                                                 InstanceMethod<&RingFunctionObject::failure>("failure"),
                                                 InstanceMethod<&RingFunctionObject::stats>("stats"),
+                                                InstanceMethod<&RingFunctionObject::carrier>("carrier"),
+                                                InstanceMethod<&RingFunctionObject::info>("info"),
                                                 InstanceMethod<&RingFunctionObject::close>("close"),
+                                                StaticMethod<&RingFunctionObject::ending>("ending"),
                                             }));
   }
 
@@ -199,12 +203,19 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
     for (uint16_t queue = 0; queue < function_->queues(); queue++) {
       const QueueStats stats = function_->stats(queue);
       Napi::Object object = Napi::Object::New(Env());
-      object.Set("requests", number(static_cast<double>(stats.requests)));
+      object.Set("received", number(static_cast<double>(stats.received)));
+      object.Set("completed", number(static_cast<double>(stats.completed)));
+      object.Set("bad", number(static_cast<double>(stats.bad)));
       object.Set("bytes", number(static_cast<double>(stats.bytes)));
-      object.Set("errors", number(static_cast<double>(stats.errors)));
       list.Set(queue, object);
     }
     return list;
+  }
+  Napi::Value carrier(const Napi::CallbackInfo&) { return Napi::Boolean::New(Env(), function_->carrier()); }
+  Napi::Value info(const Napi::CallbackInfo&) {
+    Napi::Object object = Napi::Object::New(Env());
+    for (const auto& [name, value] : function_->info()) object.Set(name, number(static_cast<double>(value)));
+    return object;
   }
   void close(const Napi::CallbackInfo&) {
     function_->withdraw();
@@ -216,10 +227,16 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
     // The worker hangs in the disk. Whatever becomes of it, nobody waits: without a thread the rest is left behind.
     const auto destroy = [](void* function) -> void* {
       delete static_cast<RingFunction*>(function);
+      ending_--;
       return nullptr;
     };
-    startThread(nullptr, destroy, function_.release());
+    ending_++;
+    if (startThread(nullptr, destroy, function_.release()) != 0) ending_--;
   }
+  static Napi::Value ending(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), ending_); }
+
+  /** Functions that were closed and have not ended. */
+  static inline std::atomic<int> ending_{0};
 
   std::unique_ptr<RingFunction> function_;
 };

@@ -1,3 +1,4 @@
+#include <sched.h>
 #include <sys/epoll.h>
 
 #include <algorithm>
@@ -16,8 +17,15 @@ namespace {
 constexpr int kBatch = 64;
 constexpr uint64_t kBatchBytes = 1 << 18;
 constexpr size_t kMostVectors = 1024;
+/** Of a worker that polls, in a row: to ask the system costs as much as some frames. */
+constexpr unsigned kUnnotifiedTurns = 16;
 /** Taken from the system at a time. */
 constexpr int kNotifications = 64;
+
+/** Of a counter with one writer: cheaper than an increment that others could make, too. */
+void add(std::atomic<uint64_t>& counter, uint64_t count) {
+  counter.store(counter.load(std::memory_order_relaxed) + count, std::memory_order_relaxed);
+}
 
 }  // namespace
 
@@ -28,22 +36,34 @@ void RingFunction::run() {
     gate_.leaveWorker();
     signalCalls();
     if (stop_ != Stop::no || failed_) break;
-    if (!more) {
-      collectNotifications(untilDue());
-    } else if (severalActive_) {
-      // A queue that is never empty keeps no other from being seen.
-      collectNotifications(0);
-    }
+    betweenTurns(more);
   }
   if (stop_ == Stop::finish && !failed_) {
     gate_.enterWorker();
-    for (uint16_t index = 0; index < slots_.size(); index++) serveAgain(*slots_[index], index);
+    for (uint16_t index = 0; index < slots_.size(); index++) {
+      if (!backend_->pulls(index)) serveAgain(*slots_[index], index);
+    }
     if (!failed_) backend_->drain(*this);
     publish();
     gate_.leaveWorker();
     signalCalls();
   }
+  if (failed_) backend_->broken();
   ended_ = true;
+}
+
+/** `more`: the turn has left something. */
+void RingFunction::betweenTurns(bool more) {
+  const bool notified = !polling_;
+  const unsigned patience = backend_->patience();
+  idleTurns_ = turnChains_ > 0 ? 0 : idleTurns_ + 1;
+  polling_ = idleTurns_ < patience;
+  if (!more && notified) return collectNotifications(untilDue());
+  if (polling_ && idleTurns_ > 0) sched_yield();
+  // A queue that is never empty keeps no other from being seen.
+  if (!severalActive_ || ++unnotifiedTurns_ < (patience > 0 ? kUnnotifiedTurns : 1)) return;
+  unnotifiedTurns_ = 0;
+  collectNotifications(0);
 }
 
 /** One round over the queues that have something to do. True where there is more. */
@@ -51,11 +71,12 @@ bool RingFunction::turn() {
   bool more = false;
   int active = 0;
   turnBytes_ = 0;
+  turnChains_ = 0;
   for (uint16_t index = 0; index < slots_.size() && !failed_; index++) {
     Slot& slot = *slots_[index];
     if (!slot.queue.active()) continue;
     active++;
-    if (slot.ready) more |= serveQueue(slot, index);
+    if (slot.ready && !backend_->pulls(index)) more |= serveQueue(slot, index);
   }
   severalActive_ = active > 1;
   const int64_t due = failed_ ? -1 : backend_->due();
@@ -63,6 +84,7 @@ bool RingFunction::turn() {
     const int64_t now = monotonicNow();
     if (due <= now) backend_->resume(now, *this);
   }
+  if (!failed_) more |= backend_->poll(*this);
   publish();
   due_ = backend_->due();
   return more;
@@ -91,18 +113,59 @@ bool RingFunction::serveQueue(Slot& slot, uint16_t index) {
       return false;
     }
     // Still to be looked at: `ready` stays.
-    if (quiesced_) return false;
-    // First: what control says from here on stays. And reading it shows what was there before control said so.
-    slot.ready.exchange(false);
-    bool more = false;
-    if (!slot.queue.arm(more)) {
-      fail("memory of the used ring of queue " + std::to_string(index) + " is gone");
-      return false;
-    }
-    if (more) slot.ready = true;
-    return more;
+    if (quiesced_ || polling_) return false;
+    return arm(slot, index);
   }
   return true;
+}
+
+/** An empty queue is left alone until it is notified. True where it is not empty any more. */
+bool RingFunction::arm(Slot& slot, uint16_t index) {
+  // First: what control says from here on stays. And reading it shows what was there before control said so.
+  slot.ready.exchange(false);
+  bool more = false;
+  if (!slot.queue.arm(more)) {
+    fail("memory of the used ring of queue " + std::to_string(index) + " is gone");
+    return false;
+  }
+  if (more) slot.ready = true;
+  return more;
+}
+
+bool RingFunction::stocked(uint16_t queue) const {
+  const Slot& slot = *slots_[queue];
+  return slot.queue.active() && !failed_ && (quiesced_ ? slot.queue.owesAgain() : slot.ready.load());
+}
+
+Chain* RingFunction::pull(uint16_t queue) {
+  Slot& slot = *slots_[queue];
+  if (!slot.queue.active() || failed_) return nullptr;
+  Chain* chain = takeChain();
+  std::string reason;
+  do {
+    if (!quiesced_ && !slot.queue.disarm()) {
+      reason = "memory of the used ring is gone";
+      break;
+    }
+    const Pop pop = popNext(slot, *chain, reason);
+    if (pop == Pop::chain) {
+      chain->queue = queue;
+      return chain;
+    }
+    if (pop == Pop::broken) break;
+    // A look at the ring costs less than a notification.
+  } while (!quiesced_ && !polling_ && arm(slot, queue));
+  releaseChain(chain);
+  if (!reason.empty()) fail("queue " + std::to_string(queue) + ": " + reason);
+  return nullptr;
+}
+
+void RingFunction::putBack(Chain* chain) {
+  Slot& slot = *slots_[chain->queue];
+  slot.queue.putBack(*chain);
+  slot.received.store(slot.received.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+  if (!chain->again) inFlight_.store(inFlight_.load(std::memory_order_relaxed) - 1, std::memory_order_relaxed);
+  releaseChain(chain);
 }
 
 /** What was in flight when the ring was activated and has not been read since. */
@@ -112,6 +175,7 @@ void RingFunction::serveAgain(Slot& slot, uint16_t index) {
     Chain* chain = takeChain();
     const Pop pop = slot.queue.popAgain(dma_, *chain, reason);
     if (pop == Pop::chain) {
+      add(slot.received, 1);
       chain->queue = index;
       backend_->serve(chain, *this);
       continue;
@@ -125,9 +189,11 @@ void RingFunction::serveAgain(Slot& slot, uint16_t index) {
 /** What the device has taken goes on while it is quiesced. */
 Pop RingFunction::popNext(Slot& slot, Chain& chain, std::string& reason) {
   Pop pop = slot.queue.popAgain(dma_, chain, reason);
-  if (pop != Pop::empty || quiesced_) return pop;
-  pop = slot.queue.pop(dma_, chain, reason);
-  if (pop == Pop::chain) inFlight_.store(inFlight_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  if (pop == Pop::empty && !quiesced_) {
+    pop = slot.queue.pop(dma_, chain, reason);
+    if (pop == Pop::chain) inFlight_.store(inFlight_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  }
+  if (pop == Pop::chain) add(slot.received, 1);
   return pop;
 }
 
@@ -183,7 +249,12 @@ void RingFunction::collectNotifications(int timeout) {
   epoll_event events[kNotifications];
   const int count = epoll_wait(epoll_.number(), events, kNotifications, timeout);
   for (int index = 0; index < count; index++) {
-    if (events[index].data.u32 != kWakeEvent) slots_[events[index].data.u32]->ready = true;
+    const uint32_t name = events[index].data.u32;
+    if (name < kFirstSource) {
+      slots_[name]->ready = true;
+    } else if (name != kWakeEvent) {
+      backend_->signalled(name - kFirstSource, events[index].events);
+    }
   }
 }
 
@@ -202,10 +273,22 @@ void RingFunction::releaseChain(Chain* chain) {
   freeChains_.push_back(chain);
 }
 
+/** Where that part of a chain of one buffer is, as most have; else nullptr. */
+uint8_t* RingFunction::inOnePiece(const Chain& chain, Direction direction, uint64_t skip, uint64_t length) const {
+  const bool writable = direction == Direction::writable;
+  const std::vector<Segment>& segments = writable ? chain.writable : chain.readable;
+  if (length == 0 || segments.size() != 1 || skip + length > segments[0].length) return nullptr;
+  return dma_.contiguous(segments[0].iova + skip, length, writable);
+}
+
 const std::vector<iovec>* RingFunction::vectors(const Chain& chain, Direction direction, uint64_t skip,
                                                 uint64_t length) {
   const bool writable = direction == Direction::writable;
   vectors_.clear();
+  if (uint8_t* host = inOnePiece(chain, direction, skip, length)) {
+    vectors_.push_back({host, length});
+    return &vectors_;
+  }
   for (const Segment& segment : writable ? chain.writable : chain.readable) {
     if (skip >= segment.length) {
       skip -= segment.length;
@@ -222,6 +305,9 @@ const std::vector<iovec>* RingFunction::vectors(const Chain& chain, Direction di
 }
 
 bool RingFunction::copyFrom(const Chain& chain, uint64_t skip, void* to, size_t length) {
+  if (const uint8_t* from = inOnePiece(chain, Direction::readable, skip, length)) {
+    return guarded([&] { memcpy(to, from, length); });
+  }
   uint8_t* at = static_cast<uint8_t*>(to);
   return copyParts(chain, Direction::readable, skip, length, [&at](const iovec& part) {
     memcpy(at, part.iov_base, part.iov_len);
@@ -230,6 +316,9 @@ bool RingFunction::copyFrom(const Chain& chain, uint64_t skip, void* to, size_t 
 }
 
 bool RingFunction::copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) {
+  if (uint8_t* to = inOnePiece(chain, Direction::writable, skip, length)) {
+    return guarded([&] { memcpy(to, from, length); });
+  }
   const uint8_t* at = static_cast<const uint8_t*>(from);
   return copyParts(chain, Direction::writable, skip, length, [&at](const iovec& part) {
     memcpy(part.iov_base, at, part.iov_len);
@@ -258,15 +347,13 @@ void RingFunction::complete(Chain* chain, uint32_t written, uint64_t bytes, bool
   Slot& slot = *slots_[chain->queue];
   const uint16_t head = chain->head;
   turnBytes_ += bytes;
-  slot.requests.fetch_add(1, std::memory_order_relaxed);
-  slot.bytes.fetch_add(bytes, std::memory_order_relaxed);
-  if (error) slot.errors.fetch_add(1, std::memory_order_relaxed);
-  const uint16_t queue = chain->queue;
+  turnChains_++;
+  add(slot.completed, 1);
+  add(slot.bytes, bytes);
+  if (error) add(slot.bad, 1);
   releaseChain(chain);
   endedInTurn_++;
-  // The ring may have been unmapped while the request was served with the gate open.
-  if (failed_) return;
-  if (!slot.queue.push(head, written)) fail("memory of the used ring of queue " + std::to_string(queue) + " is gone");
+  slot.queue.push(head, written);
 }
 
 void RingFunction::abandon(Chain* chain) {

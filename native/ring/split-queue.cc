@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../guard.h"
+#include "prefetch.h"
 
 namespace vhostd::ring {
 namespace {
@@ -16,6 +17,8 @@ constexpr uint16_t kNoNotify = 1;
 constexpr uint32_t kLargestRing = 32768;
 /** Drivers fill indirect tables beyond the ring size (VIRTIO 1.2, 2.7.5.3.1 forbids it, Linux does it). */
 constexpr uint32_t kIndirectEntries = 1024;
+/** Of a buffer, bytes: a frame of the usual MTU with its headers. */
+constexpr uint32_t kMostPrefetched = 1600;
 
 uint64_t descBytes(uint64_t entries) { return 16 * entries; }
 uint64_t availBytes(uint64_t entries) { return 6 + 2 * entries; }
@@ -26,6 +29,8 @@ std::string hex(uint64_t value) {
   snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
   return text;
 }
+
+std::string nameOf(uint16_t head) { return "chain " + std::to_string(head); }
 
 /** vring_need_event (VIRTIO 1.2, 2.7.7.1). */
 bool passed(uint16_t event, uint16_t now, uint16_t before) {
@@ -99,6 +104,10 @@ void SplitQueue::activate(const QueueConfig& config, const DmaTable& dma, bool i
   takenCount_ = 0;
   for (const uint16_t head : config.inFlight) taken_[head] = ++takenCount_;
   readAgain_ = 0;
+  aheadCount_ = 0;
+  pushed_.clear();
+  pushed_.reserve(size);
+  lastWritten_ = 0;
   direct_.resize(size);
   indirectTable_.resize(std::max(size, kIndirectEntries));
   active_ = true;
@@ -112,22 +121,43 @@ bool SplitQueue::uses(uint64_t iova, uint64_t size) const {
 
 Pop SplitQueue::popAgain(const DmaTable& dma, Chain& chain, std::string& reason) {
   if (readAgain_ == config_.inFlight.size()) return Pop::empty;
-  return readChain(dma, config_.inFlight[readAgain_++], chain, reason) ? Pop::chain : Pop::broken;
-}
-
-Pop SplitQueue::pop(const DmaTable& dma, Chain& chain, std::string& reason) {
-  uint16_t head = 0;
-  bool empty = false;
-  if (!nextHead(head, empty, reason)) return Pop::broken;
-  if (empty) return Pop::empty;
-  if (!readChain(dma, head, chain, reason)) return Pop::broken;
-  taken_[head] = ++takenCount_;
-  lastAvail_++;
+  const uint16_t head = config_.inFlight[readAgain_++];
+  if (!readDirect(head, reason) || !readChain(dma, head, chain, reason)) return Pop::broken;
+  chain.again = true;
   return Pop::chain;
 }
 
+Pop SplitQueue::pop(const DmaTable& dma, Chain& chain, std::string& reason) {
+  if (!isAhead() && !readAhead(dma, reason)) return Pop::broken;
+  if (lastAvail_ == availIndex_) return Pop::empty;
+  const uint16_t at = lastAvail_ - aheadFrom_;
+  const Ahead& next = ahead_[at];
+  if (!checkHead(next.head, reason)) return Pop::broken;
+  if (at + kBuffersAhead < aheadCount_) prefetch(dma, ahead_[at + kBuffersAhead]);
+  if (isLast(next.first)) {
+    direct_[0] = next.first;
+    directCount_ = 1;
+  } else if (!readDirect(next.head, reason)) {
+    return Pop::broken;
+  }
+  if (!readChain(dma, next.head, chain, reason)) return Pop::broken;
+  taken_[next.head] = ++takenCount_;
+  lastAvail_++;
+  chain.again = false;
+  return Pop::chain;
+}
+
+void SplitQueue::putBack(const Chain& chain) {
+  if (chain.again) {
+    readAgain_--;
+    return;
+  }
+  taken_[chain.head] = 0;
+  lastAvail_--;
+}
+
+/** Of the descriptors in `direct_`. */
 bool SplitQueue::readChain(const DmaTable& dma, uint16_t head, Chain& chain, std::string& reason) {
-  if (!readDirect(head, reason)) return false;
   chain.clear();
   chain.head = head;
   const auto add = [&chain](const Descriptor& descriptor) {
@@ -151,19 +181,19 @@ bool SplitQueue::readChain(const DmaTable& dma, uint16_t head, Chain& chain, std
     for (uint32_t count = 1;; count++) {
       const Descriptor& descriptor = indirectTable_[at];
       if (descriptor.flags & kIndirect) {
-        reason = "chain " + std::to_string(head) + " has an indirect table inside an indirect table";
+        reason = nameOf(head) + " has an indirect table inside an indirect table";
         return false;
       }
       add(descriptor);
       if ((descriptor.flags & kNext) == 0) break;
       at = descriptor.next;
       if (at >= entries) {
-        reason = "indirect table of chain " + std::to_string(head) + " links to entry " + std::to_string(at) + " of " +
+        reason = "indirect table of " + nameOf(head) + " links to entry " + std::to_string(at) + " of " +
                  std::to_string(entries);
         return false;
       }
       if (count == entries) {
-        reason = "indirect table of chain " + std::to_string(head) + " loops";
+        reason = "indirect table of " + nameOf(head) + " loops";
         return false;
       }
     }
@@ -171,32 +201,77 @@ bool SplitQueue::readChain(const DmaTable& dma, uint16_t head, Chain& chain, std
   return true;
 }
 
-bool SplitQueue::nextHead(uint16_t& head, bool& empty, std::string& reason) {
+/** Reads what is available, at most `kAhead`; nothing where there is nothing. */
+bool SplitQueue::readAhead(const DmaTable& dma, std::string& reason) {
   const uint16_t size = config_.size;
+  uint16_t count = 0;
   const bool readable = guarded([&] {
     if (availIndex_ == lastAvail_) availIndex_ = __atomic_load_n(avail_ + 1, __ATOMIC_ACQUIRE);
-    empty = availIndex_ == lastAvail_;
-    head = empty ? 0 : __atomic_load_n(avail_ + 2 + lastAvail_ % size, __ATOMIC_RELAXED);
+    count = std::min<uint16_t>(availIndex_ - lastAvail_, kAhead);
+    // Each is in a cache of the driver's processor: they are fetched side by side.
+    for (uint16_t index = 0; index < count; index++) {
+      const uint16_t head = __atomic_load_n(avail_ + 2 + (lastAvail_ + index) % size, __ATOMIC_RELAXED);
+      ahead_[index].head = head;
+      if (head < size) __builtin_prefetch(desc_ + head);
+    }
+    for (uint16_t index = 0; index < count; index++) {
+      const uint16_t head = ahead_[index].head;
+      if (head < size) memcpy(&ahead_[index].first, desc_ + head, sizeof(Descriptor));
+    }
   });
+  aheadFrom_ = lastAvail_;
+  aheadCount_ = 0;
   if (!readable) {
-    reason = "memory of the available ring is gone";
+    reason = "memory of the available ring or the descriptor table is gone";
     return false;
   }
-  const uint16_t ahead = availIndex_ - lastAvail_;
-  if (ahead > size) {
-    reason = "available index " + std::to_string(availIndex_) + " is " + std::to_string(ahead) + " ahead of " +
+  const uint16_t available = availIndex_ - lastAvail_;
+  if (available > size) {
+    reason = "available index " + std::to_string(availIndex_) + " is " + std::to_string(available) + " ahead of " +
              std::to_string(lastAvail_) + ", the ring has " + std::to_string(size);
     return false;
   }
-  if (head >= size) {
-    reason = "available head " + std::to_string(head) + " is outside the ring of " + std::to_string(size);
+  // A driver that does not wait for what it gets back would have it pile up here.
+  const uint32_t owned = uint32_t{available} + static_cast<uint16_t>(lastAvail_ - published_);
+  if (owned > size) {
+    reason = "available index " + std::to_string(availIndex_) + " is " + std::to_string(owned) + " ahead of used index " +
+             std::to_string(published_) + ", the ring has " + std::to_string(size);
     return false;
   }
-  if (!empty && taken_[head] != 0) {
+  aheadCount_ = count;
+  for (uint16_t index = 0; index < std::min(count, kBuffersAhead); index++) prefetch(dma, ahead_[index]);
+  return true;
+}
+
+/** Of a chain's first buffer, or its indirect table. */
+void SplitQueue::prefetch(const DmaTable& dma, const Ahead& chain) const {
+  if (chain.head >= config_.size) return;
+  const Descriptor& first = chain.first;
+  const bool written = (first.flags & (kWrite | kIndirect)) == kWrite;
+  const uint32_t bytes = std::min({first.length, kMostPrefetched, written ? lastWritten_ : UINT32_MAX});
+  const uint8_t* at = dma.contiguous(first.address, bytes, written);
+  if (at == nullptr) return;
+  if (written) {
+    prefetchForWriting(at, bytes);
+  } else {
+    prefetchForReading(at, bytes);
+  }
+}
+
+bool SplitQueue::checkHead(uint16_t head, std::string& reason) const {
+  if (head >= config_.size) {
+    reason = "available head " + std::to_string(head) + " is outside the ring of " + std::to_string(config_.size);
+    return false;
+  }
+  if (taken_[head] != 0) {
     reason = "available head " + std::to_string(head) + " has not been given back yet";
     return false;
   }
   return true;
+}
+
+bool SplitQueue::isLast(const Descriptor& descriptor) {
+  return (descriptor.flags & kIndirect) != 0 || (descriptor.flags & kNext) == 0;
 }
 
 bool SplitQueue::readDirect(uint16_t head, std::string& reason) {
@@ -216,61 +291,60 @@ bool SplitQueue::readDirect(uint16_t head, std::string& reason) {
       }
       Descriptor& copy = direct_[count++];
       memcpy(&copy, const_cast<const Descriptor*>(desc_ + at), sizeof copy);
-      if ((copy.flags & kIndirect) || !(copy.flags & kNext)) return;
+      if (isLast(copy)) return;
       at = copy.next;
     }
   });
-  const std::string name = "chain " + std::to_string(head);
+  if (readable && end == done) {
+    directCount_ = count;
+    return true;
+  }
   if (!readable) {
     reason = "memory of the descriptor table is gone";
   } else if (end == outOfRange) {
-    reason = name + " links to descriptor " + std::to_string(at) + " of " + std::to_string(size);
-  } else if (end == loop) {
-    reason = name + " loops";
+    reason = nameOf(head) + " links to descriptor " + std::to_string(at) + " of " + std::to_string(size);
   } else {
-    directCount_ = count;
-    return true;
+    reason = nameOf(head) + " loops";
   }
   return false;
 }
 
 bool SplitQueue::readIndirect(const DmaTable& dma, const Descriptor& table, Chain& chain, std::string& reason) {
-  const std::string name = "chain " + std::to_string(chain.head);
-  if (!indirect_) {
-    reason = name + " is indirect, which was not negotiated";
-  } else if (table.flags & kNext) {
-    reason = name + " continues behind its indirect table";
-  } else if (table.length == 0 || table.length % sizeof(Descriptor) != 0 ||
-             table.length / sizeof(Descriptor) > indirectTable_.size()) {
-    reason = "indirect table of " + name + " has " + std::to_string(table.length) + " bytes; a multiple of 16 up to " +
-             std::to_string(16 * indirectTable_.size());
-  } else {
-    scratch_.clear();
-    if (!dma.translate(table.address, table.length, false, scratch_)) {
-      reason = "indirect table of " + name + " at " + hex(table.address) + " is not mapped";
-      return false;
-    }
-    uint8_t* to = reinterpret_cast<uint8_t*>(indirectTable_.data());
-    const bool readable = guarded([&] {
-      for (const iovec& part : scratch_) {
-        memcpy(to, part.iov_base, part.iov_len);
-        to += part.iov_len;
-      }
-    });
-    if (readable) return true;
-    reason = "memory of the indirect table of " + name + " is gone";
+  reason = refusal(table, chain.head);
+  if (!reason.empty()) return false;
+  scratch_.clear();
+  if (!dma.translate(table.address, table.length, false, scratch_)) {
+    reason = "indirect table of " + nameOf(chain.head) + " at " + hex(table.address) + " is not mapped";
+    return false;
   }
-  return false;
+  uint8_t* to = reinterpret_cast<uint8_t*>(indirectTable_.data());
+  const bool readable = guarded([&] {
+    for (const iovec& part : scratch_) {
+      memcpy(to, part.iov_base, part.iov_len);
+      to += part.iov_len;
+    }
+  });
+  if (!readable) reason = "memory of the indirect table of " + nameOf(chain.head) + " is gone";
+  return readable;
 }
 
-bool SplitQueue::push(uint16_t head, uint32_t written) {
+/** Empty, or why a chain has no such indirect table. */
+std::string SplitQueue::refusal(const Descriptor& table, uint16_t head) const {
+  if (!indirect_) return nameOf(head) + " is indirect, which was not negotiated";
+  if (table.flags & kNext) return nameOf(head) + " continues behind its indirect table";
+  if (table.length != 0 && table.length % sizeof(Descriptor) == 0 &&
+      table.length / sizeof(Descriptor) <= indirectTable_.size()) {
+    return {};
+  }
+  return "indirect table of " + nameOf(head) + " has " + std::to_string(table.length) + " bytes; a multiple of 16 up to " +
+         std::to_string(16 * indirectTable_.size());
+}
+
+void SplitQueue::push(uint16_t head, uint32_t written) {
   forget(head);
-  UsedElement* element = usedRing_ + lastUsed_ % config_.size;
   lastUsed_++;
-  return guarded([&] {
-    __atomic_store_n(&element->id, head, __ATOMIC_RELAXED);
-    __atomic_store_n(&element->length, written, __ATOMIC_RELAXED);
-  });
+  lastWritten_ = written;
+  pushed_.push_back({head, written});
 }
 
 void SplitQueue::forget(uint16_t head) {
@@ -292,7 +366,15 @@ bool SplitQueue::publish(bool& call) {
   const uint16_t before = published_;
   published_ = lastUsed_;
   const uint16_t size = config_.size;
+  const UsedElement* const elements = pushed_.data();
+  const size_t count = pushed_.size();
+  pushed_.clear();
   return guarded([&] {
+    for (size_t index = 0; index < count; index++) {
+      UsedElement* element = usedRing_ + (before + index) % size;
+      __atomic_store_n(&element->id, elements[index].id, __ATOMIC_RELAXED);
+      __atomic_store_n(&element->length, elements[index].length, __ATOMIC_RELAXED);
+    }
     __atomic_store_n(usedHead_ + 1, lastUsed_, __ATOMIC_RELEASE);
     // The driver writes its event and then looks at the index: the index must be out before the event is read.
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -312,13 +394,13 @@ bool SplitQueue::arm(bool& more) {
   disarmed_ = false;
   return guarded([&] {
     if (eventIdx_) {
-      __atomic_store_n(availEvent_, lastAvail_, __ATOMIC_RELAXED);
+      __atomic_store_n(availEvent_, availIndex_, __ATOMIC_RELAXED);
     } else {
       __atomic_store_n(usedHead_, uint16_t{0}, __ATOMIC_RELAXED);
     }
     // The driver publishes its index and then reads this: a chain added before it could see it must be seen here.
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    more = __atomic_load_n(avail_ + 1, __ATOMIC_ACQUIRE) != lastAvail_;
+    more = __atomic_load_n(avail_ + 1, __ATOMIC_ACQUIRE) != availIndex_;
   });
 }
 

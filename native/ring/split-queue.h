@@ -44,10 +44,17 @@ class SplitQueue {
 
   /** Reads the next of the chains that were in flight when the ring was activated; empty when all have been. */
   Pop popAgain(const DmaTable& dma, Chain& chain, std::string& reason);
-  /** Takes the next available chain. `reason` is set where the ring is broken. */
+  /**
+   * Takes the next available chain. `reason` is set where the ring is broken; it is, too, where the driver has made more
+   * available than the ring has entries since what it was shown as used.
+   */
   Pop pop(const DmaTable& dma, Chain& chain, std::string& reason);
-  /** Gives a chain back with `written` bytes; the driver sees it after `publish`. False where the ring's memory is gone. */
-  bool push(uint16_t head, uint32_t written);
+  /** Undoes `pop` or `popAgain`: of the chains that were taken since another was pushed, the last one. */
+  void putBack(const Chain& chain);
+  /** Whether `popAgain` has one. */
+  bool owesAgain() const { return readAgain_ < config_.inFlight.size(); }
+  /** Gives a chain back with `written` bytes; the driver sees it after `publish`. */
+  void push(uint16_t head, uint32_t written);
   /** The chain is no longer in flight and is never given back. */
   void forget(uint16_t head);
   /** Shows the driver what was pushed. False where the ring's memory is gone; `call` says whether it wants a call. */
@@ -55,7 +62,10 @@ class SplitQueue {
 
   /** No notifications are needed while the device looks at the ring anyway. False where the memory is gone. */
   bool disarm();
-  /** Asks for a notification of the next chain; `more` where one is there already. False where the memory is gone. */
+  /**
+   * Asks for a notification of the next chain that was not seen yet; `more` where one is there already. False where the
+   * memory is gone.
+   */
   bool arm(bool& more);
 
   /** Heads of chains that were taken and neither given back nor forgotten, in the order they were taken. */
@@ -74,9 +84,23 @@ class SplitQueue {
     uint32_t id;
     uint32_t length;
   };
-  bool nextHead(uint16_t& head, bool& empty, std::string& reason);
+  /** The next available chain's head, and its first descriptor where there is such a head. */
+  struct Ahead {
+    uint16_t head;
+    Descriptor first;
+  };
+  /** Together: a cache line of the available ring. Their buffers are fetched so many chains before they are needed. */
+  static constexpr uint16_t kAhead = 32;
+  static constexpr uint16_t kBuffersAhead = 5;
+
+  bool isAhead() const { return static_cast<uint16_t>(lastAvail_ - aheadFrom_) < aheadCount_; }
+  bool readAhead(const DmaTable& dma, std::string& reason);
+  void prefetch(const DmaTable& dma, const Ahead& chain) const;
+  bool checkHead(uint16_t head, std::string& reason) const;
   bool readChain(const DmaTable& dma, uint16_t head, Chain& chain, std::string& reason);
   bool readDirect(uint16_t head, std::string& reason);
+  static bool isLast(const Descriptor& descriptor);
+  std::string refusal(const Descriptor& table, uint16_t head) const;
   bool readIndirect(const DmaTable& dma, const Descriptor& table, Chain& chain, std::string& reason);
 
   bool active_ = false;
@@ -98,6 +122,14 @@ class SplitQueue {
   /** What the driver has been shown. */
   uint16_t published_ = 0;
   bool disarmed_ = false;
+  /** Read from the rings at once, from index `aheadFrom_` on; chains that are not taken yet do not change. */
+  Ahead ahead_[kAhead];
+  uint16_t aheadFrom_ = 0;
+  uint16_t aheadCount_ = 0;
+  /** Pushed, from index `published_` on; as many as the ring has entries at most. */
+  std::vector<UsedElement> pushed_;
+  /** With the last one: the next will hardly need more of its buffer. */
+  uint32_t lastWritten_ = 0;
   /** By head: when it was taken, counted from 1; 0 where it is not in flight. */
   std::vector<uint64_t> taken_;
   uint64_t takenCount_ = 0;

@@ -55,7 +55,7 @@ TEST(ring_moves_data_while_memory_is_mapped_and_unmapped) {
     if (!verified) break;
   }
   CHECK(verified);
-  CHECK(rig.function->stats(0).requests == 300 * 16);
+  CHECK(rig.function->stats(0).completed == 300 * 16);
   CHECK(rig.function->map(kExtra - 4096, 8192, extra, 0, true) == -EEXIST);
   close(extra);
 }

@@ -48,11 +48,16 @@ export interface ForwardedRequest {
   readonly writable: number;
 }
 
+/** Counters of one queue. */
 export interface RingStats {
-  readonly requests: number;
-  /** Data moved, bytes. */
+  /** Chains taken. */
+  readonly received: number;
+  /** Chains given back. */
+  readonly completed: number;
+  /** Of these, malformed ones and those whose request failed. */
+  readonly bad: number;
+  /** Data moved, without headers and status bytes. */
   readonly bytes: number;
-  readonly errors: number;
 }
 
 export type RingParameters = Readonly<Record<string, string | number | bigint | boolean>>;
@@ -88,9 +93,13 @@ interface NativeRingFunction {
   indices(): RingIndices[];
   failure(): string;
   stats(): RingStats[];
+  carrier(): boolean;
+  info(): Record<string, number>;
   close(): void;
 }
-const { RingFunction } = addon as unknown as { readonly RingFunction: new () => NativeRingFunction };
+const { RingFunction } = addon as unknown as {
+  readonly RingFunction: { new (): NativeRingFunction; ending(): number };
+};
 
 /** Where the calls of all queues will go. Holds the descriptors until then. */
 export interface PreparedCalls extends Disposable {
@@ -103,6 +112,8 @@ const ENFILE = 23;
 const EMFILE = 24;
 const ENOSPC = 28;
 
+/** Milliseconds that the world outside may be out of reach before it is said: the other side may just go on elsewhere. */
+const CARRIER_PATIENCE = 250;
 /** Milliseconds that the first attempt to have the worker give way or end may hold up the event loop; others none. */
 const FIRST_ATTEMPT = 1;
 /** Milliseconds between two attempts. */
@@ -116,17 +127,38 @@ const QUIESCE_TIMEOUT = 5000;
  * The rings of one soft function: its view of guest memory, its virtqueues, and a native thread that serves them from
  * `start` to `stop`. What changes the things that the thread uses waits for its piece of I/O, never on the event loop;
  * such changes are made in the order they were asked for.
+ *
+ * The worker of network devices: pair k is receive queue 2k and transmit queue 2k + 1, then comes the control queue
+ * (VIRTIO 1.2, 5.1.2), which the worker serves itself: it knows the number of pairs in use and promiscuous mode. A
+ * receive chain is taken only when there is a frame for it, so none is ever in flight. Its parameters:
+ *
+ * | name | |
+ * |---|---|
+ * | backend | "tap", "wire" or "echo"; with tap, wire: the name of the interface or the wire |
+ * | pairs | queue pairs of the device |
+ * | mac | text, or a number whose lowest byte is the first |
+ * | mtu | of the device, where the driver knows of it; 0 for none |
+ * | link | false: no frame passes. true brings back an interface that is there again |
+ * | promiscuous | frames to others pass, too. Without CTRL_RX all pass anyway |
+ * | pairsInUse | receiving goes to that many pairs, 1 unless said; 0: to those both of whose queues are active |
+ *
+ * The driver's commands change `promiscuous` and `pairsInUse`, which `info` shows. Stopping does not: whoever resets the
+ * device sets both anew, `pairsInUse` to 1, and to 0 where it goes on with the state of another, which does not tell.
  */
 export class RingEngine implements Disposable {
   private readonly handle = new RingFunction();
   private readonly events: Watch;
   private readonly turns = new OperationQueue();
+  /** As `onCarrier` was told, and when it is told that it is lost. */
+  private reaches: boolean;
+  private losing: Timer | undefined;
   private closed = false;
 
   /**
    * @param worker name of the native backend, and its parameters
    * @param onFailure the rings have failed: nothing is served until they are stopped and set up again
    * @param onRequests with the backend "forward": `takeRequests` may have something
+   * @param onCarrier the backend reaches the world outside now, or has not for a while
    * @throws VhostdError invalid
    */
   constructor(
@@ -134,16 +166,24 @@ export class RingEngine implements Disposable {
     readonly queues: number,
     onFailure: (reason: string) => void,
     onRequests?: () => void,
+    private readonly onCarrier?: (up: boolean) => void,
   ) {
     checkInteger(queues, 0, 0xffff, "number of queues");
     refuse(this.native.create(worker.name, worker.parameters, queues));
+    this.reaches = this.native.carrier();
     this.events = watch(this.native.events(), "in", () => {
       drainEventfd(this.native.events());
       this.events.rearm();
       const reason = this.native.failure();
       if (reason !== "") onFailure(reason);
       if (!this.closed) onRequests?.();
+      if (!this.closed) this.checkCarrier();
     });
+  }
+
+  /** How many engines of this process were disposed of and have not ended: their fds are still open. */
+  static ending(): number {
+    return RingFunction.ending();
   }
 
   /** The queue's notification: an eventfd of this engine, borrowed. */
@@ -332,12 +372,44 @@ export class RingEngine implements Disposable {
     return this.native.stats();
   }
 
+  /** Whether the backend reaches the world outside, as `onCarrier` was told last. */
+  carrier(): boolean {
+    return this.reaches;
+  }
+
+  /** What the backend knows of itself, by name: what its driver has set by commands, what it has dropped. */
+  info(): Readonly<Record<string, number>> {
+    return this.native.info();
+  }
+
   /** Stops at once, unmaps everything, closes all fds; behind the scenes where the worker is held up by the system. */
   [Symbol.dispose](): void {
     if (this.closed) return;
     this.closed = true;
+    clearTimeout(this.losing);
     this.events[Symbol.dispose]();
     this.handle.close();
+  }
+
+  private checkCarrier(): void {
+    const up = this.native.carrier();
+    if (up) {
+      clearTimeout(this.losing);
+      this.losing = undefined;
+      this.setCarrier(true);
+    } else if (this.reaches && this.losing === undefined) {
+      this.losing = setTimeout(() => {
+        this.losing = undefined;
+        this.setCarrier(this.native.carrier());
+      }, CARRIER_PATIENCE);
+      this.losing.unref();
+    }
+  }
+
+  private setCarrier(up: boolean): void {
+    if (this.reaches === up) return;
+    this.reaches = up;
+    this.onCarrier?.(up);
   }
 
   /** Whoever waited while the engine was closed finds nothing. @throws VhostdError cancelled */

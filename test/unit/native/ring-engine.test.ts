@@ -8,6 +8,7 @@ import { DriverRing } from "../../kit/driver-ring.ts";
 import { GuestMemoryFile } from "../../kit/guest-memory-file.ts";
 import { rejection } from "../../kit/rejection.ts";
 import { eventually, openFds, warmUp } from "./open-fds.ts";
+import { ringsOf } from "./ring-states.ts";
 
 const GPA = 0x10_0000;
 const SIZE = 64;
@@ -106,12 +107,12 @@ test("requests move from engine to engine with their heads", async () => {
   });
   expect(await eventually(() => slow.inFlight() === 9)).toBe(true);
   await slow.park(soon());
-  const [state] = slow.rings();
+  const [state] = await ringsOf(slow);
   // Nine after 65530.
   expect(state).toMatchObject({ queue: 0, lastAvail: 3, lastUsed: FIRST });
   expect(state!.inFlight.length).toBe(9);
   await slow.stop("drop", soon());
-  expect([slow.inFlight(), slow.rings()]).toEqual([0, []]);
+  expect([slow.inFlight(), await ringsOf(slow)]).toEqual([0, []]);
 
   const next = await lab.create();
   await lab.start(lab.config(3, FIRST, state!.inFlight));
@@ -120,8 +121,8 @@ test("requests move from engine to engine with their heads", async () => {
     const { readable, writable } = readRequest(sector, SECTOR);
     expect(blkResult(await lab.queue.request(readable, writable))).toEqual({ status: BlkStatus.ok, data });
   }
-  expect(next.stats()[0]!.requests).toBe(18);
-  expect(next.rings()).toEqual([{ queue: 0, lastAvail: 12, lastUsed: 12, inFlight: [] }]);
+  expect(next.stats()[0]).toEqual({ received: 18, completed: 18, bad: 0, bytes: 18 * SECTOR });
+  expect(await ringsOf(next)).toEqual([{ queue: 0, lastAvail: 12, lastUsed: 12, inFlight: [] }]);
   expect(lab.failures).toEqual([]);
 });
 
@@ -133,7 +134,7 @@ test("a quiesced engine takes nothing until it may again, started or not", async
   const { readable, writable } = readRequest(0, SECTOR);
   const read = lab.queue.request(readable, writable);
   await Bun.sleep(5);
-  expect(engine.rings()).toEqual([{ queue: 0, lastAvail: FIRST, lastUsed: FIRST, inFlight: [] }]);
+  expect(await ringsOf(engine)).toEqual([{ queue: 0, lastAvail: FIRST, lastUsed: FIRST, inFlight: [] }]);
   engine.unquiesce();
   expect(blkResult(await read).status).toBe(BlkStatus.ok);
 });
@@ -186,7 +187,7 @@ test("a request that was never answered holds up neither stop nor the end, and i
     await lab.start(lab.config(...positions(lab)));
     const request = lab.queue.request([Uint8Array.of(7)], [1]);
     const { id } = await lab.request();
-    const { inFlight } = engine.rings()[0]!;
+    const { inFlight } = (await ringsOf(engine))[0]!;
     expect(inFlight.length).toBe(1);
     const [indices] = await engine.stop(how, soon());
     expect(indices!.lastAvail).toBe((indices!.lastUsed + 1) & 0xffff);
