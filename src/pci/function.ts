@@ -24,6 +24,8 @@ export interface PciFunction extends AsyncDisposable {
   doorbell(bar: number, offset: number): Doorbell;
   /** Function-level reset. @throws VhostdError resetTimedOut */
   reset(deadline: Deadline): Promise<void>;
+  /** What each queue has done since the function was made; left out where the function does not count. */
+  readonly queueStats?: (() => Promise<readonly QueueStats[]>) | undefined;
   /** Resolves with the reason when the function is gone (its server died, the device was unplugged). */
   readonly lost: Promise<Error>;
   /** What a new process needs, beside the fds, to go on with the function as it is. */
@@ -33,6 +35,18 @@ export interface PciFunction extends AsyncDisposable {
    * whoever holds duplicates of its fds.
    */
   abandon(): void;
+}
+
+/** Counters of one virtqueue. */
+export interface QueueStats {
+  /** Descriptor chains that the device has taken. */
+  readonly received: number;
+  /** Descriptor chains that it has given back. */
+  readonly completed: number;
+  /** Of these, how many were malformed or failed. */
+  readonly bad: number;
+  /** Data moved, without headers and status bytes. */
+  readonly bytes: number;
 }
 
 /** Plain data beside named fds: a live function is made from both (first start and adoption alike). */

@@ -26,6 +26,8 @@ export const Command = {
   migrationDataWrite: 18,
   /** Of this software only, where the server's VERSION says `vfe_kick_fds`; far beyond what the specification numbers. */
   setKick: 0x5601,
+  /** Of this software only, where the server's VERSION says `vfe_queue_stats`. */
+  queueStats: 0x5602,
 } as const;
 export type CommandNumber = (typeof Command)[keyof typeof Command];
 
@@ -173,3 +175,13 @@ export const SET_KICK = struct("vfe_set_kick", 24, {
   offset: [16, "addr"],
 });
 export const SetKickFlag = { connect: 0x1 } as const;
+
+/** Reply to QUEUE_STATS, whose request has no payload; `count` counters follow, by queue. */
+export const QUEUE_STATS = struct("vfe_queue_stats", 8, { count: [0, "u32"], reserved: [4, "u32"] });
+/** What a queue has done since the function was made; see `QueueStats` of src/pci/function.ts. */
+export const QUEUE_COUNTERS = struct("vfe_queue_counters", 32, {
+  received: [0, "addr"],
+  completed: [8, "addr"],
+  bad: [16, "addr"],
+  bytes: [24, "addr"],
+});

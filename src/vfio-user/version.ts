@@ -13,6 +13,8 @@ export type Capabilities = {
   readonly pageSizes: number;
   /** 1: SET_KICK, an extension of this software. A server says so only to a client that does. */
   readonly kickFds: number;
+  /** 1: QUEUE_STATS, likewise. */
+  readonly queueStats: number;
 };
 
 export interface Version {
@@ -30,18 +32,22 @@ const NAMES = {
   maxDmaMaps: { name: "max_dma_maps", standard: 65535, least: 1, most: Number.MAX_SAFE_INTEGER },
   pageSizes: { name: "pgsizes", standard: 4096, least: 1, most: Number.MAX_SAFE_INTEGER },
   kickFds: { name: "vfe_kick_fds", standard: 0, least: 0, most: 1 },
+  queueStats: { name: "vfe_queue_stats", standard: 0, least: 0, most: 1 },
 } as const satisfies Record<keyof Capabilities, object>;
+
+/** Of this software only. Some peers warn of a name that they do not know: it is left out where it would say 0. */
+const EXTENSIONS: ReadonlySet<string> = new Set<keyof Capabilities>(["kickFds", "queueStats"]);
 
 /** Bytes of a payload: what is longer is not looked at. A peer's capabilities take a few hundred. */
 const PAYLOAD_MAX = 4096;
 
 /** Payload of VERSION, request or reply. */
 export function encodeVersion({ major, minor, capabilities }: Version): Uint8Array<ArrayBuffer> {
-  // Some peers warn of a name that they do not know.
-  const { kickFds, ...standard } = NAMES;
-  const said = capabilities.kickFds === kickFds.standard ? standard : NAMES;
   const named = Object.fromEntries(
-    Object.entries(said).map(([key, { name }]) => [name, capabilities[key as keyof Capabilities]]),
+    Object.entries(NAMES)
+      .map(([key, { name }]) => [key, name, capabilities[key as keyof Capabilities]] as const)
+      .filter(([key, , value]) => value !== 0 || !EXTENSIONS.has(key))
+      .map(([, name, value]) => [name, value]),
   );
   const text = new TextEncoder().encode(`${JSON.stringify({ capabilities: named })}\0`);
   const payload = new Uint8Array(VERSION.size + text.length);
@@ -80,6 +86,7 @@ export function decodeVersion(payload: Uint8Array): Version {
       maxDmaMaps: value("maxDmaMaps"),
       pageSizes: value("pageSizes"),
       kickFds: value("kickFds"),
+      queueStats: value("queueStats"),
     },
   };
 }

@@ -14,6 +14,7 @@ const CLIENT_CAPABILITIES: Capabilities = {
   maxDmaMaps: 65535,
   pageSizes: 4096,
   kickFds: 1,
+  queueStats: 1,
 };
 
 /** Milliseconds for an answer where the caller names no deadline. */

@@ -22,7 +22,7 @@ import {
 } from "../../vfio-user/messages.ts";
 import type { PciAddress } from "../address.ts";
 import type { DmaRange } from "../address-space.ts";
-import type { Doorbell, FunctionSnapshot, Interrupts, PciFunction } from "../function.ts";
+import type { Doorbell, FunctionSnapshot, Interrupts, PciFunction, QueueStats } from "../function.ts";
 import { VfioUserClient } from "./client.ts";
 import { PAGE_SIZE, VfioUserDoorbell } from "./doorbell.ts";
 import { type FunctionRecord, parseFunctionRecord } from "./record.ts";
@@ -30,6 +30,7 @@ import { VfioUserRegion } from "./region.ts";
 import {
   decodeDeviceInfo,
   decodeIoFds,
+  decodeQueueStats,
   decodeRegionInfo,
   decodeVectorCount,
   type IoEventfd,
@@ -155,6 +156,14 @@ export class VfioUserFunction implements PciFunction {
       }
       throw cause;
     }
+  }
+
+  get queueStats(): (() => Promise<readonly QueueStats[]>) | undefined {
+    if (this.client.capabilities.queueStats !== 1) return undefined;
+    return async () => {
+      using reply = await this.client.request(Command.queueStats, new Uint8Array(0));
+      return decodeQueueStats(reply);
+    };
   }
 
   /** Smallest unit of a DMA mapping, bytes. */

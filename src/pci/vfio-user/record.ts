@@ -33,6 +33,7 @@ const FunctionSchema = Type.Object({
       maxDmaMaps: Bytes,
       pageSizes: Type.Integer({ minimum: 1, maximum: Number.MAX_SAFE_INTEGER }),
       kickFds: Type.Integer({ minimum: 0, maximum: 1 }),
+      queueStats: Type.Integer({ minimum: 0, maximum: 1 }),
     }),
   }),
   configSize: Bytes,

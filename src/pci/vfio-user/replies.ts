@@ -8,6 +8,8 @@ import {
   IoFdType,
   IRQ_INFO,
   IrqInfoFlag,
+  QUEUE_COUNTERS,
+  QUEUE_STATS,
   REGION_ACCESS,
   REGION_CAP,
   REGION_CAP_SPARSE_MMAP,
@@ -19,6 +21,7 @@ import {
   SPARSE_MMAP,
   SUB_REGION,
 } from "../../vfio-user/messages.ts";
+import type { QueueStats } from "../function.ts";
 import type { Reply } from "./client.ts";
 
 /**
@@ -33,6 +36,8 @@ const REGION_SIZE_MAX = 2 ** 46;
 const VECTORS_MAX = 2048;
 const SUB_REGIONS_MAX = 4096;
 const AREAS_MAX = 64;
+/** More queues than a virtio device has doorbells for here. */
+const QUEUES_MAX = 4096;
 
 export type Span = { readonly offset: number; readonly size: number };
 
@@ -164,6 +169,17 @@ export function checkWritten(reply: Reply, region: number, offset: number, count
   if (seen.region !== region || seen.offset !== offset || seen.count !== count) {
     throw bad(`of ${count} bytes for ${offset} of region ${region}, ${seen.count} were written at ${seen.offset}`);
   }
+}
+
+export function decodeQueueStats(reply: Reply): readonly QueueStats[] {
+  const { count } = fixedPart(QUEUE_STATS, reply);
+  const size = QUEUE_STATS.size + count * QUEUE_COUNTERS.size;
+  if (count > QUEUES_MAX || size !== reply.body.length) {
+    throw bad(`counters of ${count} queues in ${reply.body.length} bytes; of at most ${QUEUES_MAX} in ${size}`);
+  }
+  return Array.from({ length: count }, (_, queue) =>
+    read(QUEUE_COUNTERS, reply.body, QUEUE_STATS.size + queue * QUEUE_COUNTERS.size),
+  );
 }
 
 /** A table of messages.ts, as far as reading goes. */

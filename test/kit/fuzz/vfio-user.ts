@@ -32,10 +32,11 @@ const number: Readonly<Record<FieldType, fc.Arbitrary<bigint>>> = {
   u8: fc.nat(255).map(BigInt),
   u16: fc.oneof(fc.constantFrom(...NUMBERS.map(BigInt)), fc.nat(0xffff).map(BigInt)),
   u32: small.map(BigInt),
+  u48: fc.nat(2 ** 31 - 1).map(BigInt),
   u64: fc.oneof({ weight: 6, arbitrary: small.map(BigInt) }, { weight: 1, arbitrary: fc.constantFrom(...HUGE) }),
   addr: fc.oneof({ weight: 6, arbitrary: small.map(BigInt) }, { weight: 1, arbitrary: fc.constantFrom(...HUGE) }),
 };
-const BYTES = { u8: 1, u16: 2, u32: 4, u64: 8, addr: 8 } as const;
+const BYTES = { u8: 1, u16: 2, u32: 4, u48: 6, u64: 8, addr: 8 } as const;
 
 interface Layout {
   readonly size: number;
@@ -62,7 +63,14 @@ const data = fc.oneof(
     arbitrary: fc.array(structure(SUB_REGION), { maxLength: 4 }).map((all) => new Uint8Array(Buffer.concat(all))),
   },
 );
-const CAPABILITIES = { maxMsgFds: 8, maxDataTransfer: 1 << 20, maxDmaMaps: 16, pageSizes: 4096, kickFds: 1 };
+const CAPABILITIES = {
+  maxMsgFds: 8,
+  maxDataTransfer: 1 << 20,
+  maxDmaMaps: 16,
+  pageSizes: 4096,
+  kickFds: 1,
+  queueStats: 1,
+};
 const version = encodeVersion({ major: 0, minor: 1, capabilities: CAPABILITIES });
 
 /** Bodies as they might be meant, and bytes. */

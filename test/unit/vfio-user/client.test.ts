@@ -46,17 +46,20 @@ describe("the version", () => {
       maxDmaMaps: 65535,
       pageSizes: 4096,
       kickFds: 0,
+      queueStats: 0,
     });
   });
 
   test("names an extension only where there is one", () => {
-    const said = (kickFds: number) => encodeVersion({ major: 0, minor: 1, capabilities: { ...limits, kickFds } });
-    expect(new TextDecoder().decode(said(0))).not.toContain("vfe_");
-    expect(decodeVersion(said(1)).capabilities).toEqual({ ...limits, kickFds: 1 });
+    const said = (more: object) => encodeVersion({ major: 0, minor: 1, capabilities: { ...limits, ...more } });
+    expect(new TextDecoder().decode(said({}))).not.toContain("vfe_");
+    for (const extension of [{ kickFds: 1 }, { queueStats: 1 }, { kickFds: 1, queueStats: 1 }]) {
+      expect(decodeVersion(said(extension)).capabilities).toEqual({ ...limits, ...extension });
+    }
   });
 
   const text = (json: string) => Uint8Array.of(0, 0, 1, 0, ...new TextEncoder().encode(json));
-  const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096, kickFds: 0 };
+  const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096, kickFds: 0, queueStats: 0 };
   const bad: [string, Uint8Array, RegExp][] = [
     ["cut short", Uint8Array.of(0, 0, 1), /3 bytes/],
     ["of another major", encodeVersion({ major: 1, minor: 0, capabilities: limits }), /1\.0/],

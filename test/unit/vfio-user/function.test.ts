@@ -22,6 +22,8 @@ import {
   DMA_UNMAP,
   IRQ_INFO,
   IRQ_SET,
+  QUEUE_COUNTERS,
+  QUEUE_STATS,
   REGION_ACCESS,
   REGION_CAP,
   REGION_INFO,
@@ -69,6 +71,40 @@ function forRegion(
     return typeof answer === "function" ? answer(usual) : answer;
   });
 }
+
+describe("what the queues have done", () => {
+  const counters = [
+    { received: 2 ** 40, completed: 7, bad: 1, bytes: 4096 },
+    { received: 0, completed: 0, bad: 0, bytes: 0 },
+  ];
+  const reply = (count: number, given = counters) => ({
+    body: Uint8Array.of(...QUEUE_STATS.encode({ count }), ...given.flatMap((one) => [...QUEUE_COUNTERS.encode(one)])),
+  });
+  const counting = (server: ScriptedServer) => {
+    const capabilities = { ...CAPABILITIES, queueStats: 1 };
+    server.script.set(Command.version, () => ({ body: encodeVersion({ major: 0, minor: 1, capabilities }) }));
+  };
+
+  test("is asked for where the server counts", async () => {
+    expect((await open()).fn.queueStats).toBeUndefined();
+    const { fn, server } = await open(counting);
+    server.script.set(Command.queueStats, () => reply(2));
+    expect(await fn.queueStats?.()).toEqual(counters);
+    expect(server.commands).toEqual(["queueStats"]);
+  });
+
+  test("is not believed where the answer makes no sense", async () => {
+    const { fn, server } = await open(counting);
+    const lies: Answer[] = [reply(3), reply(1), reply(0xffff_ffff), { body: new Uint8Array(4) }];
+    lies.push({ body: Uint8Array.of(...reply(2).body.subarray(0, 8), ...new Uint8Array(64).fill(0xff)) });
+    for (const lie of lies) {
+      server.script.set(Command.queueStats, () => lie);
+      expect(await rejection(fn.queueStats!())).toMatchObject({ code: "protocol" });
+    }
+    server.script.set(Command.queueStats, () => ({ errno: 95 }));
+    expect(await rejection(fn.queueStats!())).toMatchObject({ errno: 95 });
+  });
+});
 
 describe("registers", () => {
   test("are read and written in order, by width", async () => {

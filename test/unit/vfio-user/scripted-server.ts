@@ -42,6 +42,7 @@ export const CAPABILITIES = {
   maxDmaMaps: 16,
   pageSizes: 4096,
   kickFds: 0,
+  queueStats: 0,
 };
 
 /** A vfio-user server that answers sanely, unless a test puts another answer in the place of a command's. */
