@@ -8,7 +8,17 @@ import { fileInfo } from "../native/sys.ts";
 import type { AddressSpace, DmaRange } from "./address-space.ts";
 import { parseDomainRecord } from "./dma-record.ts";
 import type { FunctionSnapshot, PciFunction } from "./function.ts";
-import { describe, extentOf, overlaps, sameBacking, sameRange, slice, subtract } from "./ranges.ts";
+import {
+  describe,
+  type Extent,
+  extentOf,
+  highestPlace,
+  overlaps,
+  sameBacking,
+  sameRange,
+  slice,
+  subtract,
+} from "./ranges.ts";
 
 export interface DmaDomainOptions {
   /** Milliseconds that a claim waits for another owner to release what it overlaps; 5 s. */
@@ -108,6 +118,27 @@ export class DmaDomain {
     }
   }
 
+  /**
+   * Makes memory of the daemon's own reachable, where nobody has anything: as high as the IOMMU goes, because guests
+   * have theirs from 0 on. The fd is borrowed for the call.
+   * @param size bytes, a multiple of `pageSize`
+   * @returns where it is
+   * @throws VhostdError iommuDomain where there is no room; or what `claim` does
+   */
+  async claimFree(owner: string, size: number, fd: number): Promise<DmaRange> {
+    const { dev, ino } = fileInfo(fd);
+    return this.operations.run(async () => {
+      const taken = [...this.mapped, ...this.pending].map(({ range }) => extentOf(range));
+      const iova = highestPlace(this.usable, taken, size, this.pageSize);
+      if (iova === undefined) throw new VhostdError("iommuDomain", `the IOMMU has no room for ${size} bytes`);
+      const range = { iova, size, file: { dev, ino }, offset: 0 };
+      this.checkRange(range);
+      checkFile(range, fd);
+      await this.tryClaim({ owner, range, cancelled: false, wake: () => {} }, fd);
+      return range;
+    });
+  }
+
   /** @throws VhostdError notFound, where the owner has no such claim; iommuDomain, where the memory stays mapped */
   release(owner: string, range: DmaRange): Promise<void> {
     const waiting = this.cancel((claim) => claim.owner === owner && sameRange(claim.range, range));
@@ -130,6 +161,11 @@ export class DmaDomain {
       this.claims.delete(owner);
       await this.unmapUnclaimed();
     });
+  }
+
+  /** Smallest unit of a mapping, bytes. */
+  get pageSize(): number {
+    return this.space.pageSize;
   }
 
   /** Who holds guest memory here. */
@@ -277,7 +313,7 @@ export class DmaDomain {
         `guest memory ${where} at offset 0x${offset.toString(16)} of its file cannot be mapped: its begin, length and offset must be multiples of ${page} bytes`,
       );
     }
-    const usable = this.space.ioRanges.map(({ start, end: last }) => ({ start, end: last + 1 }));
+    const { usable } = this;
     const [hole] = subtract(extentOf(range), usable);
     if (hole !== undefined) {
       throw new VhostdError(
@@ -293,6 +329,10 @@ export class DmaDomain {
     if (!usable.some((one) => one.start <= iova && end <= one.end)) {
       throw new VhostdError("iommuDomain", `guest memory ${where} crosses the border of two ranges of the IOMMU`);
     }
+  }
+
+  private get usable(): Extent[] {
+    return this.space.ioRanges.map(({ start, end: last }) => ({ start, end: last + 1 }));
   }
 
   private conflictError(range: DmaRange, conflict: Mapped, cause: unknown): VhostdError {

@@ -27,6 +27,25 @@ export function subtract(whole: Extent, holes: readonly Extent[]): Extent[] {
   return gaps;
 }
 
+/**
+ * The highest place for `size` bytes inside one of `wholes` that meets none of `holes`; undefined where there is none.
+ * @param unit the place is a multiple of it
+ */
+export function highestPlace(
+  wholes: readonly Extent[],
+  holes: readonly Extent[],
+  size: number,
+  unit: number,
+): number | undefined {
+  const places = wholes.flatMap((whole) =>
+    subtract(whole, holes).flatMap(({ start, end }) => {
+      const place = Math.floor((Math.min(end, Number.MAX_SAFE_INTEGER) - size) / unit) * unit;
+      return place < start ? [] : [place];
+    }),
+  );
+  return places.length === 0 ? undefined : Math.max(...places);
+}
+
 /** The part of a range that lies in `extent`, with its place in the file. */
 export function slice(range: DmaRange, extent: Extent): DmaRange {
   const start = Math.max(range.iova, extent.start);

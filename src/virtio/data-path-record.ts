@@ -1,11 +1,12 @@
 import Type, { type Static } from "typebox";
 import type { Json } from "../base/json.ts";
 import { parseStored } from "../base/stored.ts";
+import { ControlQueueSchema } from "./control-queue.ts";
 import { DeviceStateSchema } from "./device-state-codec.ts";
 
 /**
  * A data path as plain data. Beside it go its fds by name: "config-interrupt" (our own eventfd), "kick.N" (the
- * front-end's eventfd of queue N, while it is connected).
+ * front-end's eventfd of queue N, while it is connected), "control" (the memory of the function's own control queue).
  */
 
 const U16 = Type.Integer({ minimum: 0, maximum: 0xffff });
@@ -30,6 +31,8 @@ const DataPathSchema = Type.Object({
   ]),
   /** Queues that are set up and running. */
   queues: Type.Array(U16),
+  /** The function's own control queue, where it has one. */
+  control: Type.Optional(ControlQueueSchema),
 });
 
 /** @throws VhostdError invalid */

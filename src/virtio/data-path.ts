@@ -1,13 +1,17 @@
 import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
-import { duplicate, type OwnedFd } from "../native/fd.ts";
+import type { OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
 import { drainEventfd, eventfd, signalEventfd } from "../native/sys.ts";
+import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts";
+import type { ConfigValues, DeviceClass } from "../plugin.ts";
+import { type ControlDevice, ControlQueue } from "./control-queue.ts";
 import { parseDataPathRecord } from "./data-path-record.ts";
 import type { DeviceState } from "./device-state.ts";
 import { FeatureBit, featureBits, Status } from "./features.ts";
+import { Kicks } from "./kicks.ts";
 import type {
   FreezeMode,
   ManualControl,
@@ -24,6 +28,7 @@ import type { RingMemory } from "./split-ring.ts";
 /** The vector of configuration changes; that of queue n is n + 1. */
 const CONFIG_VECTOR = 0;
 const CONFIG_INTERRUPT = "config-interrupt";
+const CONTROL_MEMORY = "control";
 /** Bits that only the vhost-user protocol knows. */
 const VHOST_BITS = featureBits(FeatureBit.vhostLogAll, FeatureBit.vhostUserProtocolFeatures);
 
@@ -31,6 +36,9 @@ const VHOST_BITS = featureBits(FeatureBit.vhostLogAll, FeatureBit.vhostUserProto
 const CLEAN_UP_TIMEOUT = 5000;
 
 const registersMover: MoverFactory = (host, snapshot) => new RegistersMover(host, snapshot);
+
+/** The class of a device by its virtio device id. @throws VhostdError probeFailed where nothing serves it */
+export type ClassLookup = (virtioId: number) => DeviceClass;
 
 /** The eventfds of one ring, borrowed; undefined where there is none. */
 export interface QueueEventfds {
@@ -44,11 +52,8 @@ export interface DataPathFailure {
   readonly error: Error;
 }
 
-/** A front-end's kick that is connected to a doorbell, and our own descriptor of it. */
-interface ConnectedKick {
-  readonly fd: OwnedFd;
-  /** The relay's; undefined where the function itself waits on the kick. */
-  readonly relay: Disposable | undefined;
+interface ConnectableQueue extends QueueEventfds {
+  readonly index: number;
 }
 
 /**
@@ -58,11 +63,16 @@ interface ConnectedKick {
 export class DataPath {
   private readonly mover: StateMover;
   private readonly watch: Watch;
-  private readonly kicks = new Map<number, ConnectedKick>();
+  private readonly kicks = new Kicks((queue) => this.doorbell(queue));
   private readonly doorbells = new Map<number, Doorbell>();
   /** Queues that are set up: their calls are routed. */
   private active = new Set<number>();
+  /** Those of them that the device is not to use. */
+  private disabled = new Set<number>();
+  /** The function's own. */
+  private control: ControlQueue | undefined;
   private configHandler: () => void = () => {};
+  private noticeHandler: (text: string) => void = () => {};
   private failureHandler: (failure: DataPathFailure) => void = () => {};
   private closed = false;
 
@@ -71,12 +81,21 @@ export class DataPath {
     /** All 64 feature bits that the function offers. */
     readonly features: bigint,
     private readonly limits: readonly QueueLimits[],
+    readonly deviceClass: DeviceClass,
     private readonly configInterrupt: OwnedFd,
     makeMover: MoverFactory,
     snapshot: MoverSnapshot,
   ) {
-    const ringDoorbell: MoverHost["ringDoorbell"] = async (queue) => this.doorbell(queue).ring(queue);
-    this.mover = makeMover({ device, features, limits, ringDoorbell }, snapshot);
+    const host: MoverHost = {
+      device,
+      features,
+      limits,
+      deviceClass,
+      control: () => this.control,
+      ringDoorbell: (queue) => this.ring(queue),
+      log: (text) => this.noticeHandler(text),
+    };
+    this.mover = makeMover(host, snapshot);
     this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
     void device.fn.lost.then((error) => this.fail({ gone: true, error }));
   }
@@ -85,8 +104,14 @@ export class DataPath {
    * Probes a function and resets it.
    * @throws VhostdError probeFailed, resetTimedOut, noVectors
    */
-  static async open(fn: PciFunction, deadline: Deadline, makeMover = registersMover): Promise<DataPath> {
+  static async open(
+    fn: PciFunction,
+    classOf: ClassLookup,
+    deadline: Deadline,
+    makeMover = registersMover,
+  ): Promise<DataPath> {
     const device = await VirtioPciDevice.probe(fn, deadline);
+    const deviceClass = classOf(device.virtioId);
     await device.reset(deadline);
     const [features, limits] = await deadline.race(Promise.all([device.features(), device.queueLimits()]));
     if (fn.interrupts.count === 0) {
@@ -97,19 +122,20 @@ export class DataPath {
     using undo = new DisposableStack();
     const interrupt = undo.use(eventfd());
     await deadline.race(fn.interrupts.route(CONFIG_VECTOR, interrupt.number));
-    const path = new DataPath(device, features, limits, interrupt, makeMover, { kind: "reset" });
+    const path = new DataPath(device, features, limits, deviceClass, interrupt, makeMover, { kind: "reset" });
     undo.move();
     return path;
   }
 
   /**
    * Goes on with a data path as another process left it, without a word to the device. Takes the fds.
-   * @throws VhostdError invalid where the record or the fds do not fit
+   * @throws VhostdError invalid where the record or the fds do not fit; probeFailed
    */
   static revive(
     fn: PciFunction,
     data: Json,
     fds: Map<string, OwnedFd>,
+    classOf: ClassLookup,
     makeMover: MoverFactory = registersMover,
   ): DataPath {
     using undo = new DisposableStack();
@@ -118,20 +144,27 @@ export class DataPath {
     const interrupt = fds.get(CONFIG_INTERRUPT);
     if (interrupt === undefined) throw new VhostdError("invalid", `the record of ${fn.address} lacks its interrupt`);
     const device = new VirtioPciDevice(fn, record.layout);
-    const path = new DataPath(device, BigInt(record.features), record.limits, interrupt, makeMover, record.mover);
+    const { features, limits, mover } = record;
+    const deviceClass = classOf(device.virtioId);
+    const path = new DataPath(device, BigInt(features), limits, deviceClass, interrupt, makeMover, mover);
     undo.defer(() => path.abandon());
     path.active = new Set(record.queues);
+    if (mover.kind !== "reset") path.disabled = disabledOf(mover.state);
+    if (record.control !== undefined) {
+      const memory = fds.get(CONTROL_MEMORY);
+      if (memory === undefined) {
+        throw new VhostdError("invalid", `the record of ${fn.address} lacks the memory of its control queue`);
+      }
+      path.control = ControlQueue.revive(path.controlDevice, record.control, memory);
+    }
     for (const queue of record.queues) {
       const kick = fds.get(`kick.${queue}`);
-      if (kick !== undefined) path.adoptKick(queue, kick);
+      if (kick !== undefined) path.kicks.adopt(queue, kick);
     }
-    if (fds.size !== path.kicks.size + 1) throw new VhostdError("invalid", `the record of ${fn.address} has spare fds`);
+    const known = path.kicks.size + (path.control === undefined ? 1 : 2);
+    if (fds.size !== known) throw new VhostdError("invalid", `the record of ${fn.address} has spare fds`);
     undo.move();
     return path;
-  }
-
-  get virtioId(): number {
-    return this.device.virtioId;
   }
 
   /** Queues of the device. */
@@ -161,6 +194,11 @@ export class DataPath {
     return this.mover.snapshot().kind === "running";
   }
 
+  /** Index of the function's own control queue, where it has one. */
+  get controlQueue(): number | undefined {
+    return this.control?.index;
+  }
+
   /** Largest ring of a queue, entries; 0 where there is no such queue. */
   queueSizeMax(index: number): number {
     return this.limits[index]?.sizeMax ?? 0;
@@ -180,14 +218,30 @@ export class DataPath {
     this.configHandler = handler;
   }
 
+  /** Something was worth a line in the log. Replaces the earlier handler. */
+  onNotice(handler: (text: string) => void): void {
+    this.noticeHandler = handler;
+  }
+
   /** Replaces the earlier handler. */
   onFailure(handler: (failure: DataPathFailure) => void): void {
     this.failureHandler = handler;
   }
 
   /**
-   * Configures the device and lets it run. Every doorbell and every call is rung once at the end: a signal may have
-   * been lost before. Vectors are assigned here, whatever `wanted` says.
+   * Gives the function's own control queue its memory, where it has such a queue. Before the first start.
+   * @param owner who holds the memory in the domain from then on
+   * @throws VhostdError probeFailed, iommuDomain
+   */
+  async openControl(domain: DmaDomain, owner: string, config: ConfigValues): Promise<void> {
+    const index = this.deviceClass.control?.queue(config, this.features);
+    if (index === undefined) return;
+    this.control = await ControlQueue.open(this.controlDevice, index, this.limits, domain, owner);
+  }
+
+  /**
+   * Configures the device and lets it run. Every doorbell and every call is rung once at the end, unless its queue is
+   * disabled: a signal may have been lost before. Vectors are assigned here, whatever `wanted` says.
    * @param eventfds by queue, borrowed for the call
    * @throws VhostdError; the device is reset and nothing is connected then. With resetTimedOut
    *   the device did not come to rest
@@ -195,20 +249,17 @@ export class DataPath {
   async start(wanted: DeviceState, eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
     if (this.running) throw new VhostdError("invalid", `${this.device.fn.address} is running already`);
     const state = this.complete(wanted);
-    const queues = state.queues.map(({ index }) => ({ index, ...eventfds.get(index) }));
-    this.active = new Set(queues.map(({ index }) => index));
+    this.active = new Set(state.queues.map(({ index }) => index));
+    this.disabled = disabledOf(state);
+    const queues = this.enabledWith(eventfds);
     try {
-      const calls = queues.map(({ index, call }) => this.routeCall(index, call ?? null));
+      const calls = [...this.active].map((index) => this.routeCall(index, eventfds.get(index)?.call ?? null));
       // A doorbell is not rung before DRIVER_OK (VIRTIO 1.2, 3.1.1); a function that waits itself knows when to look.
       const waits = ({ index }: { index: number }) => this.doorbell(index).takeKick !== undefined;
-      const connect = (chosen: typeof queues) =>
-        chosen.map(({ index, kick }) => (kick === undefined ? undefined : this.connectKick(index, kick)));
-      await deadline.race(Promise.all([...calls, ...connect(queues.filter(waits))]));
+      await deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
       await this.mover.configure(state, deadline);
-      await deadline.race(Promise.all(connect(queues.filter((queue) => !waits(queue)))));
-      // async, so that a doorbell that cannot be found rejects like one that cannot be rung.
-      await deadline.race(Promise.all(queues.map(async ({ index }) => this.doorbell(index).ring(index))));
-      for (const { call } of queues) if (call !== undefined) signalEventfd(call);
+      await deadline.race(Promise.all(this.connectKicks(queues.filter((queue) => !waits(queue)))));
+      await this.stir(queues, deadline);
     } catch (error) {
       // The caller's deadline may have passed, but a device that has not come to rest must not be taken for one that has.
       const { address } = this.device.fn;
@@ -222,12 +273,34 @@ export class DataPath {
   }
 
   /**
+   * From now on the running device uses exactly these of the queues that it was started with. The kicks of the others are
+   * disconnected; every doorbell and every call of these is rung once.
+   * @param eventfds by queue, borrowed for the call
+   * @throws VhostdError where the device does not take it, or does not give back in time what it has taken from a queue
+   *   that is disabled; the kicks stay disconnected. Where it does not run any more, it was reset
+   */
+  async enable(
+    queues: ReadonlySet<number>,
+    eventfds: ReadonlyMap<number, QueueEventfds>,
+    memory: RingMemory,
+    deadline: Deadline,
+  ): Promise<void> {
+    for (const queue of queues) this.checkActive(queue);
+    await deadline.race(this.kicks.disconnectAll());
+    await this.mover.enable(queues, memory, deadline);
+    this.disabled = this.active.difference(queues);
+    const enabled = this.enabledWith(eventfds);
+    await deadline.race(Promise.all(this.connectKicks(enabled)));
+    await this.stir(enabled, deadline);
+  }
+
+  /**
    * Disconnects the kicks, freezes the device, and disconnects the calls.
    * @returns the state it stopped in, ring indices included
    * @throws VhostdError timedOut where the device does not drain; the kicks stay disconnected
    */
   async stop(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
-    await deadline.race(this.disconnectKicks());
+    await deadline.race(this.kicks.disconnectAll());
     const state = await this.mover.freeze(memory, mode, deadline);
     await this.disconnectCalls(deadline);
     return state;
@@ -241,16 +314,19 @@ export class DataPath {
   /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
   async reset(deadline: Deadline): Promise<void> {
     // A function that cannot be told of the kicks cannot be reset either: that failure is the one to know of.
-    await Promise.all([this.mover.reset(deadline), this.disconnectKicks()]);
+    await Promise.all([this.mover.reset(deadline), this.kicks.disconnectAll()]);
     await this.disconnectCalls(deadline);
   }
 
-  /** Another eventfd kicks this queue from now on; null for none. The doorbell is rung once. */
+  /**
+   * Another eventfd kicks this queue from now on; null for none. The doorbell is rung once. A queue that is disabled is
+   * not kicked.
+   */
   async setKick(queue: number, fd: number | null): Promise<void> {
     this.checkActive(queue);
-    if (fd === null) return this.disconnectKick(queue);
-    await this.connectKick(queue, fd);
-    await this.doorbell(queue).ring(queue);
+    if (fd === null || this.disabled.has(queue)) return this.kicks.disconnect(queue);
+    await this.kicks.connect(queue, fd);
+    await this.ring(queue);
   }
 
   /** Another eventfd is told of used buffers from now on; null for none. It is signalled once. */
@@ -263,13 +339,16 @@ export class DataPath {
   /** Plain data and fds (borrowed). */
   snapshot(): FunctionSnapshot {
     const fds = new Map([[CONFIG_INTERRUPT, this.configInterrupt.number]]);
-    for (const [queue, { fd }] of this.kicks) fds.set(`kick.${queue}`, fd.number);
+    for (const [queue, fd] of this.kicks.fds) fds.set(`kick.${queue}`, fd);
+    const control = this.control?.snapshot();
+    if (control !== undefined) fds.set(CONTROL_MEMORY, control.fd);
     const data = {
       layout: this.device.layout,
       features: `0x${this.features.toString(16)}`,
       limits: this.limits,
       mover: moverData(this.mover.snapshot()),
       queues: [...this.active],
+      ...(control === undefined ? {} : { control: control.data }),
     };
     return { data, fds };
   }
@@ -279,8 +358,9 @@ export class DataPath {
     if (this.closed) return;
     this.closed = true;
     this.watch[Symbol.dispose]();
-    for (const queue of [...this.kicks.keys()]) this.forgetKick(queue);
+    this.kicks[Symbol.dispose]();
     this.configInterrupt[Symbol.dispose]();
+    this.control?.[Symbol.dispose]();
   }
 
   /** Vectors, status and the feature bits that are the function's own matter. */
@@ -299,11 +379,44 @@ export class DataPath {
     }
     return {
       ...wanted,
-      features: (wanted.features & this.features & ~VHOST_BITS) | ownFeatures(this.features),
+      features: (wanted.features & this.features & ~VHOST_BITS) | this.ownFeatures,
       status: Status.acknowledge | Status.driver | Status.featuresOk | Status.driverOk,
       configVector: CONFIG_VECTOR,
       queues: wanted.queues.map((queue) => ({ ...queue, vector: queue.index + 1 })),
     };
+  }
+
+  /** Acknowledged whatever the guest negotiated. */
+  private get ownFeatures(): bigint {
+    const own = ownFeatures(this.features);
+    const { control } = this.deviceClass;
+    return this.control === undefined || control === undefined
+      ? own
+      : own | (featureBits(...control.features) & this.features);
+  }
+
+  private get controlDevice(): ControlDevice {
+    return { address: this.device.fn.address, ringDoorbell: (queue) => this.ring(queue) };
+  }
+
+  private enabledWith(eventfds: ReadonlyMap<number, QueueEventfds>): readonly ConnectableQueue[] {
+    const enabled = [...this.active.difference(this.disabled)];
+    return enabled.map((index) => ({ index, kick: undefined, call: undefined, ...eventfds.get(index) }));
+  }
+
+  private connectKicks(queues: readonly ConnectableQueue[]): (Promise<void> | undefined)[] {
+    return queues.map(({ index, kick }) => (kick === undefined ? undefined : this.kicks.connect(index, kick)));
+  }
+
+  /** Both sides look at these queues once. */
+  private async stir(queues: readonly ConnectableQueue[], deadline: Deadline): Promise<void> {
+    await deadline.race(Promise.all(queues.map(({ index }) => this.ring(index))));
+    for (const { call } of queues) if (call !== undefined) signalEventfd(call);
+  }
+
+  /** async, so that a doorbell that cannot be found rejects like one that cannot be rung. */
+  private async ring(queue: number): Promise<void> {
+    await this.doorbell(queue).ring(queue);
   }
 
   private doorbell(queue: number): Doorbell {
@@ -314,41 +427,6 @@ export class DataPath {
     const doorbell = this.device.doorbell(queue, limits.notifyOff);
     this.doorbells.set(queue, doorbell);
     return doorbell;
-  }
-
-  /** Noted before the function is told: a reset that comes meanwhile has it let go again. */
-  private async connectKick(queue: number, kick: number): Promise<void> {
-    using undo = new DisposableStack();
-    const fd = undo.use(duplicate(kick));
-    this.adoptKick(queue, fd);
-    undo.move();
-    await this.doorbell(queue).takeKick?.(fd.number);
-  }
-
-  /** Takes the fd, in the place of an earlier one. A function that waits on it itself does so already. */
-  private adoptKick(queue: number, fd: OwnedFd): void {
-    this.forgetKick(queue);
-    const doorbell = this.doorbell(queue);
-    const relay = doorbell.takeKick === undefined ? doorbell.connect(fd.number, queue) : undefined;
-    this.kicks.set(queue, { fd, relay });
-  }
-
-  /** Nothing of this process looks at the kick any more. */
-  private forgetKick(queue: number): boolean {
-    const kick = this.kicks.get(queue);
-    if (kick === undefined) return false;
-    this.kicks.delete(queue);
-    kick.relay?.[Symbol.dispose]();
-    kick.fd[Symbol.dispose]();
-    return true;
-  }
-
-  private async disconnectKick(queue: number): Promise<void> {
-    if (this.forgetKick(queue)) await this.doorbell(queue).takeKick?.(null);
-  }
-
-  private async disconnectKicks(): Promise<void> {
-    await Promise.all([...this.kicks.keys()].map((queue) => this.disconnectKick(queue)));
   }
 
   private routeCall(queue: number, call: number | null): Promise<void> {
@@ -388,6 +466,10 @@ export class DataPath {
   private fail(failure: DataPathFailure): void {
     if (!this.closed) this.failureHandler(failure);
   }
+}
+
+function disabledOf({ queues }: Pick<DeviceState, "queues">): Set<number> {
+  return new Set(queues.filter(({ disabled }) => disabled === true).map(({ index }) => index));
 }
 
 /** A snapshot as JSON: what is in it is plain, but not by its type. */

@@ -18,6 +18,7 @@ export const DeviceStateSchema = Type.Object({
       index: U16,
       size: Type.Integer({ minimum: 1, maximum: RING_SIZE_MAX }),
       vector: U16,
+      disabled: Type.Optional(Type.Literal(true)),
       desc: Address,
       driver: Address,
       device: Address,
@@ -78,6 +79,7 @@ export function compare(a: DeviceState, b: DeviceState): string[] {
 const QUEUE_FIELDS = [
   "size",
   "vector",
+  "disabled",
   "desc",
   "driver",
   "device",
@@ -86,8 +88,9 @@ const QUEUE_FIELDS = [
 ] as const satisfies readonly (keyof QueueState)[];
 
 function plainQueue(queue: QueueState): QueueState {
-  const { index, size, vector, desc, driver, device, lastAvail, lastUsed, inFlight } = queue;
-  const plain = { index, size, vector, desc, driver, device, lastAvail, lastUsed };
+  const { index, size, vector, disabled, desc, driver, device, lastAvail, lastUsed, inFlight } = queue;
+  const ring = { index, size, vector, desc, driver, device, lastAvail, lastUsed };
+  const plain = disabled === undefined ? ring : { ...ring, disabled };
   return inFlight === undefined ? plain : { ...plain, inFlight: [...inFlight] };
 }
 

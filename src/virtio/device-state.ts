@@ -21,6 +21,8 @@ export interface QueueState {
   /** Entries. */
   readonly size: number;
   readonly vector: number;
+  /** Set up, and not to be used until it is enabled; left out where the device uses it. */
+  readonly disabled?: true;
   /** Descriptor table. */
   readonly desc: number;
   /** Available ring. */
@@ -36,4 +38,17 @@ export interface QueueState {
    * `lastAvail` equals `lastUsed`.
    */
   readonly inFlight?: readonly number[];
+}
+
+/** The same state with exactly these queues in use. */
+export function withEnabled(state: DeviceState, enabled: ReadonlySet<number>): DeviceState {
+  const queues = state.queues.map(({ disabled: _, ...queue }) =>
+    enabled.has(queue.index) ? queue : { ...queue, disabled: true as const },
+  );
+  return { ...state, queues };
+}
+
+/** Queues in use, ascending. */
+export function enabledQueues({ queues }: DeviceState): number[] {
+  return queues.flatMap(({ index, disabled }) => (disabled === true ? [] : [index])).sort((a, b) => a - b);
 }

@@ -1,4 +1,6 @@
 import type { Deadline } from "../base/deadline.ts";
+import type { DeviceClass } from "../plugin.ts";
+import type { ControlQueue } from "./control-queue.ts";
 import type { DeviceState } from "./device-state.ts";
 import type { QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
@@ -23,8 +25,13 @@ export interface MoverHost {
   /** All 64 feature bits that the function offers. */
   readonly features: bigint;
   readonly limits: readonly QueueLimits[];
+  readonly deviceClass: DeviceClass;
+  /** The function's own control queue, where it has one that can be driven; asked for when it is needed. */
+  control(): ControlQueue | undefined;
   /** Rings the doorbell of a queue once. */
   ringDoorbell(queue: number): Promise<void>;
+  /** Something that goes on all the same, and is worth a line in the log. */
+  log(text: string): void;
 }
 
 /** Makes the mover of a device, from the snapshot of an earlier one or { kind: "reset" }. */
@@ -45,6 +52,12 @@ export interface StateMover {
    * @throws VhostdError timedOut where the device does not drain
    */
   freeze(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState>;
+  /**
+   * From now on a running device uses exactly these of the queues that it was configured with; one that an operator holds
+   * stays held. No doorbell has been rung when it returns.
+   * @throws VhostdError where the device does not take it; notSupported where it cannot without a reset
+   */
+  enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void>;
   /** Forgets everything: status 0, no queues. When it resolves the device uses no guest memory. */
   reset(deadline: Deadline): Promise<void>;
   /** What an operator does by hand; left out where the device is moved by its registers only. */

@@ -10,6 +10,8 @@ import {
   COMMON_CONFIG_SIZE,
   type CommonRegister,
   NO_VECTOR,
+  PciCommand,
+  PciConfig,
   type WritableCommonRegister,
 } from "./registers.ts";
 import { isRingSize } from "./split-ring.ts";
@@ -76,8 +78,9 @@ export class VirtioPciDevice {
   }
 
   /**
-   * Status 0, awaited: the device uses no memory and sends no interrupt any more (4.1.4.3.1).
-   * @throws VhostdError resetTimedOut
+   * Status 0, awaited: the device uses no memory and sends no interrupt any more (4.1.4.3.1). Only then the function may
+   * reach memory again, where it was kept from it, be it by an earlier process.
+   * @throws VhostdError resetTimedOut; timedOut where it came to rest, and cannot be told that it may
    */
   async reset(deadline: Deadline): Promise<void> {
     await deadline.race(this.write("deviceStatus", 0));
@@ -94,6 +97,17 @@ export class VirtioPciDevice {
         cause,
       });
     }
+    await deadline.race(this.setBusMaster(true));
+  }
+
+  /**
+   * Whether the function may reach memory and signal vectors (PCI Local Bus 3.0, 6.2.2). One that may not keeps its
+   * configuration, its rings' indices too.
+   */
+  async setBusMaster(on: boolean): Promise<void> {
+    const command = await this.fn.config.read(PciConfig.command, 2);
+    const wanted = on ? command | PciCommand.busMaster : command & ~PciCommand.busMaster;
+    if (wanted !== command) await this.fn.config.write(PciConfig.command, 2, wanted);
   }
 
   /**
@@ -125,6 +139,12 @@ export class VirtioPciDevice {
   async setUpQueues(configVector: number, queues: readonly QueueState[]): Promise<void> {
     const config = this.writeBack("configVector", configVector, "for configuration changes", queues.length);
     await Promise.all([config, ...queues.map((queue) => this.setUpQueue(queue, queues.length))]);
+  }
+
+  /** Whether the device was told to use this queue. */
+  async isEnabled(queue: number): Promise<boolean> {
+    const [, enabled] = await Promise.all([this.write("queueSelect", queue), this.read("queueEnable")]);
+    return enabled === 1;
   }
 
   /** The device may use its queues from now on. @throws VhostdError io where it says otherwise */

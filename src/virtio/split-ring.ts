@@ -1,3 +1,5 @@
+import { struct } from "../base/layout.ts";
+
 /** The split virtqueue's layout in guest memory (VIRTIO 1.2, 2.7). Bytes and guest-physical addresses. */
 
 /** Guest memory as the daemon reads it: ring indices only, never data. */
@@ -14,6 +16,18 @@ export const RING_ALIGNMENT = { desc: 16, driver: 2, device: 4 } as const;
 
 /** Descriptor flags (2.7.5). */
 export const DescriptorFlag = { next: 0x1, write: 0x2, indirect: 0x4 } as const;
+
+/** struct virtq_desc (2.7.5) and virtq_used_elem (2.7.8). */
+export const DESCRIPTOR = struct("descriptor", 16, {
+  address: [0, "addr"],
+  length: [8, "u32"],
+  flags: [12, "u16"],
+  next: [14, "u16"],
+});
+export const USED_ELEMENT = struct("used element", 8, { id: [0, "u32"], length: [4, "u32"] });
+
+/** Offsets in both rings, which begin with `flags u16, idx u16`. */
+export const RING = { index: 2, entries: 4 } as const;
 
 /** Descriptor table. */
 export function descSize(entries: number): number {
@@ -40,13 +54,26 @@ export function availIndex(memory: RingMemory, queue: { readonly driver: number 
   return index(memory, queue.driver);
 }
 
+/** Heads of the chains from available index `from` up to but without `to`. */
+export function availHeads(
+  memory: RingMemory,
+  queue: { readonly driver: number; readonly size: number },
+  from: number,
+  to: number,
+): number[] {
+  return Array.from({ length: (to - from) & 0xffff }, (_, i) => {
+    const entry = ((from + i) & 0xffff) % queue.size;
+    const [low = 0, high = 0] = memory.read(queue.driver + RING.entries + 2 * entry, 2);
+    return low | (high << 8);
+  });
+}
+
 /** Number of entries that the device has given back, mod 2^16. */
 export function usedIndex(memory: RingMemory, queue: { readonly device: number }): number {
   return index(memory, queue.device);
 }
 
-/** Both rings begin with `flags u16, idx u16`. */
 function index(memory: RingMemory, ring: number): number {
-  const [low = 0, high = 0] = memory.read(ring + 2, 2);
+  const [low = 0, high = 0] = memory.read(ring + RING.index, 2);
   return low | (high << 8);
 }

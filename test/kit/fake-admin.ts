@@ -1,9 +1,7 @@
 import { Deadline } from "../../src/base/deadline.ts";
 import { SystemError } from "../../src/base/errors.ts";
-import { struct } from "../../src/base/layout.ts";
 import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
-import { pread, pwrite, signalEventfd, truncate } from "../../src/native/sys.ts";
-import type { AddressSpace } from "../../src/pci/address-space.ts";
+import { signalEventfd, truncate } from "../../src/native/sys.ts";
 import { DmaDomain } from "../../src/pci/dma-domain.ts";
 import type { DeviceClass } from "../../src/plugin.ts";
 import type { AdminQueue, AdminQueueTimeouts } from "../../src/virtio/admin/admin-queue.ts";
@@ -18,17 +16,10 @@ import {
 import type { VendorAdmin } from "../../src/virtio/admin/vendor-admin.ts";
 import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import { VirtioPciDevice } from "../../src/virtio/pci-device.ts";
-import { DescriptorFlag } from "../../src/virtio/split-ring.ts";
+import { type FakeChain, FakeDeviceRing, FakeDma } from "./fake-dma.ts";
 import { FakeFunction, type FakeFunctionOptions } from "./fake-function.ts";
 import { FakeVf, honestAnswer } from "./fake-vf.ts";
 
-const DESCRIPTOR = struct("descriptor", 16, {
-  address: [0, "addr"],
-  length: [8, "u32"],
-  flags: [12, "u16"],
-  next: [14, "u16"],
-});
-const USED_ELEMENT = struct("used element", 8, { id: [0, "u32"], length: [4, "u32"] });
 const PF_FEATURES = featureBits(FeatureBit.accessPlatform, FeatureBit.adminVq);
 const TIMEOUT = 5000;
 /** The size of the file is sealed. */
@@ -75,11 +66,10 @@ export class FakeAdmin implements AsyncDisposable {
   /** Whether completions raise the queue's vector. */
   interrupts = true;
   readonly domain: DmaDomain;
-  readonly space: AddressSpace;
   readonly queue: number;
-  private memory: { readonly iova: number; readonly size: number; readonly fd: OwnedFd } | undefined;
+  private readonly dma = new FakeDma();
+  private readonly ring: FakeDeviceRing;
   private readonly routes = new Map<number, OwnedFd>();
-  private taken = 0;
   private opened: VendorAdmin | undefined;
 
   constructor(private readonly options: FakeAdminOptions = {}) {
@@ -96,8 +86,9 @@ export class FakeAdmin implements AsyncDisposable {
       else this.routes.set(vector, duplicate(eventfd));
     };
     this.vfs = Array.from({ length: vfs }, () => new FakeVf());
-    this.space = this.makeSpace();
-    this.domain = new DmaDomain(this.space);
+    this.ring = new FakeDeviceRing(this.dma, () => this.fn.queues[queue]!);
+    this.fn.onReset = () => this.ring.restart();
+    this.domain = new DmaDomain(this.dma);
   }
 
   /** What the driver finds out about it. */
@@ -107,7 +98,7 @@ export class FakeAdmin implements AsyncDisposable {
   ): Promise<AdminDiscovery> {
     const device = await VirtioPciDevice.probe(this.fn, deadline);
     const { timeouts, retryInterval = 1 } = this.options;
-    const found = await openAdmin(device, this, deviceClass, deadline, { ...timeouts, retry: retryInterval });
+    const found = await openAdmin(device, this.domain, deviceClass, deadline, { ...timeouts, retry: retryInterval });
     if (found.kind === "vendor") this.opened = found.admin;
     return found;
   }
@@ -131,17 +122,14 @@ export class FakeAdmin implements AsyncDisposable {
 
   /** Gives a chain back, whether or not there is one. */
   complete(id: number, length = 1): void {
-    const { used, index, size } = this.usedRing();
-    this.write(used + 4 + 8 * (index % size), USED_ELEMENT.encode({ id, length }));
-    this.setUsedIndex(index + 1);
+    this.ring.complete(id, length);
+    this.interrupt();
   }
 
   /** The used index alone; the driver is told. */
   setUsedIndex(value: number): void {
-    const { used } = this.usedRing();
-    this.write(used + 2, Uint8Array.of(value & 0xff, (value >> 8) & 0xff));
-    const eventfd = this.routes.get(this.fn.queues[this.queue]!.vector);
-    if (this.interrupts && eventfd !== undefined) signalEventfd(eventfd.number);
+    this.ring.setUsedIndex(value);
+    this.interrupt();
   }
 
   /**
@@ -150,7 +138,7 @@ export class FakeAdmin implements AsyncDisposable {
    */
   shrinkMemory(size: number): boolean {
     try {
-      truncate(this.memory!.fd.number, size);
+      truncate(this.dma.files[0]!.number, size);
     } catch (error) {
       if (error instanceof SystemError && error.errno === EPERM) return false;
       throw error;
@@ -160,35 +148,21 @@ export class FakeAdmin implements AsyncDisposable {
 
   /** Takes and answers whatever is there. */
   serve(): void {
-    const { desc, driver, size, enable } = this.fn.queues[this.queue]!;
-    if (enable === 0) return;
-    for (;;) {
-      const [low = 0, high = 0] = this.read(Number(driver) + 2, 2);
-      if ((low | (high << 8)) === this.taken) return;
-      const [first = 0, second = 0] = this.read(Number(driver) + 4 + 2 * (this.taken % size), 2);
-      this.taken = (this.taken + 1) & 0xffff;
-      void this.execute(first | (second << 8), Number(desc));
-    }
+    if (this.fn.queues[this.queue]!.enable === 0) return;
+    for (let chain = this.ring.take(); chain !== undefined; chain = this.ring.take()) void this.execute(chain);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.opened?.queue[Symbol.asyncDispose]();
     this.domain.abandon();
-    this.memory?.fd[Symbol.dispose]();
-    this.memory = undefined;
+    this.dma[Symbol.dispose]();
     for (const fd of this.routes.values()) fd[Symbol.dispose]();
   }
 
-  private async execute(head: number, table: number): Promise<void> {
-    const chain: { address: number; length: number; flags: number; next: number }[] = [];
-    for (let at = head; ; at = chain.at(-1)!.next) {
-      chain.push(DESCRIPTOR.read(this.read(table + 16 * at, 16)));
-      if ((chain.at(-1)!.flags & DescriptorFlag.next) === 0) break;
-    }
-    const writable = chain.filter(({ flags }) => (flags & DescriptorFlag.write) !== 0);
-    const [header = new Uint8Array(2), data = new Uint8Array(0), payload = new Uint8Array(0)] = chain
-      .filter(({ flags }) => (flags & DescriptorFlag.write) === 0)
-      .map(({ address, length }) => this.read(address, length));
+  private async execute({ head, readable, writable }: FakeChain): Promise<void> {
+    const [header = new Uint8Array(2), data = new Uint8Array(0), payload = new Uint8Array(0)] = readable.map(
+      ({ address, length }) => this.dma.read(address, length),
+    );
     const status = writable.at(-1);
     const result = writable.length > 1 ? writable[0] : undefined;
     const number = ADMIN_HEADER.read(header);
@@ -206,54 +180,17 @@ export class FakeAdmin implements AsyncDisposable {
     this.seen.push(command);
     const answer = await this.answer(command);
     // The queue may be gone meanwhile.
-    if (answer === "silence" || this.fn.queues[this.queue]!.enable === 0 || this.memory === undefined) return;
-    if (result !== undefined)
-      this.write(result.address, (answer.result ?? new Uint8Array(0)).subarray(0, result.length));
-    if (status !== undefined) this.write(status.address, Uint8Array.of(answer.status));
+    if (answer === "silence" || this.fn.queues[this.queue]!.enable === 0 || this.dma.files.length === 0) return;
+    if (result !== undefined) {
+      this.dma.write(result.address, (answer.result ?? new Uint8Array(0)).subarray(0, result.length));
+    }
+    if (status !== undefined) this.dma.write(status.address, Uint8Array.of(answer.status));
     this.complete(head, 1 + (result?.length ?? 0));
   }
 
-  private usedRing(): { used: number; index: number; size: number } {
-    const { device, size } = this.fn.queues[this.queue]!;
-    const used = Number(device);
-    const [low = 0, high = 0] = this.read(used + 2, 2);
-    return { used, index: low | (high << 8), size };
-  }
-
-  private read(iova: number, length: number): Uint8Array {
-    const bytes = new Uint8Array(length);
-    pread(this.memory!.fd.number, bytes, this.offset(iova, length));
-    return bytes;
-  }
-
-  private write(iova: number, bytes: Uint8Array): void {
-    pwrite(this.memory!.fd.number, bytes, this.offset(iova, bytes.length));
-  }
-
-  private offset(iova: number, length: number): number {
-    const { memory } = this;
-    if (memory === undefined || iova < memory.iova || iova + length > memory.iova + memory.size) {
-      throw new Error(`the driver named ${length} bytes at 0x${iova.toString(16)}, which are not mapped`);
-    }
-    return iova - memory.iova;
-  }
-
-  private makeSpace(): AddressSpace {
-    return {
-      ioRanges: [{ start: 0, end: Number.MAX_SAFE_INTEGER }],
-      pageSize: 4096,
-      attach: async () => {},
-      detach: async () => {},
-      map: async ({ iova, size }, fd) => {
-        this.memory = { iova, size, fd: duplicate(fd) };
-        this.taken = 0;
-      },
-      unmap: async () => {
-        this.memory?.fd[Symbol.dispose]();
-        this.memory = undefined;
-      },
-      adopt: () => {},
-    };
+  private interrupt(): void {
+    const eventfd = this.routes.get(this.fn.queues[this.queue]!.vector);
+    if (this.interrupts && eventfd !== undefined) signalEventfd(eventfd.number);
   }
 }
 

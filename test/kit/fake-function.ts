@@ -91,6 +91,8 @@ export class FakeFunction implements PciFunction {
   queues: FakeQueue[] = [];
   /** Called for each doorbell rung. */
   onRing: (queue: number) => void = () => {};
+  /** Called when the device has been reset. */
+  onReset: () => void = () => {};
 
   readonly config: RegisterSpace;
   readonly interrupts: PciFunction["interrupts"];
@@ -189,6 +191,7 @@ export class FakeFunction implements PciFunction {
       driver: 0n,
       device: 0n,
     }));
+    this.onReset();
   }
 
   private readBar(offset: number, width: number): number {

@@ -50,7 +50,7 @@ export class FakeVf {
       this.state = decodeState(Uint8Array.from(this.incoming));
       this.incoming = [];
       this.restored.push(this.state);
-      if (this.fn !== undefined) this.fn.status = this.state.common.status;
+      this.show(this.state);
     }
     this.internal = to;
     this.steps.push(to);
@@ -68,6 +68,13 @@ export class FakeVf {
     if (offset !== this.incoming.length) return refused(AdminStatus.dataTransfer);
     this.incoming.push(...bytes);
     return AdminStatus.ok;
+  }
+
+  /** In the registers. */
+  private show({ common, queues }: VendorState): void {
+    if (this.fn === undefined) return;
+    this.fn.status = common.status;
+    for (const { index, enable } of queues) this.fn.queues[index]!.enable = enable;
   }
 }
 

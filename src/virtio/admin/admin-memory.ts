@@ -1,8 +1,6 @@
-import { VhostdError } from "../../base/errors.ts";
 import type { OwnedFd } from "../../native/fd.ts";
-import { fileInfo, memfd, pread, pwrite, sealSize } from "../../native/sys.ts";
-import type { AddressSpace } from "../../pci/address-space.ts";
 import type { DmaDomain } from "../../pci/dma-domain.ts";
+import { checkMemory, claimMemory, OwnMemory } from "../own-memory.ts";
 import { descSize, deviceSize, driverSize, RING_ALIGNMENT } from "../split-ring.ts";
 import { journalSize } from "./admin-journal.ts";
 
@@ -22,15 +20,7 @@ export const DATA_MAX = 128;
 
 /** The header, the data and the status of a command, in a cell of its own. Bytes. */
 const CELL = { header: 0, data: HEADER_MAX, status: HEADER_MAX + DATA_MAX, size: 256 } as const;
-/** Below it an address is more likely a mistake of the device than ours. */
-const LOWEST_IOVA = 1 << 20;
 const PAGE = 4096;
-
-/** The address space of a PF: its domain, with no guest's memory in it, and what can be mapped there. */
-export interface AdminDma {
-  readonly domain: DmaDomain;
-  readonly space: Pick<AddressSpace, "ioRanges" | "pageSize">;
-}
 
 /** Where the parts of the queue are, by offset in its file. Bytes. */
 interface Places {
@@ -43,21 +33,19 @@ interface Places {
   readonly size: number;
 }
 
-/**
- * The memory of an admin queue: rings, buffers and journal in a file of our own, which the device reaches at `iova`. It
- * is read and written by system calls only: there is no mapping that the next process would have to make again.
- */
-export class AdminMemory implements Disposable {
+/** The memory of an admin queue: rings, buffers and journal. */
+export class AdminMemory extends OwnMemory {
   /** Commands that have room, beside the life sign: its slot is the one behind theirs. */
   readonly slots: number;
   private readonly places: Places;
 
   private constructor(
-    readonly file: OwnedFd,
-    readonly iova: number,
+    file: OwnedFd,
+    iova: number,
     /** Entries of the ring. */
     readonly ringSize: number,
   ) {
+    super(file, iova);
     this.slots = slotsOf(ringSize);
     this.places = placesOf(ringSize);
   }
@@ -67,25 +55,14 @@ export class AdminMemory implements Disposable {
    * @param ringSize a power of two, see ADMIN_RING_SIZE
    * @throws VhostdError iommuDomain where there is no room, or what the transport says
    */
-  static async claim({ domain, space }: AdminDma, ringSize: number): Promise<AdminMemory> {
-    using undo = new DisposableStack();
-    const size = alignUp(placesOf(ringSize).size, space.pageSize);
-    const file = undo.use(memfd(ADMIN_MEMORY_OWNER, size));
-    sealSize(file.number);
-    const iova = findRoom(space, size);
-    const { dev, ino } = fileInfo(file.number);
-    await domain.claim(ADMIN_MEMORY_OWNER, { iova, size, offset: 0, file: { dev, ino } }, file.number);
-    undo.move();
+  static async claim(domain: DmaDomain, ringSize: number): Promise<AdminMemory> {
+    const { file, iova } = await claimMemory(domain, ADMIN_MEMORY_OWNER, placesOf(ringSize).size);
     return new AdminMemory(file, iova, ringSize);
   }
 
   /** Memory that is mapped already. Takes the fd where it does not throw. @throws VhostdError invalid */
   static revive(file: OwnedFd, iova: number, ringSize: number): AdminMemory {
-    const { size, filesystem } = fileInfo(file.number);
-    const needed = placesOf(ringSize).size;
-    if (filesystem === "other" || size < needed) {
-      throw new VhostdError("invalid", `the stored memory of the admin queue is no memory file of ${needed} bytes`);
-    }
+    checkMemory(file, placesOf(ringSize).size, "the admin queue");
     return new AdminMemory(file, iova, ringSize);
   }
 
@@ -112,34 +89,6 @@ export class AdminMemory implements Disposable {
       result: transfer + TRANSFER_MAX,
     };
   }
-
-  /** @throws VhostdError io where the file has become shorter */
-  read(offset: number, length: number): Uint8Array<ArrayBuffer> {
-    const bytes = new Uint8Array(length);
-    if (length > 0 && pread(this.file.number, bytes, offset) !== length) throw shrunk();
-    return bytes;
-  }
-
-  /** @throws VhostdError io */
-  write(offset: number, bytes: Uint8Array): void {
-    if (bytes.length > 0 && pwrite(this.file.number, bytes, offset) !== bytes.length) throw shrunk();
-  }
-
-  /** @throws VhostdError io */
-  readU16(offset: number): number {
-    const [low = 0, high = 0] = this.read(offset, 2);
-    return low | (high << 8);
-  }
-
-  /** @throws VhostdError io */
-  writeU16(offset: number, value: number): void {
-    this.write(offset, Uint8Array.of(value & 0xff, value >> 8));
-  }
-
-  /** Lets go of the file; what is mapped stays mapped. */
-  [Symbol.dispose](): void {
-    this.file[Symbol.dispose]();
-  }
 }
 
 function placesOf(ringSize: number): Places {
@@ -156,19 +105,6 @@ function slotsOf(ringSize: number): number {
   return Math.floor((ringSize - LIFE_SIGN_DESCRIPTORS) / SLOT_DESCRIPTORS);
 }
 
-/** @throws VhostdError iommuDomain */
-function findRoom({ ioRanges, pageSize }: AdminDma["space"], size: number): number {
-  for (const { start, end } of ioRanges) {
-    const iova = alignUp(Math.max(start, LOWEST_IOVA), pageSize);
-    if (iova + size - 1 <= end) return iova;
-  }
-  throw new VhostdError("iommuDomain", `the IOMMU has no room for an admin queue of ${size} bytes`);
-}
-
 function alignUp(value: number, unit: number): number {
   return Math.ceil(value / unit) * unit;
-}
-
-function shrunk(): VhostdError {
-  return new VhostdError("io", "its memory was made smaller by the device's process");
 }

@@ -1,6 +1,5 @@
 import { VhostdError } from "../../base/errors.ts";
-import { struct } from "../../base/layout.ts";
-import { DescriptorFlag } from "../split-ring.ts";
+import { DESCRIPTOR, DescriptorFlag, RING, USED_ELEMENT } from "../split-ring.ts";
 import { AdminJournal, type JournalEntry, journalSize } from "./admin-journal.ts";
 import { type AdminMemory, SLOT_DESCRIPTORS } from "./admin-memory.ts";
 
@@ -24,18 +23,6 @@ export interface AdminReply {
   /** As many bytes as were asked for; those that the device did not write are 0. */
   readonly result: Uint8Array;
 }
-
-/** struct virtq_desc (2.7.5) and virtq_used_elem (2.7.8). */
-const DESCRIPTOR = struct("descriptor", 16, {
-  address: [0, "addr"],
-  length: [8, "u32"],
-  flags: [12, "u16"],
-  next: [14, "u16"],
-});
-const USED_ELEMENT = struct("used element", 8, { id: [0, "u32"], length: [4, "u32"] });
-/** Both rings begin with `flags u16, idx u16`. */
-const INDEX = 2;
-const ENTRIES = 4;
 
 /** What a device that writes no status is taken to have said: an unknown error, not to be tried again. */
 const NO_STATUS = 0xff;
@@ -67,10 +54,10 @@ export class AdminRing {
     const bytes = memory.read(journal, journalSize(memory.slots + 1));
     const { available, used, entries } = this.journal.decode(bytes);
     const left = new Map(entries.entries().flatMap(([slot, entry]) => (entry.kind === "free" ? [] : [[slot, entry]])));
-    const published = memory.readU16(driver + INDEX);
+    const published = memory.readU16(driver + RING.index);
     if (published !== available) {
       // It died with its last command noted and not yet made available: the device has never seen that one.
-      const slot = memory.readU16(driver + ENTRIES + 2 * (published % memory.ringSize)) / SLOT_DESCRIPTORS;
+      const slot = memory.readU16(driver + RING.entries + 2 * (published % memory.ringSize)) / SLOT_DESCRIPTORS;
       if (available !== ((published + 1) & 0xffff) || !left.delete(slot)) {
         throw contradiction(`available index ${published} in the ring, ${available} in the journal`);
       }
@@ -112,11 +99,11 @@ export class AdminRing {
     }
     memory.write(head * DESCRIPTOR.size, table);
     const { driver } = memory.ringPlaces;
-    memory.writeU16(driver + ENTRIES + 2 * (this.available % memory.ringSize), head);
+    memory.writeU16(driver + RING.entries + 2 * (this.available % memory.ringSize), head);
     this.available = (this.available + 1) & 0xffff;
     this.inFlight.add(slot);
     this.note(slot, { kind: "awaited", vdevId: command.vdevId, alters: command.alters });
-    memory.writeU16(driver + INDEX, this.available);
+    memory.writeU16(driver + RING.index, this.available);
   }
 
   /** Nobody waits for this slot any more, in the next process neither. @throws VhostdError io */
@@ -137,7 +124,7 @@ export class AdminRing {
     const { device } = this.memory.ringPlaces;
     const slots: number[] = [];
     for (let i = 0; i < count; i++) {
-      const at = device + ENTRIES + USED_ELEMENT.size * (this.used % this.memory.ringSize);
+      const at = device + RING.entries + USED_ELEMENT.size * (this.used % this.memory.ringSize);
       const { id } = USED_ELEMENT.read(this.memory.read(at, USED_ELEMENT.size));
       const slot = id / SLOT_DESCRIPTORS;
       if (!Number.isInteger(slot) || slot > this.memory.slots) throw nonsense(`descriptor ${id} is no command's first`);
@@ -168,7 +155,7 @@ export class AdminRing {
   }
 
   private usedIndex(): number {
-    return this.memory.readU16(this.memory.ringPlaces.device + INDEX);
+    return this.memory.readU16(this.memory.ringPlaces.device + RING.index);
   }
 }
 

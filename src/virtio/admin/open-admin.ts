@@ -1,10 +1,11 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
+import type { DmaDomain } from "../../pci/dma-domain.ts";
 import type { DeviceClass } from "../../plugin.ts";
 import { configSize, configValues } from "../config-space.ts";
 import { FeatureBit, featureBits, hasFeature } from "../features.ts";
 import type { VirtioPciDevice } from "../pci-device.ts";
-import { ADMIN_MEMORY_OWNER, ADMIN_RING_SIZE, type AdminDma, AdminMemory } from "./admin-memory.ts";
+import { ADMIN_MEMORY_OWNER, ADMIN_RING_SIZE, AdminMemory } from "./admin-memory.ts";
 import { AdminQueue, type AdminQueuePlace, type AdminQueueTimeouts } from "./admin-queue.ts";
 import { AdminStatus } from "./vendor.ts";
 import { AdminRefusal, VendorAdmin } from "./vendor-admin.ts";
@@ -26,12 +27,12 @@ export type AdminDiscovery =
 
 /**
  * Finds out what a PF can do, and opens its admin queue where it has one. The PF is reset; none of its VFs may be in
- * use. The domain must have the PF attached; nothing is claimed in it where there is no admin queue.
+ * use. `domain` is the PF's own and must have it attached; nothing is claimed in it where there is no admin queue.
  * @throws VhostdError pfFeatures where it is no modern device; adminQueue where the queue does not work
  */
 export async function openAdmin(
   device: VirtioPciDevice,
-  dma: AdminDma,
+  domain: DmaDomain,
   deviceClass: Pick<DeviceClass, "configSpace" | "adminQueue">,
   deadline: Deadline,
   timeouts: AdminTimeouts = {},
@@ -47,7 +48,7 @@ export async function openAdmin(
     return { kind: "none", reason: "the PF does not offer ACCESS_PLATFORM, which its admin queue needs" };
   }
   try {
-    return await openVendorAdmin(device, dma, deviceClass, features, deadline, timeouts);
+    return await openVendorAdmin(device, domain, deviceClass, features, deadline, timeouts);
   } catch (cause) {
     const { address } = device.fn;
     throw new VhostdError("adminQueue", `the admin queue of ${address} does not work: ${asError(cause).message}`, {
@@ -59,20 +60,20 @@ export async function openAdmin(
 
 async function openVendorAdmin(
   device: VirtioPciDevice,
-  dma: AdminDma,
+  domain: DmaDomain,
   deviceClass: Pick<DeviceClass, "configSpace" | "adminQueue">,
   features: bigint,
   deadline: Deadline,
   timeouts: AdminTimeouts,
 ): Promise<AdminDiscovery> {
   await using undo = new AsyncDisposableStack();
-  undo.defer(() => dma.domain.releaseAll(ADMIN_MEMORY_OWNER));
+  undo.defer(() => domain.releaseAll(ADMIN_MEMORY_OWNER));
   // Before that: the device may know the memory already.
   undo.defer(() => device.reset(Deadline.after(CLEAN_UP_TIMEOUT, "the reset of the PF")).catch(() => {}));
   await device.reset(deadline);
   await deadline.race(device.negotiate(PF_FEATURES));
   const place = await deadline.race(findQueue(device, deviceClass, features));
-  const memory = await AdminMemory.claim(dma, place.ringSize);
+  const memory = await AdminMemory.claim(domain, place.ringSize);
   const queue = undo.use(await AdminQueue.open(device, place, memory, deadline, timeouts));
   const admin = new VendorAdmin(queue, timeouts.retry);
   try {

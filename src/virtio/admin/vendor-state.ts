@@ -1,9 +1,11 @@
 import { VhostdError } from "../../base/errors.ts";
-import type { DeviceState, QueueState } from "../device-state.ts";
+import type { DeviceClass } from "../../plugin.ts";
+import { configValues } from "../config-space.ts";
+import { type DeviceState, enabledQueues, type QueueState } from "../device-state.ts";
 import type { FreezeMode, MoverHost } from "../mover.ts";
 import { describeStatus } from "../pci-device.ts";
 import { NO_VECTOR } from "../registers.ts";
-import { type RingMemory, usedIndex } from "../split-ring.ts";
+import { availHeads, type RingMemory, usedIndex } from "../split-ring.ts";
 import type { VendorState } from "./state-blob.ts";
 
 /** The state of a device as it was saved, checked against what it was configured with. */
@@ -36,10 +38,11 @@ export function checkBases(wanted: DeviceState, name: string): void {
  */
 export function toVendorState(
   wanted: DeviceState,
-  { features, limits }: Pick<MoverHost, "features" | "limits">,
+  { features, limits, deviceClass }: Pick<MoverHost, "features" | "limits" | "deviceClass">,
   configGeneration: number,
 ): VendorState {
   const queueOf = (index: number) => wanted.queues.find((queue) => queue.index === index);
+  const config = configValues(deviceClass.configSpace, wanted.config);
   return {
     common: {
       deviceFeatureSelect: 0,
@@ -59,7 +62,7 @@ export function toVendorState(
         index,
         size: queue?.size ?? sizeMax,
         vector: queue?.vector ?? NO_VECTOR,
-        enable: queue === undefined ? 0 : 1,
+        enable: queue === undefined || queue.disabled === true ? 0 : 1,
         notifyOff,
         desc: BigInt(queue?.desc ?? 0),
         driver: BigInt(queue?.driver ?? 0),
@@ -70,22 +73,31 @@ export function toVendorState(
       };
     }),
     indices: limits.map((_, index) => {
-      const { lastAvail = 0, lastUsed = 0 } = queueOf(index) ?? {};
-      return { index, lastAvail, lastUsed };
+      const { lastAvail = 0, lastUsed = 0, disabled = false } = queueOf(index) ?? {};
+      // A device has nothing in flight of a queue that it does not use.
+      return { index, lastAvail: disabled ? lastUsed : lastAvail, lastUsed };
     }),
-    inFlight: wanted.queues.flatMap(({ index, inFlight = [] }) =>
-      inFlight.length === 0 ? [] : [{ queue: index, heads: inFlight }],
+    inFlight: wanted.queues.flatMap(({ index, inFlight = [], disabled }) =>
+      inFlight.length === 0 || disabled === true ? [] : [{ queue: index, heads: inFlight }],
     ),
     completed: [],
-    others: [],
+    others: deviceClass.stateFields?.(config, features) ?? [],
   };
 }
 
 /**
- * What the device saved, which is not trusted: all but the indices must be what it was configured with.
+ * What the device saved, which is not trusted: all but the indices must be what it was configured with. A queue that is
+ * disabled stands where it was configured to, unless the device has it set up, as one does that its registers started:
+ * then it stands where it was used last.
+ * @param own the function's own control queue, which no state has
  * @throws VhostdError io, naming what differs
  */
-export function readSaved(saved: VendorState, configured: DeviceState, name: string): SavedState {
+export function readSaved(
+  saved: VendorState,
+  configured: DeviceState,
+  name: string,
+  own: number | undefined,
+): SavedState {
   const { common } = saved;
   const differs = (what: string, seen: string | number | bigint, known: string | number | bigint) => {
     if (seen === known) return;
@@ -94,14 +106,12 @@ export function readSaved(saved: VendorState, configured: DeviceState, name: str
   differs("status", describeStatus(common.status), describeStatus(configured.status));
   differs("features", `0x${common.driverFeatures.toString(16)}`, `0x${configured.features.toString(16)}`);
   differs("configuration vector", common.configVector, configured.configVector);
-  const enabled = saved.queues.filter(({ enable }) => enable !== 0);
-  const indices = (queues: readonly { readonly index: number }[]) =>
-    queues
-      .map(({ index }) => index)
-      .sort((a, b) => a - b)
-      .join(", ");
-  differs("queues", `[${indices(enabled)}]`, `[${indices(configured.queues)}]`);
-  for (const queue of enabled) {
+  const disabled = new Set(configured.queues.flatMap((queue) => (queue.disabled === true ? [queue.index] : [])));
+  const setUp = saved.queues.filter(({ enable, index }) => enable !== 0 && index !== own);
+  const indices = setUp.map(({ index }) => index).filter((index) => !disabled.has(index));
+  const inUse = indices.sort((a, b) => a - b).join(", ");
+  differs("queues", `[${inUse}]`, `[${enabledQueues(configured).join(", ")}]`);
+  for (const queue of setUp) {
     const known = configured.queues.find(({ index }) => index === queue.index)!;
     differs(`queue ${queue.index} size`, queue.size, known.size);
     differs(`queue ${queue.index} vector`, queue.vector, known.vector);
@@ -111,7 +121,12 @@ export function readSaved(saved: VendorState, configured: DeviceState, name: str
   }
   const config = new Uint8Array(configured.config.length);
   config.set(saved.config.subarray(0, config.length));
-  const queues = configured.queues.map((queue) => withIndices(queue, saved, name));
+  const known = new Set(setUp.map(({ index }) => index));
+  const queues = configured.queues.map((queue) => {
+    if (!known.has(queue.index)) return queue;
+    const seen = withIndices(queue, saved, name);
+    return queue.disabled === true ? untaken(seen) : seen;
+  });
   return {
     state: { ...configured, config, queues },
     unreported: new Map(saved.completed.map(({ queue, heads }) => [queue, heads.length])),
@@ -119,13 +134,44 @@ export function readSaved(saved: VendorState, configured: DeviceState, name: str
 }
 
 /**
+ * The state with receive queues that take their buffers once more: those that wait for the world outside are the next ones
+ * of the ring. Where a device lists others it is left as it is.
+ * @throws VhostdError badAddress where the memory is gone
+ */
+export function rewound(
+  saved: SavedState,
+  memory: RingMemory,
+  { receives }: Pick<DeviceClass, "receives">,
+): SavedState {
+  const queues = saved.state.queues.map((queue) => {
+    const { index, lastAvail, lastUsed, inFlight, disabled } = queue;
+    const waiting = receives?.(index) === true && disabled !== true;
+    if (!waiting || lastAvail === lastUsed) return queue;
+    if (inFlight !== undefined && !sameHeads(inFlight, availHeads(memory, queue, lastUsed, lastAvail))) return queue;
+    return untaken(queue);
+  });
+  return { ...saved, state: { ...saved.state, queues } };
+}
+
+/** The state without what its receive queues have taken. */
+export function withoutReceived(state: DeviceState, { receives }: Pick<DeviceClass, "receives">): DeviceState {
+  return { ...state, queues: state.queues.map((queue) => (receives?.(queue.index) === true ? untaken(queue) : queue)) };
+}
+
+/**
  * Why a freezed device cannot be left as it is, or undefined. The memory is the guest's, and the used index in it what
  * the guest goes by.
+ * @param modeOf a queue, by its index
  * @throws VhostdError badAddress where the memory is gone; io where the device contradicts it
  */
-export function undrained({ state, unreported }: SavedState, memory: RingMemory, mode: FreezeMode): string | undefined {
+export function undrained(
+  { state, unreported }: SavedState,
+  memory: RingMemory,
+  modeOf: (queue: number) => FreezeMode,
+): string | undefined {
   for (const queue of state.queues) {
-    const { index, lastAvail, lastUsed, inFlight = [] } = queue;
+    const { index, lastAvail, lastUsed, inFlight = [], disabled } = queue;
+    if (disabled === true) continue;
     const used = usedIndex(memory, queue);
     const taken = (lastAvail - lastUsed) & 0xffff;
     const at = `(available ${lastAvail}, used ${lastUsed}, in the guest's memory ${used})`;
@@ -133,7 +179,7 @@ export function undrained({ state, unreported }: SavedState, memory: RingMemory,
     const completed = unreported.get(index) ?? 0;
     if (completed > 0) return `queue ${index} has ${completed} completed buffers that are not in the used ring ${at}`;
     if (taken === 0) continue;
-    if (mode === "drained") return `queue ${index} has ${taken} buffers in use ${at}`;
+    if (modeOf(index) === "drained") return `queue ${index} has ${taken} buffers in use ${at}`;
     if (inFlight.length !== taken) {
       return `queue ${index} has ${taken} buffers in use and lists ${inFlight.length} of them ${at}`;
     }
@@ -159,4 +205,14 @@ function withIndices(queue: QueueState, saved: VendorState, name: string): Queue
   }
   const { inFlight: _, ...rest } = queue;
   return { ...rest, lastAvail, lastUsed, ...(heads.length === 0 ? {} : { inFlight: heads }) };
+}
+
+function untaken({ inFlight: _, ...queue }: QueueState): QueueState {
+  return { ...queue, lastAvail: queue.lastUsed };
+}
+
+/** The order in which a device lists its heads means nothing. */
+function sameHeads(a: readonly number[], b: readonly number[]): boolean {
+  const sorted = (heads: readonly number[]) => [...heads].sort((x, y) => x - y).join();
+  return sorted(a) === sorted(b);
 }

@@ -1,6 +1,7 @@
 import { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
-import type { DeviceState, QueueState } from "../device-state.ts";
+import { configValues } from "../config-space.ts";
+import { type DeviceState, enabledQueues, type QueueState, withEnabled } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
 import { Status } from "../features.ts";
 import type { FreezeMode, MoverCapabilities, MoverHost, MoverSnapshot, StateMover } from "../mover.ts";
@@ -22,7 +23,8 @@ type State =
 /**
  * Moves the state of a VF that nobody manages: with its own registers only. A virtio reset clears the ring indices, and
  * no register sets them, so a stopped VF is drained and left configured ("frozen"); a start with the same rings at the
- * same indices continues it, and any other start is a reset that can only begin at index 0.
+ * same indices continues it, and any other start is a reset that can only begin at index 0. Receive queues are not
+ * drained: the device keeps their buffers and is kept from memory, of which a guest that is reset makes other use.
  */
 export class RegistersMover implements StateMover {
   readonly kind = "registers";
@@ -32,7 +34,7 @@ export class RegistersMover implements StateMover {
 
   /** @throws VhostdError invalid where the snapshot of an earlier process is malformed */
   constructor(
-    private readonly host: Pick<MoverHost, "device" | "ringDoorbell">,
+    private readonly host: MoverHost,
     snapshot: MoverSnapshot = { kind: "reset" },
   ) {
     this.device = host.device;
@@ -40,14 +42,16 @@ export class RegistersMover implements StateMover {
   }
 
   async configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
-    if (await this.continues(wanted, deadline)) {
-      this.current = { kind: "running", state: wanted };
-      return;
+    const frozen = await this.continued(wanted, deadline);
+    if (frozen === undefined) {
+      await this.reset(deadline);
+      for (const queue of wanted.queues) this.checkBase(queue);
+    } else {
+      await deadline.race(this.device.setBusMaster(true));
     }
-    await this.reset(deadline);
-    for (const queue of wanted.queues) this.checkBase(queue);
     try {
-      await deadline.race(this.program(wanted));
+      if (frozen === undefined) await deadline.race(this.program(wanted));
+      if (frozen === undefined || !sameEnabled(frozen, wanted)) await this.sendCommands(wanted, deadline);
     } catch (error) {
       await this.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
       throw error;
@@ -59,18 +63,9 @@ export class RegistersMover implements StateMover {
     const { current } = this;
     if (current.kind === "frozen") return current.state;
     if (current.kind === "reset") throw new VhostdError("invalid", `${this.name} is not running`);
-    // What became available after the last signal that the relay passed on.
-    await Promise.all(current.state.queues.map(({ index }) => this.host.ringDoorbell(index)));
-    let reason = "";
-    try {
-      await deadline.poll(async () => {
-        reason = (await this.undrained(current.state, memory, deadline)) ?? "";
-        return reason === "" ? true : undefined;
-      }, DRAIN_INTERVAL);
-    } catch (cause) {
-      if (!(cause instanceof VhostdError && cause.code === "timedOut")) throw cause;
-      throw new VhostdError("timedOut", `${cause.message}: ${reason}`, { cause });
-    }
+    const draining = current.state.queues.filter((queue) => !this.mayMoveOn(queue));
+    await this.drain(draining, (queue) => undrained(queue, memory), deadline);
+    if (draining.length < current.state.queues.length) await deadline.race(this.device.setBusMaster(false));
     const queues = current.state.queues.map(({ inFlight: _, ...queue }) => {
       const used = usedIndex(memory, queue);
       return { ...queue, lastAvail: used, lastUsed: used };
@@ -78,6 +73,18 @@ export class RegistersMover implements StateMover {
     const state = { ...current.state, queues };
     this.current = { kind: "frozen", state };
     return state;
+  }
+
+  async enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void> {
+    const { current } = this;
+    if (current.kind !== "running") throw new VhostdError("invalid", `${this.name} is not running`);
+    const state = withEnabled(current.state, queues);
+    if (!sameEnabled(current.state, state)) {
+      await this.checkServed(current.state, state, deadline);
+      await this.giveBack(current.state, queues, memory, deadline);
+      await this.sendCommands(state, deadline);
+    }
+    this.current = { kind: "running", state };
   }
 
   async reset(deadline: Deadline): Promise<void> {
@@ -90,19 +97,120 @@ export class RegistersMover implements StateMover {
     return current.kind === "reset" ? current : { kind: current.kind, state: encodeDeviceState(current.state) };
   }
 
-  /** Whether the device stands, stopped, exactly where `wanted` begins. Its configuration space is its own matter. */
-  private async continues(wanted: DeviceState, deadline: Deadline): Promise<boolean> {
+  /**
+   * The state in which the device stands, stopped, where that is exactly where `wanted` begins. Its configuration space is
+   * its own matter.
+   */
+  private async continued(wanted: DeviceState, deadline: Deadline): Promise<DeviceState | undefined> {
     const { current } = this;
-    if (current.kind !== "frozen") return false;
-    if (compare({ ...current.state, config: wanted.config }, wanted).length > 0) return false;
-    return (await deadline.race(this.device.status())) === wanted.status;
+    if (current.kind !== "frozen") return undefined;
+    const { state } = current;
+    // Rings that a driver has just made look like those of a device that did nothing. A reset is right for both.
+    if (wanted.queues.every(({ lastAvail, lastUsed }) => lastAvail === 0 && lastUsed === 0)) return undefined;
+    const queues = state.queues.map((queue) => (this.mayMoveOn(queue) ? movedOn(queue, wanted) : queue));
+    const seen = withEnabled({ ...state, config: wanted.config, queues }, new Set(enabledQueues(wanted)));
+    if (compare(seen, wanted).length > 0) return undefined;
+    if ((await this.unserved(state, wanted, deadline)) !== undefined) return undefined;
+    return (await deadline.race(this.device.status())) === wanted.status ? state : undefined;
   }
 
-  /** VIRTIO 1.2, 3.1.1, steps 2 to 8. */
+  /** VIRTIO 1.2, 3.1.1, steps 2 to 8. A queue that is disabled is set up like the others. */
   private async program(wanted: DeviceState): Promise<void> {
+    const control = this.host.control();
+    const queues = control === undefined ? wanted.queues : [...wanted.queues, control.begin()];
     await this.device.negotiate(wanted.features);
-    await this.device.setUpQueues(wanted.configVector, wanted.queues);
+    await this.device.setUpQueues(wanted.configVector, queues);
     await this.device.run();
+  }
+
+  /**
+   * Tells the device by its own control queue which queues are in use.
+   * @throws VhostdError notSupported where it refuses; what the control queue throws
+   */
+  private async sendCommands(state: DeviceState, deadline: Deadline): Promise<void> {
+    const { deviceClass, features } = this.host;
+    const control = this.host.control();
+    if (control === undefined || deviceClass.control === undefined) return;
+    // Its PF may have set it up, which does without this queue.
+    if (!(await deadline.race(this.device.isEnabled(control.index)))) return;
+    const config = configValues(deviceClass.configSpace, state.config);
+    for (const command of deviceClass.control.commands({ queues: enabledQueues(state), config, features })) {
+      if (await control.command(command, deadline)) continue;
+      const refusal = `${this.name} refused ${command.name} on its control queue`;
+      if (command.optional !== true) throw new VhostdError("notSupported", refusal);
+      this.host.log(refusal);
+    }
+  }
+
+  /**
+   * Who restores a state sets up only the queues that are in use then, and the registers set up none on a device that runs.
+   * @returns a queue that is newly wanted and was not set up
+   */
+  private async unserved(now: DeviceState, wanted: DeviceState, deadline: Deadline): Promise<number | undefined> {
+    const known = new Set(enabledQueues(now));
+    for (const queue of enabledQueues(wanted)) {
+      if (!known.has(queue) && !(await deadline.race(this.device.isEnabled(queue)))) return queue;
+    }
+    return undefined;
+  }
+
+  /** @throws VhostdError notSupported */
+  private async checkServed(now: DeviceState, wanted: DeviceState, deadline: Deadline): Promise<void> {
+    const queue = await this.unserved(now, wanted, deadline);
+    if (queue === undefined) return;
+    throw new VhostdError(
+      "notSupported",
+      `queue ${queue} cannot be enabled: ${this.name} was set up without it, and only its PF or a reset could change that`,
+      { fix: "restart the guest's driver (reboot the guest)", data: { queue } },
+    );
+  }
+
+  /** The device may use buffers of this queue also while it is stopped: it is not waited for. */
+  private mayMoveOn({ index, disabled }: QueueState): boolean {
+    return disabled === true || this.receives(index);
+  }
+
+  private receives(queue: number): boolean {
+    return this.host.deviceClass.receives?.(queue) === true;
+  }
+
+  /** Waits for what was made available on queues that are not to be used any more; what comes later stays there. */
+  private async giveBack(state: DeviceState, kept: ReadonlySet<number>, memory: RingMemory, deadline: Deadline) {
+    const ended = state.queues.filter((queue) => !kept.has(queue.index) && !this.mayMoveOn(queue));
+    const ends = new Map(ended.map((queue) => [queue.index, availIndex(memory, queue)]));
+    const look = (queue: QueueState) => {
+      const left = (ends.get(queue.index)! - usedIndex(memory, queue)) & 0xffff;
+      const passed = left === 0 || left > queue.size;
+      return passed ? undefined : `queue ${queue.index} has ${left} buffers in use`;
+    };
+    await this.drain(ended, look, deadline);
+  }
+
+  /**
+   * @param look says what the device has not given back of a queue
+   * @throws VhostdError timedOut with what `look` says; io where the device never will, or what `look` throws
+   */
+  private async drain(
+    queues: readonly QueueState[],
+    look: (queue: QueueState) => string | undefined,
+    deadline: Deadline,
+  ): Promise<void> {
+    // What became available after the last signal that the relay passed on.
+    await Promise.all(queues.map(({ index }) => this.host.ringDoorbell(index)));
+    let reason = "";
+    try {
+      await deadline.poll(async () => {
+        const status = await deadline.race(this.device.status());
+        if ((status & Status.needsReset) !== 0 || (status & Status.driverOk) === 0) {
+          throw new VhostdError("io", `${this.name} stopped by itself: ${describeStatus(status)}`);
+        }
+        reason = queues.map(look).find((left) => left !== undefined) ?? "";
+        return reason === "" ? true : undefined;
+      }, DRAIN_INTERVAL);
+    } catch (cause) {
+      if (!(cause instanceof VhostdError && cause.code === "timedOut")) throw cause;
+      throw new VhostdError("timedOut", `${cause.message}: ${reason}`, { cause });
+    }
   }
 
   private checkBase({ index, lastAvail, lastUsed }: QueueState): void {
@@ -118,30 +226,38 @@ export class RegistersMover implements StateMover {
     );
   }
 
-  /**
-   * @returns why the device still uses its rings, or undefined when every buffer is written back
-   * @throws VhostdError io where it never will
-   */
-  private async undrained(state: DeviceState, memory: RingMemory, deadline: Deadline): Promise<string | undefined> {
-    const status = await deadline.race(this.device.status());
-    if ((status & Status.needsReset) !== 0 || (status & Status.driverOk) === 0) {
-      throw new VhostdError("io", `${this.name} stopped by itself: ${describeStatus(status)}`);
-    }
-    for (const queue of state.queues) {
-      const used = usedIndex(memory, queue);
-      const available = availIndex(memory, queue);
-      // The device goes on meanwhile: only indices of one moment can be compared.
-      if (usedIndex(memory, queue) !== used) return `queue ${queue.index} is still being used`;
-      const left = (available - used) & 0xffff;
-      if (left > queue.size) {
-        throw new VhostdError("io", `queue ${queue.index} has ${left} entries in use, of ${queue.size}: a broken ring`);
-      }
-      if (left > 0) return `queue ${queue.index} has ${left} buffers in use (available ${available}, used ${used})`;
-    }
-    return undefined;
-  }
-
   private get name(): string {
     return this.device.fn.address;
   }
+}
+
+/**
+ * @returns why the device still uses this ring, or undefined when every buffer is written back
+ * @throws VhostdError io where it never will
+ */
+function undrained(queue: QueueState, memory: RingMemory): string | undefined {
+  const used = usedIndex(memory, queue);
+  const available = availIndex(memory, queue);
+  // The device goes on meanwhile: only indices of one moment can be compared.
+  if (usedIndex(memory, queue) !== used) return `queue ${queue.index} is still being used`;
+  const left = (available - used) & 0xffff;
+  if (left > queue.size) {
+    throw new VhostdError("io", `queue ${queue.index} has ${left} entries in use, of ${queue.size}: a broken ring`);
+  }
+  return left === 0
+    ? undefined
+    : `queue ${queue.index} has ${left} buffers in use (available ${available}, used ${used})`;
+}
+
+/**
+ * The queue at the indices of `wanted`. The device knows its own better than anyone: a guest that runs while its device is
+ * stopped has had any number of buffers used since.
+ */
+function movedOn(queue: QueueState, { queues }: DeviceState): QueueState {
+  const next = queues.find(({ index }) => index === queue.index);
+  return next === undefined ? queue : { ...queue, lastAvail: next.lastAvail, lastUsed: next.lastUsed };
+}
+
+function sameEnabled(a: DeviceState, b: DeviceState): boolean {
+  return enabledQueues(a).join() === enabledQueues(b).join();
 }

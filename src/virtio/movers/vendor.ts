@@ -1,9 +1,19 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
+import type { VendorState } from "../admin/state-blob.ts";
 import { type InternalStatusName, type SettableStatus, stepsTo } from "../admin/vendor.ts";
 import { AdminRefusal, type VendorAdmin } from "../admin/vendor-admin.ts";
-import { checkBases, readSaved, type SavedState, toVendorState, undrained } from "../admin/vendor-state.ts";
-import type { DeviceState } from "../device-state.ts";
+import {
+  checkBases,
+  readSaved,
+  rewound,
+  type SavedState,
+  toVendorState,
+  undrained,
+  withoutReceived,
+} from "../admin/vendor-state.ts";
+import { comparedBytes } from "../config-space.ts";
+import { type DeviceState, withEnabled } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
 import type { FreezeMode, ManualControl, MoverCapabilities, MoverHost, MoverSnapshot, StateMover } from "../mover.ts";
 import { describeStatus, type VirtioPciDevice } from "../pci-device.ts";
@@ -24,6 +34,8 @@ export interface ManagedVf {
   readonly admin: VendorAdmin;
   readonly vdevId: number;
 }
+
+type ModeOf = (queue: number) => FreezeMode;
 
 /** `frozen`: freezed, with the state that it had then. */
 type State =
@@ -64,14 +76,22 @@ export class VendorMover implements StateMover {
     return { resumeAnywhere: this.obstacle === undefined, dirtyTracking: false };
   }
 
-  async configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
+  configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
+    return this.bringUp(wanted, "running", deadline);
+  }
+
+  /** @param to where the device is left; what it is given it has taken then */
+  private async bringUp(wanted: DeviceState, to: SettableStatus, deadline: Deadline): Promise<void> {
     const registers = await this.settle(deadline);
     this.atRest = false;
-    if (registers !== undefined) return this.configureByRegisters(registers, wanted, deadline);
+    if (registers !== undefined) return this.byRegisters(() => registers.configure(wanted, deadline));
     try {
       checkBases(wanted, this.name);
       if (!(await this.continues(wanted, deadline))) await this.program(wanted, deadline);
-      await this.step("freezed", "running", deadline);
+      // A device that its registers stopped was kept from memory; where it is to go on it stands only now.
+      await deadline.race(this.device.setBusMaster(true));
+      await this.step("freezed", "quiesced", deadline);
+      await this.step("quiesced", to, deadline);
       const status = await deadline.race(this.device.status());
       if (status !== wanted.status) {
         throw new VhostdError("io", `${this.name} does not run with what was restored: ${describeStatus(status)}`);
@@ -91,13 +111,47 @@ export class VendorMover implements StateMover {
     if (registers !== undefined) return registers.freeze(memory, mode, deadline);
     const { current } = this;
     if (current.kind === "frozen") return current.state;
-    if (current.kind === "reset") throw new VhostdError("invalid", `${this.name} is not running`);
-    await this.stopFor(current.state, memory, mode, deadline);
+    if (current.kind === "reset") throw this.notRunning();
+    return this.stop(current.state, memory, () => mode, deadline);
+  }
+
+  async enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void> {
+    const registers = this.fallback();
+    if (registers !== undefined) {
+      return this.byRegisters(() => registers.enable(queues, memory, deadline));
+    }
+    const { current } = this;
+    if (current.kind !== "running") throw this.notRunning();
+    if (compare(current.state, withEnabled(current.state, queues)).length === 0) return;
+    const { admin, vdevId } = this.vf;
+    const found = await admin.status(vdevId, deadline);
+    // What an operator holds stays held.
+    const to = found === "init" ? "running" : found;
+    let state: DeviceState;
+    try {
+      // What a queue has taken that is not to be used any more would not come back.
+      state = await this.stop(current.state, memory, (index) => (queues.has(index) ? "listed" : "drained"), deadline);
+    } catch (error) {
+      const back = Deadline.after(CLEAN_UP_TIMEOUT, `the way back of ${this.name}`);
+      await this.bringTo(to, back).catch(() => {});
+      throw error;
+    }
+    await this.bringUp(withEnabled(state, queues), to, deadline);
+  }
+
+  /** Freezes the running device, with all given back that its queues must not keep. */
+  private async stop(
+    running: DeviceState,
+    memory: RingMemory,
+    modeOf: ModeOf,
+    deadline: Deadline,
+  ): Promise<DeviceState> {
+    await this.stopFor(running, memory, modeOf, deadline);
     let reason: string | undefined;
     try {
       for (let interval: number = DRAIN_INTERVAL.first; ; interval = Math.min(2 * interval, DRAIN_INTERVAL.longest)) {
-        const saved = await this.save(current.state, deadline);
-        reason = undrained(saved, memory, mode);
+        const saved = rewound(await this.save(running, deadline), memory, this.host.deviceClass);
+        reason = undrained(saved, memory, modeOf);
         if (reason === undefined) {
           this.current = { kind: "frozen", state: saved.state };
           return saved.state;
@@ -163,10 +217,10 @@ export class VendorMover implements StateMover {
     return this.registers;
   }
 
-  /** @throws what the registers mover does; where it cannot resume, with the reason why it has to */
-  private async configureByRegisters(registers: RegistersMover, wanted: DeviceState, deadline: Deadline) {
+  /** @throws what the registers mover does; where it is not able to, with the reason why it has to */
+  private async byRegisters(work: () => Promise<void>): Promise<void> {
     try {
-      await registers.configure(wanted, deadline);
+      await work();
     } catch (cause) {
       if (!(cause instanceof VhostdError && cause.code === "notSupported")) throw cause;
       throw withMore(cause, `: ${this.obstacle ?? "its PF could not move it"}`);
@@ -182,9 +236,14 @@ export class VendorMover implements StateMover {
     if (current.kind !== "frozen") return false;
     if ((await this.vf.admin.status(this.vf.vdevId, deadline)) === "init") return false;
     const { state } = await this.save(current.state, deadline);
-    // The configuration space is the device's own matter.
-    const moved = compare({ ...state, config: current.state.config }, current.state);
-    if (moved.length === 0) return compare(state, wanted).length === 0;
+    const { deviceClass } = this.host;
+    // The configuration space is the device's own matter, and so is what it takes of a receive queue.
+    const before = withoutReceived(current.state, deviceClass);
+    const moved = compare({ ...withoutReceived(state, deviceClass), config: before.config }, before);
+    const compared = (one: DeviceState) => {
+      return { ...one, config: comparedBytes(deviceClass, wanted.features, one.config) };
+    };
+    if (moved.length === 0) return compare(compared(state), compared(wanted)).length === 0;
     throw new VhostdError("io", `${this.name} went on while it was stopped: ${moved.join("; ")}`, {
       fix: "restart the guest's driver (reboot the guest)",
     });
@@ -204,7 +263,11 @@ export class VendorMover implements StateMover {
   private async save(configured: DeviceState, deadline: Deadline): Promise<SavedState> {
     const { admin, vdevId } = this.vf;
     await this.bringTo("freezed", deadline);
-    return readSaved(await admin.save(vdevId, deadline), configured, this.name);
+    return this.read(await admin.save(vdevId, deadline), configured);
+  }
+
+  private read(saved: VendorState, configured: DeviceState): SavedState {
+    return readSaved(saved, configured, this.name, this.host.control()?.index);
   }
 
   private async bringTo(to: SettableStatus, deadline: Deadline): Promise<void> {
@@ -219,7 +282,7 @@ export class VendorMover implements StateMover {
    * The first freeze of a stop. A device may refuse it until it has drained.
    * @throws VhostdError with what has not drained, where that is why
    */
-  private async stopFor(configured: DeviceState, memory: RingMemory, mode: FreezeMode, deadline: Deadline) {
+  private async stopFor(configured: DeviceState, memory: RingMemory, modeOf: ModeOf, deadline: Deadline) {
     const { admin, vdevId } = this.vf;
     const kept = Math.min(REASON_TIME.most, deadline.remaining * REASON_TIME.share);
     try {
@@ -228,7 +291,8 @@ export class VendorMover implements StateMover {
       if (!isImpatience(cause)) throw cause;
       const reason = await admin
         .save(vdevId, deadline)
-        .then((saved) => undrained(readSaved(saved, configured, this.name), memory, mode))
+        .then((saved) => rewound(this.read(saved, configured), memory, this.host.deviceClass))
+        .then((saved) => undrained(saved, memory, modeOf))
         .catch(() => undefined);
       throw reason === undefined ? cause : withMore(cause, `: ${reason}`);
     }
@@ -267,6 +331,10 @@ export class VendorMover implements StateMover {
 
   private get device(): VirtioPciDevice {
     return this.host.device;
+  }
+
+  private notRunning(): VhostdError {
+    return new VhostdError("invalid", `${this.name} is not running`);
   }
 
   private get name(): string {

@@ -121,6 +121,43 @@ describe("claims", () => {
   });
 });
 
+describe("memory of the daemon's own", () => {
+  test("is as high as it can be, in one range, beside what is there", async () => {
+    const space = new FakeSpace();
+    const top = 2 ** 46;
+    const domain = new DmaDomain(space);
+    using guest = memfd("guest", 4 * MiB);
+    using own = memfd("own", 8192);
+    const { dev, ino } = fileInfo(guest.number);
+    await domain.claim("vm", { iova: top - MiB, size: MiB, offset: 0, file: { dev, ino } }, guest.number);
+    const [first, second] = await Promise.all([
+      domain.claimFree("a", 4096, own.number),
+      domain.claimFree("b", 8192, own.number),
+    ]);
+    expect(first).toMatchObject({ iova: top - MiB - 4096, size: 4096, offset: 0 });
+    expect(second.iova).toBe(top - MiB - 4096 - 8192);
+    expect(domain.owners).toEqual(["vm", "a", "b"]);
+    await domain.releaseAll("a");
+    expect((await domain.claimFree("c", 4096, own.number)).iova).toBe(first.iova);
+    domain.abandon();
+  });
+
+  test("lies where a number can say its end, or is refused", async () => {
+    const space = new FakeSpace();
+    const domain = new DmaDomain(space);
+    using own = memfd("own", 8192);
+    space.ioRanges = [
+      { start: 0, end: 4095 },
+      { start: 2 ** 40, end: Number.MAX_SAFE_INTEGER },
+    ];
+    expect((await domain.claimFree("a", 4096, own.number)).iova).toBe(2 ** 53 - 8192);
+    space.ioRanges = [{ start: 0, end: 4095 }];
+    expect(await rejection(domain.claimFree("b", 8192, own.number))).toMatchObject({ code: "iommuDomain" });
+    expect(await rejection(domain.claimFree("b", 100, own.number))).toMatchObject({ code: "invalid" });
+    domain.abandon();
+  });
+});
+
 describe("refusals", () => {
   test("ranges that cannot be, by name", async () => {
     const { space, file, range, claim } = setUp();

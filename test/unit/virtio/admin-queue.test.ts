@@ -1,4 +1,5 @@
 import { describe, expect, test } from "bun:test";
+import { adminQueue, CONFIG_SPACE } from "../../../plugins/net/config-space.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import { deathOf, type FakeAdmin, type FakeAnswer } from "../../kit/fake-admin.ts";
 import { rejection } from "../../kit/rejection.ts";
@@ -25,6 +26,20 @@ describe("discovery", () => {
       (features & featureBits(41)) === 0n ? 0 : Number(config["pairs"]);
     expect(await fake.discover({ configSpace, adminQueue })).toMatchObject({ kind: "vendor" });
     expect(fake.fn.queues.map(({ enable }) => enable)).toEqual([0, 0, 0, 1]);
+  });
+
+  test("of a network PF is behind its data queues, as many as it says; behind one pair without MQ", async () => {
+    for (const [pairs, mq, queue] of [
+      [4, true, 8],
+      [1, true, 2],
+      [4, false, 2],
+    ] as const) {
+      const features = featureBits(...(mq ? [22] : []), FeatureBit.accessPlatform, FeatureBit.adminVq);
+      const fake = make({ virtioId: 1, queue, features, config: new Uint8Array(24).with(8, pairs) });
+      const device = { configSpace: CONFIG_SPACE, adminQueue };
+      expect(await fake.discover(device)).toMatchObject({ kind: "vendor" });
+      expect(fake.fn.queues.flatMap(({ enable }, index) => (enable === 1 ? [index] : []))).toEqual([queue]);
+    }
   });
 
   test("believes the registers before the class", async () => {

@@ -1,9 +1,14 @@
 import { afterEach, describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
+import type { Json } from "../../../src/base/json.ts";
 import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
 import { drainEventfd, eventfd } from "../../../src/native/sys.ts";
+import type { DeviceClass } from "../../../src/plugin.ts";
 import { DataPath, type DataPathFailure } from "../../../src/virtio/data-path.ts";
+import { withEnabled } from "../../../src/virtio/device-state.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
+import { fakeClass } from "../../kit/fake-class.ts";
+import { FakeControl } from "../../kit/fake-control.ts";
 import { FakeFunction, type FakeFunctionOptions } from "../../kit/fake-function.ts";
 import { rejection } from "../../kit/rejection.ts";
 import { FakeRings, wantedState } from "./states.ts";
@@ -16,9 +21,9 @@ afterEach(() => {
   expect(liveFds()).toBe(0);
 });
 
-async function open(options: FakeFunctionOptions = {}) {
+async function open(options: FakeFunctionOptions = {}, members: Partial<DeviceClass> = {}) {
   const fn = new FakeFunction(options);
-  const path = await DataPath.open(fn, soon());
+  const path = await DataPath.open(fn, (virtioId) => fakeClass({ virtioId, ...members }), soon());
   undo.push({ [Symbol.dispose]: () => path.abandon() });
   const pair = () => {
     const [kick, call] = [eventfd(), eventfd()];
@@ -50,7 +55,7 @@ describe("a data path", () => {
 
   test("opens a reset device and knows its limits", async () => {
     const { fn, path } = await open({ queues: 2, queueSize: 64, features: featureBits(FeatureBit.ringReset) });
-    expect(path.virtioId).toBe(2);
+    expect(path.deviceClass.virtioId).toBe(2);
     expect(path.queues).toBe(2);
     expect(path.vectors).toBe(3);
     expect([0, 1, 2].map((queue) => path.queueSizeMax(queue))).toEqual([64, 64, 0]);
@@ -136,6 +141,112 @@ describe("a data path", () => {
   });
 });
 
+describe("queues that are disabled", () => {
+  test("are set up and left alone", async () => {
+    const { fn, path, eventfds, pair } = await open();
+    await path.start(withEnabled(wantedState(2), new Set([0])), eventfds, soon());
+    expect([...fn.connected]).toEqual([0]);
+    expect(fn.rung).toEqual([0]);
+    expect(fn.queues.map(({ enable }) => enable)).toEqual([1, 1]);
+    expect([...eventfds.values()].map(({ call }) => drainEventfd(call))).toEqual([1, 0]);
+    // Another call is another matter.
+    const { kick, call } = pair();
+    await path.setKick(1, kick);
+    await path.setCall(1, call);
+    expect([...fn.connected]).toEqual([0]);
+    expect(fn.routes.get(2)).toBe(call);
+  });
+
+  test("change while it runs: kicks and calls with them", async () => {
+    const { fn, path, eventfds } = await open();
+    await path.start(wantedState(2), eventfds, soon());
+    for (const { call } of eventfds.values()) drainEventfd(call);
+    fn.rung.length = 0;
+    await path.enable(new Set([1]), eventfds, new FakeRings(), soon());
+    expect([...fn.connected]).toEqual([1]);
+    // The first one gives back what it has; the other one looks at its ring.
+    expect(fn.rung).toEqual([0, 1]);
+    expect([...eventfds.values()].map(({ call }) => drainEventfd(call))).toEqual([0, 1]);
+    await path.enable(new Set([0, 1]), eventfds, new FakeRings(), soon());
+    expect([...fn.connected].sort()).toEqual([0, 1]);
+    expect(await rejection(path.enable(new Set([2]), eventfds, new FakeRings(), soon()))).toMatchObject({
+      code: "invalid",
+    });
+    expect(fn.connected.size).toBe(2);
+  });
+
+  test("stay so in the next process", async () => {
+    const { fn, path, eventfds, pair } = await open();
+    await path.start(withEnabled(wantedState(2), new Set([0])), eventfds, soon());
+    const { data, fds } = path.snapshot();
+    const own = new Map([...fds].map(([name, number]) => [name, dup(number)]));
+    path.abandon();
+    const revived = DataPath.revive(fn, JSON.parse(JSON.stringify(data)), own, () => fakeClass());
+    undo.push({ [Symbol.dispose]: () => revived.abandon() });
+    expect([...fn.connected]).toEqual([0]);
+    await revived.setKick(1, pair().kick);
+    expect([...fn.connected]).toEqual([0]);
+  });
+});
+
+describe("the function's own control queue", () => {
+  const CONTROL = 2;
+  const accepted = () => true;
+  const members: Partial<DeviceClass> = {
+    configSpace: { count: [0, "u8"] },
+    control: {
+      queue: ({ count }) => Number(count),
+      features: [17, 18],
+      commands: ({ queues }) => [{ name: "USE", request: Uint8Array.from(queues), answerSize: 1, accepted }],
+    },
+  };
+
+  async function openControl() {
+    const config = new Uint8Array(60).with(0, CONTROL);
+    const parts = await open({ queues: CONTROL + 1, features: featureBits(6, 17), config }, members);
+    const fake = new FakeControl(parts.fn, CONTROL);
+    undo.push(fake);
+    await parts.path.openControl(fake.domain, "own", { count: CONTROL });
+    return { ...parts, fake };
+  }
+
+  test("has memory of its own, and its features whatever the guest negotiated", async () => {
+    const { fn, path, eventfds, fake } = await openControl();
+    expect(path.controlQueue).toBe(CONTROL);
+    expect(fake.domain.owners).toEqual(["own"]);
+    await path.start(wantedState(2), eventfds, soon());
+    expect(fn.driverFeatures).toBe(featureBits(17, FeatureBit.version1));
+    await path.enable(new Set([1]), eventfds, new FakeRings(), soon());
+    expect(fake.seen.map((request) => [...request])).toEqual([[0, 1], [1]]);
+  });
+
+  test("goes on in the next process", async () => {
+    const { fn, path, eventfds, fake } = await openControl();
+    await path.start(wantedState(2), eventfds, soon());
+    const { data, fds } = path.snapshot();
+    const record = JSON.parse(JSON.stringify(data));
+    const own = new Map([...fds].map(([name, number]) => [name, dup(number)]));
+    path.abandon();
+    const lost = new Map([...own].filter(([name]) => name !== "control").map(([name, fd]) => [name, fd.dup()]));
+    const revived = DataPath.revive(fn, record, own, () => fakeClass(members));
+    undo.push({ [Symbol.dispose]: () => revived.abandon() });
+    expect(revived.controlQueue).toBe(CONTROL);
+    await revived.enable(new Set([0]), eventfds, new FakeRings(), soon());
+    expect(fake.seen.map((request) => [...request])).toEqual([[0, 1], [0]]);
+    expect(() => DataPath.revive(fn, record, lost, () => fakeClass(members))).toThrow(/control queue/);
+  });
+
+  test("is refused where the function does not have it, and not looked for where the class has none", async () => {
+    const { path, fake } = await openControl();
+    const missing = path.openControl(fake.domain, "other", { count: 9 });
+    expect(await rejection(missing)).toMatchObject({ code: "probeFailed", message: expect.stringMatching(/queue 9/) });
+    const plain = await open();
+    await plain.path.openControl(fake.domain, "other", {});
+    expect(plain.path.controlQueue).toBeUndefined();
+    expect(fake.domain.owners).toEqual(["own"]);
+  });
+});
+
 describe("the configuration interrupt", () => {
   test("tells of a change, and of a device that needs a reset", async () => {
     const { fn, path, eventfds } = await open();
@@ -176,7 +287,7 @@ describe("revival", () => {
     expect(fn.connected.size).toBe(0);
     fn.statusWrites.length = 0;
 
-    const revived = DataPath.revive(fn, record, own);
+    const revived = DataPath.revive(fn, record, own, () => fakeClass());
     undo.push({ [Symbol.dispose]: () => revived.abandon() });
     expect(revived.running).toBe(true);
     expect(revived.features).toBe(path.features);
@@ -194,9 +305,10 @@ describe("revival", () => {
     const { fn, path } = await open();
     const { data, fds } = path.snapshot();
     const copies = () => new Map([...fds].map(([name, number]) => [name, dup(number)]));
-    expect(() => DataPath.revive(fn, { layout: null }, copies())).toThrow(/not understood/);
-    expect(() => DataPath.revive(fn, data, new Map())).toThrow(/interrupt/);
-    expect(() => DataPath.revive(fn, data, copies().set("kick.9", eventfd()))).toThrow(/spare/);
+    const revive = (record: Json, own: Map<string, OwnedFd>) => DataPath.revive(fn, record, own, () => fakeClass());
+    expect(() => revive({ layout: null }, copies())).toThrow(/not understood/);
+    expect(() => revive(data, new Map())).toThrow(/interrupt/);
+    expect(() => revive(data, copies().set("kick.9", eventfd()))).toThrow(/spare/);
   });
 });
 

@@ -1,18 +1,25 @@
-import { describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
+import { liveFds } from "../../../src/native/fd.ts";
+import type { DeviceClass } from "../../../src/plugin.ts";
+import { ControlQueue } from "../../../src/virtio/control-queue.ts";
+import { type DeviceState, withEnabled } from "../../../src/virtio/device-state.ts";
+import { encodeDeviceState } from "../../../src/virtio/device-state-codec.ts";
+import type { MoverHost } from "../../../src/virtio/mover.ts";
 import { RegistersMover } from "../../../src/virtio/movers/registers.ts";
-import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
+import { PciCommand, PciConfig } from "../../../src/virtio/registers.ts";
+import { fakeClass } from "../../kit/fake-class.ts";
+import { FakeControl } from "../../kit/fake-control.ts";
 import { FakeFunction } from "../../kit/fake-function.ts";
 import { rejection } from "../../kit/rejection.ts";
+import { moverHost } from "./mover-host.ts";
 import { FakeRings, wantedState } from "./states.ts";
 
 const soon = (ms = 1000) => Deadline.after(ms, "the test");
 
-async function setUp(queues = 2) {
+async function setUp(queues = 2, members: Partial<MoverHost> = {}) {
   const fn = new FakeFunction({ queues });
-  const device = await VirtioPciDevice.probe(fn, soon());
-  const ring = async (queue: number) => device.doorbell(queue, queue).ring(queue);
-  const host = { device, ringDoorbell: ring };
+  const host = await moverHost(fn, members);
   return { fn, host, mover: new RegistersMover(host), rings: new FakeRings() };
 }
 
@@ -156,5 +163,235 @@ describe("continuing", () => {
     await revived.configure(state, soon());
     expect(fn.statusWrites).toEqual([]);
     expect(() => new RegistersMover(host, { ...snapshot, state: { features: "-1" } })).toThrow(/not understood/);
+  });
+});
+
+describe("receive queues", () => {
+  /** Queue 0 receives, queue 1 does not. */
+  async function frozen(received = 40) {
+    const parts = await setUp(2, { deviceClass: fakeClass({ receives: (queue) => queue === 0 }) });
+    await parts.mover.configure(wantedState(2), soon());
+    parts.rings.set(0, { available: 128 + received, used: received });
+    parts.rings.set(1, { available: 7, used: 7 });
+    const state = await parts.mover.freeze(parts.rings, "drained", soon());
+    parts.fn.statusWrites.length = 0;
+    return { ...parts, state };
+  }
+
+  const at = (state: DeviceState, index: number, used: number): DeviceState => ({
+    ...state,
+    queues: state.queues.map((queue) =>
+      queue.index === index ? { ...queue, lastAvail: used, lastUsed: used } : queue,
+    ),
+  });
+
+  test("are not drained: what waits in them is taken again", async () => {
+    const { fn, state } = await frozen();
+    expect(state.queues[0]).toMatchObject({ lastAvail: 40, lastUsed: 40 });
+    expect(fn.rung).toEqual([1]);
+  });
+
+  test("keep a stopped device from memory, until it goes on or is reset", async () => {
+    const isMaster = (configBytes: Uint8Array) => (configBytes[PciConfig.command]! & PciCommand.busMaster) !== 0;
+    const { fn, mover, state } = await frozen();
+    expect(isMaster(fn.configBytes)).toBe(false);
+    await mover.configure(state, soon());
+    expect(isMaster(fn.configBytes)).toBe(true);
+    const other = await frozen();
+    expect(isMaster(other.fn.configBytes)).toBe(false);
+    await other.mover.reset(soon());
+    expect(isMaster(other.fn.configBytes)).toBe(true);
+  });
+
+  test("keep no later guest from memory, where a stop fails or the process dies that began it", async () => {
+    const { fn, host, mover, rings } = await setUp(2, { deviceClass: fakeClass({ receives: (queue) => queue === 0 }) });
+    const isMaster = () => (fn.configBytes[PciConfig.command]! & PciCommand.busMaster) !== 0;
+    await mover.configure(wantedState(2), soon());
+    const snapshot = mover.snapshot();
+    const usedOfReceived = wantedState(2).queues[0]!.device + 2;
+    const shrunk = {
+      read(gpa: number, length: number) {
+        if (gpa === usedOfReceived) throw new Error("the memory ends");
+        return rings.read(gpa, length);
+      },
+    };
+    for (const next of [mover, new RegistersMover(host, snapshot)]) {
+      expect((await rejection(mover.freeze(shrunk, "drained", soon()))).message).toMatch(/memory ends/);
+      expect(isMaster()).toBe(false);
+      await next.reset(soon());
+      expect(isMaster()).toBe(true);
+      await mover.configure(wantedState(2), soon());
+    }
+  });
+
+  test("may have moved on while the device was stopped, other queues not", async () => {
+    const { fn, mover, state } = await frozen(0xfff0);
+    await mover.configure(at(state, 0, 3), soon());
+    expect(fn.statusWrites).toEqual([]);
+    const other = await frozen();
+    expect(await rejection(other.mover.configure(at(other.state, 1, 8), soon()))).toMatchObject({
+      code: "notSupported",
+    });
+  });
+
+  test("of a driver that began anew are not those of before: the device is reset", async () => {
+    const { fn, mover, rings } = await setUp(2, { deviceClass: fakeClass({ receives: (queue) => queue === 0 }) });
+    await mover.configure(wantedState(2), soon());
+    rings.set(0, { available: 128, used: 0 });
+    await mover.freeze(rings, "drained", soon());
+    fn.statusWrites.length = 0;
+    // It may have received meanwhile.
+    await mover.configure(wantedState(2), soon());
+    expect(fn.statusWrites).toEqual([0, 0x1, 0x3, 0xb, 0xf]);
+  });
+});
+
+describe("the function's own control queue", () => {
+  const CONTROL = 4;
+  const undo: Disposable[] = [];
+  afterEach(() => {
+    for (const one of undo.splice(0).reverse()) one[Symbol.dispose]();
+    expect(liveFds()).toBe(0);
+  });
+
+  /** The class tells the device how many queues are in use, and how many bytes its configuration begins with. */
+  const commands: NonNullable<DeviceClass["control"]>["commands"] = ({ queues, config }) => [
+    { name: "USE", request: Uint8Array.of(1, queues.length), answerSize: 1, accepted: ([code]) => code === 0 },
+    {
+      name: "HINT",
+      request: Uint8Array.of(2, Number(config.hint)),
+      answerSize: 1,
+      accepted: ([code]) => code === 0,
+      optional: true,
+    },
+  ];
+
+  async function setUpControl() {
+    const fn = new FakeFunction({ queues: CONTROL + 1, config: new Uint8Array(60).fill(9) });
+    const fake = new FakeControl(fn, CONTROL);
+    const notes: string[] = [];
+    const deviceClass = fakeClass({
+      configSpace: { hint: [0, "u8"] },
+      control: { queue: () => CONTROL, features: [], commands },
+    });
+    const plain = await moverHost(fn);
+    const { limits, ringDoorbell } = plain;
+    const control = await ControlQueue.open({ address: fn.address, ringDoorbell }, CONTROL, limits, fake.domain, "own");
+    undo.push(fake, control);
+    const host: MoverHost = { ...plain, deviceClass, control: () => control, log: (text) => notes.push(text) };
+    const rings = new FakeRings();
+    return { fn, fake, notes, rings, host, mover: new RegistersMover(host) };
+  }
+
+  test("is told of the queues when the device begins to run, and when they change", async () => {
+    const { fn, fake, mover, rings } = await setUpControl();
+    fake.answer = (_, honest) => {
+      expect(fn.status).toBe(0xf);
+      return honest;
+    };
+    await mover.configure(withEnabled(wantedState(4), new Set([0, 1])), soon());
+    expect(fn.queues.map(({ enable }) => enable)).toEqual([1, 1, 1, 1, 1]);
+    await mover.enable(new Set([0, 1, 2, 3]), rings, soon());
+    await mover.enable(new Set([0, 1, 2, 3]), rings, soon());
+    expect(fake.seen.map((request) => [...request])).toEqual([
+      [1, 2],
+      [2, 0],
+      [1, 4],
+      [2, 0],
+    ]);
+    expect(mover.snapshot()).toMatchObject({ kind: "running", state: encodeDeviceState(wantedState(4)) });
+    await mover.reset(soon());
+    fake.seen.length = 0;
+    await mover.configure(wantedState(2), soon());
+    expect(fake.seen.map((request) => [...request])).toEqual([
+      [1, 2],
+      [2, 0],
+    ]);
+  });
+
+  test("goes on with a device that goes on, and is told of other queues only", async () => {
+    const { fn, fake, mover, rings } = await setUpControl();
+    await mover.configure(wantedState(2), soon());
+    for (const queue of [0, 1]) rings.set(queue, { available: 7, used: 7 });
+    const state = await mover.freeze(rings, "drained", soon());
+    fn.statusWrites.length = 0;
+    fake.seen.length = 0;
+    await mover.configure(state, soon());
+    expect(fake.seen).toEqual([]);
+    await mover.freeze(rings, "drained", soon());
+    await mover.configure(withEnabled(state, new Set([0])), soon());
+    expect(fake.seen.map(([name]) => name)).toEqual([1, 2]);
+    expect(fn.statusWrites).toEqual([]);
+  });
+
+  test("that refuses ends the start with a reset device, unless it may", async () => {
+    const { fn, fake, mover, notes, rings } = await setUpControl();
+    let refused = 2;
+    fake.answer = ([name], honest) => ({ ...honest, bytes: Uint8Array.of(name === refused ? 1 : 0) });
+    await mover.configure(wantedState(2), soon());
+    expect(notes).toEqual([expect.stringMatching(/refused HINT on its control queue/)]);
+    refused = 1;
+    expect(await rejection(mover.enable(new Set([0]), rings, soon()))).toMatchObject({ code: "notSupported" });
+    expect(mover.snapshot()).toMatchObject({ kind: "running", state: { queues: wantedState(2).queues } });
+    await mover.reset(soon());
+    expect(await rejection(mover.configure(wantedState(2), soon()))).toMatchObject({
+      code: "notSupported",
+      message: expect.stringMatching(/refused USE on its control queue/),
+    });
+    expect(fn.status).toBe(0);
+    expect(mover.snapshot()).toEqual({ kind: "reset" });
+  });
+
+  test("is left alone where the device was set up without it", async () => {
+    const { fn, fake, mover, rings, host } = await setUpControl();
+    await mover.configure(wantedState(2), soon());
+    fake.seen.length = 0;
+    fn.queues[CONTROL]!.enable = 0;
+    const other = new RegistersMover(host, mover.snapshot());
+    await other.enable(new Set([0]), rings, soon());
+    expect(fake.seen).toEqual([]);
+  });
+});
+
+describe("queues that are not used any more", () => {
+  test("give back what they had before, and are not waited for afterwards", async () => {
+    const { fn, mover, rings } = await setUp();
+    await mover.configure(wantedState(2), soon());
+    rings.set(1, { available: 9, used: 5 });
+    expect(await rejection(mover.enable(new Set([0]), rings, soon(20)))).toMatchObject({
+      code: "timedOut",
+      message: expect.stringMatching(/queue 1 has 4 buffers in use/),
+    });
+    fn.onRing = (queue) => {
+      // The guest goes on, and the device does as long as it is not told.
+      if (queue === 1) rings.set(1, { available: 20, used: 11 });
+    };
+    await mover.enable(new Set([0]), rings, soon());
+    const state = await mover.freeze(rings, "drained", soon());
+    expect(state.queues[1]).toMatchObject({ disabled: true, lastAvail: 11, lastUsed: 11 });
+  });
+
+  test("are enabled only where the device was set up with them, and a device that was not does not go on", async () => {
+    const { fn, host, mover, rings } = await setUp();
+    await mover.configure(withEnabled(wantedState(2), new Set([0])), soon());
+    // As its PF would have left it.
+    fn.queues[1]!.enable = 0;
+    expect(await rejection(mover.enable(new Set([0, 1]), rings, soon()))).toMatchObject({
+      code: "notSupported",
+      message: expect.stringMatching(/queue 1 cannot be enabled: .*set up without it/),
+      fix: expect.stringMatching(/reboot/),
+    });
+    expect(mover.snapshot()).toMatchObject({ kind: "running", state: { queues: [{}, { disabled: true }] } });
+    rings.set(0, { available: 7, used: 7 });
+    const state = await mover.freeze(rings, "drained", soon());
+    const snapshot = mover.snapshot();
+    await new RegistersMover(host, snapshot).configure(state, soon());
+    const begun = new RegistersMover(host, snapshot).configure(withEnabled(state, new Set([0, 1])), soon());
+    expect((await rejection(begun)).message).toMatch(/resume at index 7/);
+  });
+
+  test("are enabled on a device that runs only", async () => {
+    const { mover, rings } = await setUp();
+    expect(await rejection(mover.enable(new Set([0]), rings, soon()))).toMatchObject({ code: "invalid" });
   });
 });

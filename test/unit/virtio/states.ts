@@ -2,7 +2,7 @@ import type { DeviceState } from "../../../src/virtio/device-state.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import type { RingMemory } from "../../../src/virtio/split-ring.ts";
 
-/** The available and used index of each ring, by the address of the ring. */
+/** The available and used index of each ring, and available heads, by their address but for two bytes. */
 export class FakeRings implements RingMemory {
   private readonly indices = new Map<number, number>();
 
@@ -15,6 +15,12 @@ export class FakeRings implements RingMemory {
     const { driver, device } = queueState(queue);
     this.indices.set(driver, available & 0xffff);
     this.indices.set(device, used & 0xffff);
+  }
+
+  /** Entries of the available ring, from an available index on. */
+  setHeads(queue: number, from: number, heads: readonly number[]): void {
+    const { driver, size } = queueState(queue);
+    for (const [i, head] of heads.entries()) this.indices.set(driver + 2 + 2 * ((from + i) % size), head);
   }
 }
 

@@ -1,66 +1,13 @@
-import { afterEach, describe, expect, test } from "bun:test";
-import { Deadline } from "../../../src/base/deadline.ts";
-import { liveFds } from "../../../src/native/fd.ts";
+import { describe, expect, test } from "bun:test";
 import { InternalStatus } from "../../../src/virtio/admin/vendor.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
-import type { MoverHost } from "../../../src/virtio/mover.ts";
 import { VendorMover } from "../../../src/virtio/movers/vendor.ts";
-import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
-import { FakeAdmin, type FakeAnswer, type FakeCommand } from "../../kit/fake-admin.ts";
-import { FakeFunction } from "../../kit/fake-function.ts";
-import type { FakeVf } from "../../kit/fake-vf.ts";
+import type { FakeAnswer, FakeCommand } from "../../kit/fake-admin.ts";
 import { rejection } from "../../kit/rejection.ts";
-import { FakeRings, wantedState } from "./states.ts";
+import { wantedState } from "./states.ts";
+import { advance, cleanUpAfterEach, type Parts, running, setUp, soon, with_ } from "./vendor-lab.ts";
 
-const soon = (ms = 2000) => Deadline.after(ms, "the test");
-const undo: AsyncDisposable[] = [];
-
-afterEach(async () => {
-  for (const one of undo.splice(0).reverse()) await one[Symbol.asyncDispose]();
-  expect(liveFds()).toBe(0);
-});
-
-async function setUp(queues = 2) {
-  const pf = new FakeAdmin();
-  undo.push(pf);
-  const admin = await pf.open();
-  const fn = new FakeFunction({ queues, features: featureBits(6) });
-  const device = await VirtioPciDevice.probe(fn, soon());
-  const limits = await device.queueLimits();
-  const ringDoorbell = async (queue: number) => device.doorbell(queue, queue).ring(queue);
-  const host: MoverHost = { device, features: await device.features(), limits, ringDoorbell };
-  const vf = pf.vfs[0]!;
-  vf.fn = fn;
-  const managed = { admin, vdevId: 1 };
-  return { pf, fn, vf, host, managed, mover: new VendorMover(host, managed), rings: new FakeRings() };
-}
-
-type Parts = Awaited<ReturnType<typeof setUp>>;
-
-/** Running with one queue or two at `base`, as the guest's memory says too. */
-async function running(queues = 2, base = 0) {
-  const parts = await setUp(queues);
-  await parts.mover.configure(wantedState(queues, base), soon());
-  for (let queue = 0; queue < queues; queue++) parts.rings.set(queue, { available: base, used: base });
-  parts.vf.steps.length = 0;
-  return parts;
-}
-
-/** The device has done this much, as it will say when it is saved. */
-function advance(
-  { vf, rings }: Pick<Parts, "vf" | "rings">,
-  queue: number,
-  lastAvail: number,
-  lastUsed: number,
-  inMemory = lastUsed,
-) {
-  const state = vf.state!;
-  vf.state = {
-    ...state,
-    indices: state.indices.map((one) => (one.index === queue ? { index: queue, lastAvail, lastUsed } : one)),
-  };
-  rings.set(queue, { available: lastAvail, used: inMemory });
-}
+cleanUpAfterEach();
 
 const names = (commands: readonly FakeCommand[]) => commands.map(({ name }) => name);
 
@@ -242,8 +189,14 @@ describe("freeze", () => {
     for (const answer of [{ status: 1 }, "silence"] as const) {
       const parts = await running(1);
       advance(parts, 0, 9, 7);
-      parts.pf.answer = (asked) => (asked.name === "modifyStatus" ? answer : parts.pf.honest(asked));
-      expect(await rejection(parts.mover.freeze(parts.rings, "drained", soon(250)))).toMatchObject({
+      const deadline = soon(20_000);
+      parts.pf.answer = (asked) => {
+        if (asked.name !== "modifyStatus") return parts.pf.honest(asked);
+        // The time that is kept for saying why is not touched by that.
+        deadline.shorten(3000 + 50);
+        return answer;
+      };
+      expect(await rejection(parts.mover.freeze(parts.rings, "drained", deadline))).toMatchObject({
         code: "quiesceFailed",
         message: expect.stringMatching(/modifyStatus of virtfn0: .*: queue 0 has 2 buffers in use/),
       });
@@ -499,7 +452,3 @@ describe("once the admin queue is dead", () => {
     expect(fn.status).toBe(0x0f);
   });
 });
-
-function with_(vf: FakeVf, change: Partial<NonNullable<FakeVf["state"]>>): void {
-  vf.state = { ...vf.state!, ...change };
-}
