@@ -7,13 +7,8 @@ import { FeatureBit, hasFeature, Status } from "../virtio/features.ts";
 import type { FreezeMode } from "../virtio/mover.ts";
 import { usedIndex } from "../virtio/split-ring.ts";
 import { BackChannel } from "./back-channel.ts";
-import {
-  checkOffered,
-  deviceRelevant,
-  functionFeatures,
-  offeredFeatures,
-  offeredProtocolFeatures,
-} from "./features.ts";
+import { BoundedLog } from "./bounded-log.ts";
+import { checkOffered, functionFeatures, offeredFeatures, offeredProtocolFeatures } from "./features.ts";
 import { checkRegion, GuestMemory, type Region } from "./guest-memory.ts";
 import { ProtocolFeature } from "./messages.ts";
 import type { SessionRecord } from "./record.ts";
@@ -40,6 +35,8 @@ const RUNNING_STATUS = Status.acknowledge | Status.driver | Status.driverOk | St
 export class Backend {
   state: SessionState;
   protocolFeatures: bigint;
+  /** For lines that a front-end can cause again and again. */
+  readonly chatter: BoundedLog;
   readonly offered: bigint;
   readonly offeredProtocol: bigint;
   readonly memory: GuestMemory;
@@ -60,6 +57,7 @@ export class Backend {
     record: SessionRecord,
     takeFd: (name: string) => OwnedFd | undefined,
   ) {
+    this.chatter = new BoundedLog(log);
     this.offered = offeredFeatures(target);
     this.offeredProtocol = offeredProtocolFeatures(target);
     this.protocolFeatures = BigInt(record.protocolFeatures);
@@ -95,7 +93,7 @@ export class Backend {
     checkOffered(features, this.offered, "acknowledged features");
     await this.beginSetUp();
     if (this.state.kind === "running") {
-      if (deviceRelevant(features) !== deviceRelevant(this.state.features)) {
+      if (functionFeatures(features, this.target) !== functionFeatures(this.state.features, this.target)) {
         throw new VhostdError(
           "protocol",
           `features 0x${features.toString(16)} differ from those the device runs with, 0x${this.state.features.toString(16)}`,
@@ -142,7 +140,7 @@ export class Backend {
 
   /** Before a front-end sets up anew: what it gave up with status 0 without asking for indices ends here. */
   async beginSetUp(): Promise<void> {
-    if (this.state.kind !== "running" || !this.has(ProtocolFeature.STATUS) || this.statusByte !== 0) return;
+    if (this.state.kind !== "running" || !this.givenUp) return;
     await this.target.reset();
     for (const ring of this.startedRings) ring.stop(0);
     this.state = transition(this.state, { type: "reset" });
@@ -153,23 +151,26 @@ export class Backend {
     return this.state.kind === "running" && this.state.queues.includes(ring.index);
   }
 
-  /**
-   * The function should work on rings that it does not work on yet: with STATUS since DRIVER_OK, without it as soon
-   * as every ring that was set up is started and enabled.
-   */
-  get startDue(): boolean {
-    const started = this.startedRings;
-    if (this.state.kind === "connected" || started.every((ring) => this.runs(ring))) return false;
-    if (this.has(ProtocolFeature.STATUS)) return (this.statusByte & Status.driverOk) !== 0;
-    const setUp = this.rings.filter((ring) => ring.started || ring.addresses !== undefined);
-    return setUp.every((ring) => this.runs(ring) || (ring.started && ring.enabled));
+  /** The function is to be told something for which more messages are waited for first. */
+  get isBehind(): boolean {
+    return this.startDue || this.enableDue || this.disableDue;
+  }
+
+  /** Tells the function what it is behind with. */
+  async catchUp(): Promise<void> {
+    if (this.startDue) await this.start();
+    else if (this.enableDue || this.disableDue) await this.applyEnabled();
   }
 
   /**
-   * Lets the function run on all started rings. Where it runs already, on fewer of them, it is stopped and goes on.
+   * Lets the function run on all started rings, using those that are enabled. Where it runs already, on fewer of them,
+   * it is stopped and goes on.
    * @throws VhostdError where the set-up is incomplete or the function does not take it
    */
   async start(): Promise<void> {
+    // A ring that the function still uses has its requests in flight: it is disabled afterwards, when they are given back.
+    const inUse = this.state.kind === "running" ? this.state.enabled : [];
+    const isUsed = (ring: Ring) => ring.enabled || inUse.includes(ring.index);
     if (this.state.kind === "running") await this.freeze("listed");
     const features = featuresOf(this.state);
     if (!hasFeature(features, FeatureBit.version1)) {
@@ -188,6 +189,7 @@ export class Backend {
         index: ring.index,
         size: ring.size,
         vector: ring.index + 1,
+        ...(isUsed(ring) ? {} : { disabled: true }),
         ...addresses,
         lastAvail: inFlight === undefined ? resumeIndex(ring.base, lastUsed, ring.size) : ring.base,
         lastUsed,
@@ -195,10 +197,8 @@ export class Backend {
       };
     });
     this.inFlight.clear();
-    const next = transition(this.state, { type: "start", queues: started.map((ring) => ring.index) });
-    const eventfds = new Map(
-      started.map((ring): [number, RingEventfds] => [ring.index, { kick: ring.liveKick, call: ring.call }]),
-    );
+    const enabled = started.filter(isUsed);
+    const next = transition(this.state, { type: "start", queues: indices(started), enabled: indices(enabled) });
     await this.target.start(
       {
         features: functionFeatures(features, this.target),
@@ -207,10 +207,13 @@ export class Backend {
         config: await this.target.readConfig(),
         queues,
       },
-      eventfds,
+      eventfdsOf(started),
     );
     this.state = next;
-    this.log.info(`running with ${started.length} of ${this.rings.length} queues, features 0x${features.toString(16)}`);
+    const used = enabled.length === started.length ? "" : `, ${enabled.length} of them enabled`;
+    this.log.info(
+      `running with ${started.length} of ${this.rings.length} queues${used}, features 0x${features.toString(16)}`,
+    );
     await this.shareDoorbells(started);
   }
 
@@ -232,11 +235,21 @@ export class Backend {
     for (const ring of this.rings) ring.reset();
   }
 
-  /** Enabled or disabled while the function runs: the kick is connected or disconnected, nothing else. */
+  /**
+   * SET_VRING_ENABLE. A running function uses a ring that is enabled at once; the record says so first, because the
+   * function may stand still meanwhile, and whoever comes after us has to go on with it. One that is disabled loses its
+   * kick at once; the function learns of it with the next change or in a quiet moment: a front-end that stops disables
+   * one ring after the other, and each change of a managed function is a freeze.
+   */
   async enable(ring: Ring, enabled: boolean): Promise<void> {
     const changed = ring.enabled !== enabled;
     ring.enabled = enabled;
-    if (changed && this.runs(ring)) await this.target.setKick(ring.index, ring.liveKick ?? null);
+    if (!changed || this.state.kind !== "running" || !this.runs(ring)) return;
+    const isNew = enabled && !this.state.enabled.includes(ring.index);
+    if (isNew && !this.givenUp) {
+      await this.target.checkpoint();
+      await this.applyEnabled();
+    } else await this.target.setKick(ring.index, ring.liveKick ?? null);
   }
 
   /**
@@ -274,9 +287,13 @@ export class Backend {
     this.channel = new BackChannel(fd, this.has(ProtocolFeature.REPLY_ACK), this.log);
   }
 
+  get canTellChanges(): boolean {
+    return this.has(ProtocolFeature.CONFIG) && this.channel !== undefined;
+  }
+
   /** Tells the front-end that the configuration space changed, where it can be told. */
   configChanged(): void {
-    if (this.has(ProtocolFeature.CONFIG)) this.channel?.configChanged();
+    if (this.canTellChanges) this.channel?.configChanged();
   }
 
   snapshot(): { record: SessionRecord; fds: Map<string, number> } {
@@ -324,6 +341,49 @@ export class Backend {
     await this.memory.abandon();
   }
 
+  /** The front-end has written status 0: what still runs is about to be stopped or reset. */
+  private get givenUp(): boolean {
+    return this.has(ProtocolFeature.STATUS) && this.statusByte === 0;
+  }
+
+  /**
+   * The function should have rings that it does not have yet: with STATUS since DRIVER_OK, without it as soon as every
+   * ring that was set up is started and at least one is enabled.
+   */
+  private get startDue(): boolean {
+    const started = this.startedRings;
+    if (this.state.kind === "connected" || started.every((ring) => this.runs(ring))) return false;
+    // QEMU 7.2 says DRIVER_OK for some of its devices only. Where all rings are in use none can follow.
+    const complete = this.rings.every((ring) => ring.started && ring.enabled && ring.addresses !== undefined);
+    if (this.has(ProtocolFeature.STATUS))
+      return (this.statusByte & Status.driverOk) !== 0 || (complete && !this.givenUp);
+    const setUp = this.rings.filter((ring) => ring.started || ring.addresses !== undefined);
+    return setUp.every((ring) => ring.started) && started.some((ring) => ring.enabled);
+  }
+
+  /** The function does not use all rings that were enabled: an earlier process has died before it had told it so. */
+  private get enableDue(): boolean {
+    if (this.state.kind !== "running" || this.givenUp) return false;
+    const { queues, enabled } = this.state;
+    return queues.some((index) => this.ring(index).enabled && !enabled.includes(index));
+  }
+
+  /** The function uses rings that were disabled. A front-end that disables all of them stops them next. */
+  private get disableDue(): boolean {
+    if (this.state.kind !== "running" || this.givenUp) return false;
+    const used = this.state.enabled.map((index) => this.ring(index).enabled);
+    return used.includes(true) && used.includes(false);
+  }
+
+  /** The running function uses exactly the enabled rings from now on. */
+  private async applyEnabled(): Promise<void> {
+    const running = this.rings.filter((ring) => this.runs(ring));
+    const enabled = indices(running.filter((ring) => ring.enabled));
+    await this.target.enable(new Set(enabled), eventfdsOf(running), this.memory);
+    this.state = transition(this.state, { type: "enable", enabled });
+    this.log.info(`queues ${enabled.join(" ")} are enabled, of ${running.length}`);
+  }
+
   private get startedRings(): readonly Ring[] {
     return this.rings.filter((ring) => ring.started);
   }
@@ -366,6 +426,15 @@ function reviveRegions(record: SessionRecord, takeFd: (name: string) => OwnedFd 
   return regions;
 }
 
+function indices(rings: readonly Ring[]): number[] {
+  return rings.map(({ index }) => index);
+}
+
+/** Borrowed. */
+function eventfdsOf(rings: readonly Ring[]): Map<number, RingEventfds> {
+  return new Map(rings.map((ring) => [ring.index, { kick: ring.liveKick, call: ring.call }]));
+}
+
 /**
  * Where a ring goes on. A front-end that lost its connection has noted the used index of that moment, and what was in
  * flight has been given back since.
@@ -384,7 +453,7 @@ function encodeState(state: SessionState): SessionRecord["state"] {
     case "stopped":
       return { kind: state.kind, features: word(state.features) };
     case "running":
-      return { kind: state.kind, features: word(state.features), queues: [...state.queues] };
+      return { ...state, features: word(state.features), queues: [...state.queues], enabled: [...state.enabled] };
     case "closed":
       throw new VhostdError("connectionLost", `the session has ended: ${state.reason}`);
   }

@@ -3,7 +3,7 @@ import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { CloseLane, type OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
-import { accept, connectUnix, listenUnix, shutDown } from "../native/sys.ts";
+import { accept, connectUnix, listenUnix, peerCredentials, shutDown } from "../native/sys.ts";
 
 export interface EndpointOptions {
   readonly path: string;
@@ -15,7 +15,14 @@ export interface EndpointOptions {
   readonly socketMode?: number;
   /** Server mode: for how long a second connection may wait for the first one to be undone. Milliseconds; 1 s. */
   readonly patience?: number;
+  /** Whether a front-end of the process with this id is served now. All are, where left out. */
+  readonly welcomes?: (pid: number) => boolean;
+  /** After those that were not welcome the next ones are looked at so much later. Milliseconds; 1 s. */
+  readonly turnAwayInterval?: number;
 }
+
+/** So many that are not welcome are done with at a time: those that wait behind them do not pay for each of them. */
+const TURNED_AWAY_AT_ONCE = 16;
 
 type EndpointState = "new" | "waiting" | "taken" | "closed";
 
@@ -28,6 +35,7 @@ export class Endpoint implements Disposable {
   /** The failure that was logged last; the same one is not logged again. */
   private lastFailure: string | undefined;
   private readonly retryInterval: number;
+  private readonly turnAwayInterval: number;
   /** Of all connections: what a front-end leaves behind that cannot be closed counts against the next one, too. */
   private readonly lane = new CloseLane();
 
@@ -38,6 +46,7 @@ export class Endpoint implements Disposable {
     private readonly log: Logger,
   ) {
     this.retryInterval = options.retryInterval ?? 250;
+    this.turnAwayInterval = options.turnAwayInterval ?? 1000;
   }
 
   /**
@@ -92,11 +101,23 @@ export class Endpoint implements Disposable {
       return;
     }
     this.lastFailure = undefined;
-    this.take(fd);
+    if (this.isWelcome(fd)) this.take(fd);
+    else this.connectLater(this.turnAwayInterval);
   }
 
-  private connectLater(): void {
-    this.retry = setTimeout(() => this.connect(), this.retryInterval);
+  private connectLater(interval = this.retryInterval): void {
+    this.retry = setTimeout(() => this.connect(), interval);
+  }
+
+  /** The fd of one that is not is closed. */
+  private isWelcome(fd: OwnedFd): boolean {
+    const { welcomes } = this.options;
+    if (welcomes === undefined) return true;
+    const { pid } = peerCredentials(fd.number);
+    if (welcomes(pid)) return true;
+    this.log.debug(`process ${pid} was turned away`);
+    this.hangUp(fd);
+    return false;
   }
 
   private listen(): void {
@@ -106,35 +127,58 @@ export class Endpoint implements Disposable {
 
   /** While a VMM that died is being cleaned up after, the next one waits; while one is served, the next is refused. */
   private onReadable(listener: OwnedFd): void {
-    if (this.state === "waiting") {
-      this.acceptOne(listener, (fd) => this.take(fd));
-      return;
-    }
-    this.refusal = setTimeout(() => {
-      this.acceptOne(listener, (fd) => {
-        shutDown(fd.number);
-        fd[Symbol.dispose]();
-        this.log.warn(`a second connection to ${this.options.path} was refused, one is in use`);
-      });
-    }, this.options.patience ?? 1000);
+    if (this.state === "waiting") this.acceptWelcome(listener);
+    else this.refusal = setTimeout(() => this.refuseOne(listener), this.options.patience ?? 1000);
   }
 
-  /** Then waits for the next one. Not at once after a failure: the connection still waits. */
-  private acceptOne(listener: OwnedFd, use: (fd: OwnedFd) => void): void {
-    let fd: OwnedFd | undefined;
+  /** The first that is; those before it are turned away. */
+  private acceptWelcome(listener: OwnedFd): void {
+    for (let turnedAway = 0; turnedAway < TURNED_AWAY_AT_ONCE; turnedAway++) {
+      const fd = this.acceptOne(listener);
+      if (fd === "failed") return;
+      if (fd === "none" && turnedAway > 0) break;
+      if (fd !== "none" && !this.isWelcome(fd)) continue;
+      if (fd !== "none") this.take(fd);
+      this.listener?.watch.rearm();
+      return;
+    }
+    // Not at once: they may come back without end.
+    this.rearmLater(this.turnAwayInterval);
+  }
+
+  private refuseOne(listener: OwnedFd): void {
+    const fd = this.acceptOne(listener);
+    if (fd === "failed") return;
+    if (fd !== "none") {
+      this.hangUp(fd);
+      this.log.warn(`a second connection to ${this.options.path} was refused, one is in use`);
+    }
+    this.listener?.watch.rearm();
+  }
+
+  /** @returns "failed" where it is tried again later, because the connection still waits */
+  private acceptOne(listener: OwnedFd): OwnedFd | "none" | "failed" {
     try {
       this.checkLane();
-      fd = accept(listener.number, this.lane);
+      const fd = accept(listener.number, this.lane);
+      this.lastFailure = undefined;
+      return fd ?? "none";
     } catch (error) {
       const { message } = asError(error);
       if (message !== this.lastFailure) this.log.error(`${this.options.path} cannot accept a connection: ${message}`);
       this.lastFailure = message;
-      this.retry = setTimeout(() => this.listener?.watch.rearm(), this.retryInterval);
-      return;
+      this.rearmLater(this.retryInterval);
+      return "failed";
     }
-    this.lastFailure = undefined;
-    if (fd !== undefined) use(fd);
-    this.listener?.watch.rearm();
+  }
+
+  private rearmLater(interval: number): void {
+    this.retry = setTimeout(() => this.listener?.watch.rearm(), interval);
+  }
+
+  private hangUp(fd: OwnedFd): void {
+    shutDown(fd.number);
+    fd[Symbol.dispose]();
   }
 
   /** @throws VhostdError limitExceeded */

@@ -39,14 +39,9 @@ export function offeredProtocolFeatures(target: SessionTarget): bigint {
   );
 }
 
-/** What of the acknowledged features is acknowledged to the function. */
-export function functionFeatures(acknowledged: bigint, target: SessionTarget): bigint {
-  return acknowledged & target.deviceFeatures & ~FRONT_END_BITS;
-}
-
-/** Features as far as a running device is concerned. */
-export function deviceRelevant(features: bigint): bigint {
-  return features & ~FRONT_END_BITS;
+/** What of the acknowledged features is acknowledged to the function: nothing that its class adds on its own account. */
+export function functionFeatures(acknowledged: bigint, { deviceClass, deviceFeatures }: SessionTarget): bigint {
+  return acknowledged & deviceFeatures & ~FRONT_END_BITS & ~featureBits(...(deviceClass.features.add ?? []));
 }
 
 /** @throws VhostdError protocol where `acknowledged` holds more than was `offered` */

@@ -32,12 +32,17 @@ const GUEST_ADDRESS_END = 2 ** 52;
  * for it. Bytes.
  */
 const BIG_FILE = 64 << 20;
+/** As many as a front-end that says everything once for each pair of queues has removed before it is the next pair's turn. */
+const REMOVED_KEPT = 32;
 
 /**
  * The memory of the guest, as regions of files. Each region is mapped for DMA before it counts and unmapped before
  * its fd is closed; what stays in a new table is not touched.
  */
 export class GuestMemory implements RingMemory {
+  /** The last regions that were removed one by one, as the front-end described them. */
+  private removed: readonly RegionDescription[] = [];
+
   /** @param regions mapped already */
   constructor(
     private readonly mapper: DmaMapper,
@@ -84,6 +89,27 @@ export class GuestMemory implements RingMemory {
     await closeAll(replaced.map((region) => region.fd));
   }
 
+  /** Whether the region is one that is here, of the same file. */
+  has(description: RegionDescription, fd: OwnedFd): boolean {
+    const { dev, ino } = fileInfo(fd.number);
+    return this.regions.some(
+      (region) =>
+        describes(description, region) &&
+        region.range.offset === description.fileOffset &&
+        region.range.file.dev === dev &&
+        region.range.file.ino === ino,
+    );
+  }
+
+  /** Whether the region was here until it was removed, and nothing is in its place. */
+  hasRemoved(description: RegionDescription): boolean {
+    if (this.regions.some((region) => describes(description, region))) return false;
+    const { guestAddress, size, userAddress } = description;
+    return this.removed.some(
+      (other) => other.guestAddress === guestAddress && other.size === size && other.userAddress === userAddress,
+    );
+  }
+
   /** ADD_MEM_REG. Takes ownership of `fd`. @throws VhostdError protocol where the region is refused */
   async add(description: RegionDescription, fd: OwnedFd): Promise<void> {
     try {
@@ -96,12 +122,10 @@ export class GuestMemory implements RingMemory {
   }
 
   /** The region that REM_MEM_REG names. @throws VhostdError protocol where there is none */
-  find({ guestAddress, size, userAddress }: RegionDescription): Region {
-    const region = this.regions.find(
-      ({ range, userAddress: address }) =>
-        range.iova === guestAddress && range.size === size && address === userAddress,
-    );
+  find(description: RegionDescription): Region {
+    const region = this.regions.find((candidate) => describes(description, candidate));
     if (region !== undefined) return region;
+    const { guestAddress, size, userAddress } = description;
     throw new VhostdError(
       "protocol",
       `no memory region of ${hex(size)} bytes at ${hex(guestAddress)} (user address ${hex(userAddress)}) is known, ` +
@@ -112,6 +136,9 @@ export class GuestMemory implements RingMemory {
   /** REM_MEM_REG. */
   async remove(region: Region): Promise<void> {
     await this.unmap(region);
+    const { range, userAddress } = region;
+    const description = { guestAddress: range.iova, size: range.size, userAddress, fileOffset: range.offset };
+    this.removed = [description, ...this.removed].slice(0, REMOVED_KEPT);
   }
 
   /**
@@ -242,6 +269,12 @@ export function checkRegion(description: RegionDescription, fd: OwnedFd, others:
     }
   }
   return { iova: guestAddress, size, file: { dev: file.dev, ino: file.ino }, offset: fileOffset };
+}
+
+/** Offsets do not count: REM_MEM_REG has none. */
+function describes({ guestAddress, size, userAddress }: RegionDescription, region: Region): boolean {
+  const { range } = region;
+  return range.iova === guestAddress && range.size === size && region.userAddress === userAddress;
 }
 
 function overlap(start: number, size: number, otherStart: number, otherSize: number): boolean {

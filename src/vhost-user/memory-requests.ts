@@ -21,18 +21,22 @@ export async function setMemTable(backend: Backend, payload: Uint8Array, fds: Ow
   await backend.memory.replace(table, fds.splice(0), (after) => backend.checkRunningRings(after));
 }
 
-/** ADD_MEM_REG. */
+/** ADD_MEM_REG. QEMU 7.2 says it once for each pair of queues; what is there already stays as it is. */
 export async function addRegion(backend: Backend, payload: Uint8Array, fds: OwnedFd[]): Promise<void> {
+  const description = readRegion(payload, SINGLE_REGION_PADDING);
+  if (backend.memory.has(description, fds[0]!)) return;
   const slots = backend.memory.list.length;
   if (slots >= MEM_SLOTS) {
     throw new VhostdError("protocol", `ADD_MEM_REG for region ${slots + 1}, at most ${MEM_SLOTS} are possible`);
   }
-  await backend.memory.add(readRegion(payload, SINGLE_REGION_PADDING), fds.shift()!);
+  await backend.memory.add(description, fds.shift()!);
 }
 
-/** REM_MEM_REG. An fd that comes with it is closed with the message. */
+/** REM_MEM_REG, repeated by QEMU 7.2 as ADD_MEM_REG is. An fd that comes with it is closed with the message. */
 export async function removeRegion(backend: Backend, payload: Uint8Array): Promise<void> {
-  const region = backend.memory.find(readRegion(payload, SINGLE_REGION_PADDING));
+  const description = readRegion(payload, SINGLE_REGION_PADDING);
+  if (backend.memory.hasRemoved(description)) return;
+  const region = backend.memory.find(description);
   backend.checkRunningRings(backend.memory.list.filter((other) => other !== region));
   await backend.memory.remove(region);
 }

@@ -10,6 +10,7 @@ import { parseStored } from "../base/stored.ts";
 const Word = Type.String({ pattern: "^0x[0-9a-f]{1,16}$" });
 const Address = Type.Integer({ minimum: 0, maximum: Number.MAX_SAFE_INTEGER });
 const QueueIndex = Type.Integer({ minimum: 0, maximum: 255 });
+const QueueIndices = Type.Array(QueueIndex);
 const closed = { additionalProperties: false };
 
 const RegionSchema = Type.Object(
@@ -34,7 +35,10 @@ const SessionSchema = Type.Object(
     state: Type.Union([
       Type.Object({ kind: Type.Literal("connected") }, closed),
       Type.Object({ kind: Type.Union([Type.Literal("negotiated"), Type.Literal("stopped")]), features: Word }, closed),
-      Type.Object({ kind: Type.Literal("running"), features: Word, queues: Type.Array(QueueIndex) }, closed),
+      Type.Object(
+        { kind: Type.Literal("running"), features: Word, queues: QueueIndices, enabled: QueueIndices },
+        closed,
+      ),
     ]),
     protocolFeatures: Word,
     status: Type.Integer({ minimum: 0, maximum: 0xff }),

@@ -1,3 +1,4 @@
+import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Struct, StructValue, struct } from "../base/layout.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -23,7 +24,7 @@ import {
   VRING_ADDR,
   VRING_STATE,
 } from "./messages.ts";
-import { Refusal } from "./refusal.ts";
+import { MinorRefusal } from "./refusal.ts";
 import { setRingAddresses, setRingBase, setRingEnabled, setRingFd, setRingSize } from "./ring-requests.ts";
 
 /** The payload of the answer, or nothing where the message has none of its own. */
@@ -63,6 +64,10 @@ function question(name: string, ask: (backend: Backend) => bigint | number, need
     records: false,
     handle: async (backend) => U64.encode({ value: BigInt(ask(backend)) }),
   };
+}
+
+function countedQueues({ target, rings }: Backend): number {
+  return target.deviceClass.countedQueues?.(rings.length) ?? rings.length;
 }
 
 /** A message whose payload is of variable size. */
@@ -136,7 +141,7 @@ const CORE: Readonly<Record<number, RequestRow>> = {
   [Request.SET_PROTOCOL_FEATURES]: row("SET_PROTOCOL_FEATURES", U64, async (backend, { value }) =>
     backend.acknowledgeProtocol(value),
   ),
-  [Request.GET_QUEUE_NUM]: question("GET_QUEUE_NUM", (backend) => backend.rings.length, ProtocolFeature.MQ),
+  [Request.GET_QUEUE_NUM]: question("GET_QUEUE_NUM", countedQueues, ProtocolFeature.MQ),
   [Request.SET_VRING_ENABLE]: row("SET_VRING_ENABLE", VRING_STATE, setRingEnabled),
   [Request.SET_BACKEND_REQ_FD]: raw(
     "SET_BACKEND_REQ_FD",
@@ -167,30 +172,46 @@ const CORE: Readonly<Record<number, RequestRow>> = {
   [Request.GET_STATUS]: question("GET_STATUS", (backend) => backend.status, ProtocolFeature.STATUS),
 };
 
-/** The requests of one session: those of the core, with what the device class adds or replaces. */
-export function requestTable(deviceClass: DeviceClass): RequestTable {
+/** Bytes of payload in the answer to a class's message. */
+export const CLASS_ANSWER_MAX = 4096;
+
+/** Milliseconds for a class's handler: a front-end is waiting. */
+const HANDLER_TIMEOUT = 5_000;
+
+/**
+ * The requests of one session: those of the core, and those that the device class adds.
+ * @param timeout of a class's handlers, milliseconds
+ */
+export function requestTable(deviceClass: DeviceClass, timeout = HANDLER_TIMEOUT): RequestTable {
   const table = new Map(Object.entries(CORE).map(([request, entry]) => [Number(request), entry]));
   for (const [request, message] of Object.entries(deviceClass.messages ?? {})) {
-    table.set(Number(request), classRow(deviceClass, message));
+    table.set(Number(request), classRow(deviceClass, message, timeout));
   }
   return table;
 }
 
-/** A class's message passes the same checks as the core's; what its handler throws is a refusal. */
-function classRow(deviceClass: DeviceClass, message: ClassMessage): RequestRow {
+/** A class's message passes the same checks as the core's; what its handler throws is a refusal that ends no session. */
+function classRow(deviceClass: DeviceClass, message: ClassMessage, timeout: number): RequestRow {
   return {
     name: message.name,
     payload: [message.size, message.size],
-    fds: [0, 0],
+    fds: [message.fds ?? 0, message.fds ?? 0],
     needs: message.needs,
     records: true,
-    async handle(backend, payload) {
+    async handle(backend, payload, fds) {
       const config = configValues(deviceClass.configSpace, await backend.target.readConfig());
-      const log = (text: string) => backend.log.info(text);
+      const log = (text: string) => backend.chatter.info(text);
+      // Not taken out of the message: they are closed with it.
+      const borrowed = fds.map((fd) => fd.number);
       try {
-        return await message.handle(payload, { config, features: backend.offered, log });
+        const handled = message.handle(payload, { config, features: backend.offered, log }, borrowed);
+        const answer = await Deadline.after(timeout, `the handler of ${message.name}`).race(handled);
+        const size = answer?.byteLength ?? 0;
+        if (size > CLASS_ANSWER_MAX) throw new Error(`the answer has ${size} bytes, limit ${CLASS_ANSWER_MAX}`);
+        return answer;
       } catch (error) {
-        throw new Refusal(asError(error).message, { cause: error });
+        if (error instanceof VhostdError && error.code === "timedOut") throw error;
+        throw new MinorRefusal(asError(error).message, { cause: error });
       }
     },
   };

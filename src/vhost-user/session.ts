@@ -3,11 +3,12 @@ import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
+import { peerCredentials } from "../native/sys.ts";
 import { Backend, FRESH_RECORD } from "./backend.ts";
 import { Connection, type Incoming } from "./connection.ts";
 import { ProtocolFeature, U64 } from "./messages.ts";
 import { parseSessionRecord, type SessionRecord } from "./record.ts";
-import { Refusal } from "./refusal.ts";
+import { MinorRefusal, Refusal } from "./refusal.ts";
 import { type Answer, checkMessage, type RequestTable, requestTable, rowOf } from "./requests.ts";
 import { featuresOf, type StateKind } from "./state.ts";
 import type { SessionTarget } from "./target.ts";
@@ -16,9 +17,11 @@ export interface SessionOptions {
   readonly log: Logger;
   /**
    * Without STATUS nothing says that all rings are there: the function is started when no message has come for so
-   * long. Milliseconds; 50 unless said.
+   * long, and then it learns of rings that were disabled. Milliseconds; 50 unless said.
    */
   readonly quietPeriod?: number;
+  /** For a class's handler of a message; the session ends where it takes longer. Milliseconds; 5 s unless said. */
+  readonly handlerTimeout?: number;
 }
 
 /** Why a session ended. `error` is missing where the front-end hung up or `close` was called. */
@@ -56,12 +59,14 @@ const REFUSED = U64.encode({ value: 1n });
 
 /** One vhost-user connection of one VF, from connect to hang-up. */
 export class Session {
+  /** Process id of the front-end. */
+  readonly peer: number;
   private readonly connection: Connection;
   private readonly backend: Backend;
   private readonly table: RequestTable;
   private readonly log: Logger;
   private readonly quietPeriod: number;
-  /** Messages and the start after the quiet period: one after the other. */
+  /** Messages and what is done after the quiet period: one after the other. */
   private readonly operations = new OperationQueue();
   private readonly ended = Promise.withResolvers<SessionEnd>();
   private quiet: ReturnType<typeof setTimeout> | undefined;
@@ -72,9 +77,10 @@ export class Session {
    * @throws VhostdError where `saved` does not fit the target; the fds are the caller's then
    */
   constructor(fd: OwnedFd, target: SessionTarget, options: SessionOptions, saved: Saved = FRESH) {
+    this.peer = peerCredentials(fd.number).pid;
     this.log = options.log;
     this.quietPeriod = options.quietPeriod ?? 50;
-    this.table = requestTable(target.deviceClass);
+    this.table = requestTable(target.deviceClass, options.handlerTimeout);
     this.backend = new Backend(target, options.log, saved.record, saved.takeFd);
     this.connection = new Connection(fd, (request) => rowOf(this.table, request).payload[1]);
     target.onConfigChange(() => this.backend.configChanged());
@@ -135,6 +141,14 @@ export class Session {
     this.backend.needsReset();
   }
 
+  /** Has the target's record written anew, between two messages. Nothing happens after the end. */
+  async checkpoint(): Promise<void> {
+    await this.operations.run(async () => {
+      if (this.abandoned || this.backend.state.kind === "closed") return;
+      await this.backend.target.checkpoint();
+    });
+  }
+
   /** Plain data beside the fds by name, borrowed. @throws VhostdError connectionLost after the end */
   snapshot(): { data: Json; fds: ReadonlyMap<string, number> } {
     const { record, fds } = this.backend.snapshot();
@@ -151,6 +165,16 @@ export class Session {
     clearTimeout(this.quiet);
     this.connection.abandon()[Symbol.dispose]();
     await this.backend.abandon();
+  }
+
+  /** The function is to be told something: in a quiet moment, where this process lives that long. */
+  get isBehind(): boolean {
+    return this.backend.isBehind;
+  }
+
+  /** The front-end is told of changes of the configuration space. */
+  get hearsOfChanges(): boolean {
+    return this.backend.canTellChanges;
   }
 
   get status(): SessionStatus {
@@ -189,12 +213,19 @@ export class Session {
     try {
       answer = await row.handle(this.backend, message.payload, message.fds);
     } catch (error) {
-      if (!(error instanceof Refusal) || !this.awaitsReply(message)) throw error;
-      this.log.warn(`${row.name} was refused: ${sentence(error)}`);
-      answer = REFUSED;
+      const told = this.awaitsReply(message);
+      if (!(error instanceof Refusal) || !(told || error instanceof MinorRefusal)) throw error;
+      this.backend.chatter.warn(`${row.name} was refused: ${sentence(error)}`);
+      answer = told ? REFUSED : undefined;
+      // Nothing has changed.
+      if (error instanceof MinorRefusal) return await this.answer(message, answer);
     }
     if (row.records) await this.backend.target.checkpoint();
     if (answer === undefined && this.awaitsReply(message)) answer = ACCEPTED;
+    await this.answer(message, answer);
+  }
+
+  private async answer(message: Incoming, answer: Answer): Promise<void> {
     if (answer !== undefined) await this.connection.reply(message.request, answer);
   }
 
@@ -202,16 +233,18 @@ export class Session {
     return message.needReply && this.backend.has(ProtocolFeature.REPLY_ACK);
   }
 
-  /** Begins the quiet period anew where a start is due. */
+  /** Begins the quiet period anew where something is done after it. */
   private awaitQuiet(): void {
     clearTimeout(this.quiet);
-    if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.startDue) return;
+    if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.isBehind) return;
     this.quiet = setTimeout(() => {
       this.operations
         .run(async () => {
-          if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.startDue) return;
-          await this.backend.start();
+          if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.isBehind) return;
+          await this.backend.catchUp();
           await this.backend.target.checkpoint();
+          // A start may leave rings to be disabled.
+          this.awaitQuiet();
         })
         .catch((error: unknown) => this.ended.resolve(failure(error)));
     }, this.quietPeriod);

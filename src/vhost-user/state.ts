@@ -1,21 +1,33 @@
 import { VhostdError } from "../base/errors.ts";
 
 /**
- * Where a session is. `running`: the function works on the rings `queues`. `stopped`: the function holds still, the
- * final indices are known, and a start at the same indices may go on from there.
+ * Where a session is. `running`: the function was given the rings `queues` and works on those that are `enabled`.
+ * `stopped`: the function holds still, the final indices are known, and a start at the same indices may go on from there.
  */
 export type SessionState =
   | { readonly kind: "connected" }
   | { readonly kind: "negotiated"; readonly features: bigint }
-  | { readonly kind: "running"; readonly features: bigint; readonly queues: readonly number[] }
+  | Running
   | { readonly kind: "stopped"; readonly features: bigint }
   | { readonly kind: "closed"; readonly reason: string };
+
+/** Queue indices, ascending. */
+export interface RunningQueues {
+  readonly queues: readonly number[];
+  readonly enabled: readonly number[];
+}
+
+interface Running extends RunningQueues {
+  readonly kind: "running";
+  readonly features: bigint;
+}
 
 export type StateKind = SessionState["kind"];
 
 export type SessionEvent =
   | { readonly type: "acknowledge"; readonly features: bigint }
-  | { readonly type: "start"; readonly queues: readonly number[] }
+  | ({ readonly type: "start" } & RunningQueues)
+  | { readonly type: "enable"; readonly enabled: readonly number[] }
   | { readonly type: "stop" }
   | { readonly type: "reset" }
   | { readonly type: "close"; readonly reason: string };
@@ -24,7 +36,7 @@ export type SessionEvent =
 const TRANSITIONS: Readonly<Record<StateKind, Readonly<Partial<Record<SessionEvent["type"], StateKind>>>>> = {
   connected: { acknowledge: "negotiated", reset: "connected", close: "closed" },
   negotiated: { acknowledge: "negotiated", start: "running", reset: "negotiated", close: "closed" },
-  running: { stop: "stopped", reset: "negotiated", close: "closed" },
+  running: { enable: "running", stop: "stopped", reset: "negotiated", close: "closed" },
   stopped: { acknowledge: "stopped", start: "running", reset: "negotiated", close: "closed" },
   closed: {},
 };
@@ -41,10 +53,16 @@ export function transition(state: SessionState, event: SessionEvent): SessionSta
     case "stopped":
       return { kind: next, features };
     case "running":
-      return { kind: "running", features, queues: event.type === "start" ? event.queues : [] };
+      return { kind: "running", features, ...runningQueues(state, event) };
     case "closed":
       return { kind: "closed", reason: event.type === "close" ? event.reason : "" };
   }
+}
+
+function runningQueues(state: SessionState, event: SessionEvent): RunningQueues {
+  if (event.type === "start") return { queues: event.queues, enabled: event.enabled };
+  const before = state.kind === "running" ? state : { queues: [], enabled: [] };
+  return { queues: before.queues, enabled: event.type === "enable" ? event.enabled : before.enabled };
 }
 
 /** Features that the front-end has acknowledged; 0 before it has. */

@@ -38,6 +38,11 @@ export interface SessionTarget {
    * them, it first gives back all that it has taken.
    */
   release(memory: RingMemory): Promise<void>;
+  /**
+   * From now on the running function uses exactly these of the queues that it was started with, and no others: kicks of
+   * the others are disconnected (the eventfds are those of all of them, borrowed for the call).
+   */
+  enable(queues: ReadonlySet<number>, eventfds: ReadonlyMap<number, RingEventfds>, memory: RingMemory): Promise<void>;
   /** Changes the eventfd of one queue while the function runs; null disconnects. */
   setKick(queue: number, fd: number | null): Promise<void>;
   setCall(queue: number, fd: number | null): Promise<void>;

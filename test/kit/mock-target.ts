@@ -41,6 +41,7 @@ type Operation =
   | "stop"
   | "reset"
   | "release"
+  | "enable"
   | "map"
   | "unmap"
   | "setKick"
@@ -141,6 +142,16 @@ export class MockTarget implements SessionTarget {
   async release(): Promise<void> {
     await this.note("release");
     this.running = undefined;
+  }
+
+  async enable(queues: ReadonlySet<number>, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
+    if (this.running === undefined) throw new Error("rings enabled without a start");
+    await this.note("enable", [...queues].join(" "));
+    this.eventfds = new Map(eventfds);
+    const flagged = this.running.queues.map(({ disabled: _, ...queue }) =>
+      queues.has(queue.index) ? queue : { ...queue, disabled: true as const },
+    );
+    this.running = { ...this.running, queues: flagged };
   }
 
   async setKick(queue: number, fd: number | null): Promise<void> {

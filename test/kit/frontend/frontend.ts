@@ -240,9 +240,9 @@ export class VhostUserFrontend implements Disposable {
 
   /** 18 for every queue of the device, set up or not, as QEMU's block front-end does. */
   async enableAll(enabled: boolean): Promise<void> {
-    const count = this.has(ProtocolFeature.MQ)
-      ? Number(await this.askU64(Request.GET_QUEUE_NUM))
-      : Math.max(1, this.queues.length);
+    // What is answered may count pairs.
+    const told = this.has(ProtocolFeature.MQ) ? Number(await this.askU64(Request.GET_QUEUE_NUM)) : 1;
+    const count = Math.max(told, ...this.queues.map(({ index }) => index + 1));
     for (let index = 0; index < count; index++) await this.enable(index, enabled);
   }
 

@@ -118,6 +118,39 @@ describe("a session as plain data and fds", () => {
     await ended;
   });
 
+  test("a ring that was being enabled is enabled by the next process", async () => {
+    const [ours, theirs] = socketPair();
+    const target = new MockTarget();
+    using frontend = new VhostUserFrontend(theirs);
+    const first = new Session(ours, target, options);
+    begin(first);
+    frontend.enableAll = async () => void (await frontend.enable(0, true));
+    await startRunning(frontend, 2);
+    let stored = first.snapshot().data;
+    target.onCheckpoint = () => {
+      stored = first.snapshot().data;
+    };
+    const dying = Promise.withResolvers<void>();
+    target.before = (operation) => {
+      if (operation !== "enable") return;
+      dying.resolve();
+      return new Promise(() => {});
+    };
+    frontend.replies = "as QEMU";
+    await frontend.enable(1, true);
+    await dying.promise;
+    const { fds } = copy(first);
+    await first.abandon();
+    const enabled = Promise.withResolvers<void>();
+    target.before = (operation) => void (operation === "enable" && enabled.resolve());
+    const { session, ended } = begin(Session.revive(target, stored, fds, { ...options, quietPeriod: 1 }));
+    expect(session.isBehind).toBe(true);
+    await enabled.promise;
+    expect(target.calls.at(-1)).toBe("enable 0 1");
+    frontend[Symbol.dispose]();
+    await ended;
+  });
+
   test("that is damaged is refused, and its fds are closed", async () => {
     const damages: ((data: Record<string, unknown>, fds: Map<string, OwnedFd>) => void)[] = [
       (data) => {

@@ -110,6 +110,58 @@ test("server: a connection that comes before the last one is undone waits for th
   expect(second.channel.fd).toBeGreaterThanOrEqual(0);
 });
 
+test.each(["client", "server"] as const)(
+  "%s: a process that is not welcome is hung up on, and comes in once it is",
+  async (mode) => {
+    let welcome = false;
+    const asked: number[] = [];
+    const welcomes = (pid: number) => {
+      asked.push(pid);
+      return welcome;
+    };
+    const { path, endpoint, next, arrived } = make({ mode, welcomes, turnAwayInterval: 2 });
+    using _endpoint = endpoint;
+    using listener = mode === "client" ? new FrontendListener(path) : undefined;
+    endpoint.start();
+    const dial = async () => (await listener?.accept()) ?? VhostUserFrontend.connect(path);
+    for (let round = 0; round < 3; round++) {
+      using turnedAway = await dial();
+      await turnedAway.hungUp();
+    }
+    expect(arrived).toEqual([]);
+    expect(new Set(asked)).toEqual(new Set([process.pid]));
+    welcome = true;
+    using _served = mode === "server" ? VhostUserFrontend.connect(path) : undefined;
+    using fd = await next();
+    expect(fd.closed).toBe(false);
+  },
+);
+
+test("server: those that were turned away do not hold up the one that waits behind them", async () => {
+  const hour = 3_600_000;
+  let asked = 0;
+  const { path, endpoint, next } = make({ mode: "server", welcomes: () => ++asked > 7, turnAwayInterval: hour });
+  using _endpoint = endpoint;
+  endpoint.start();
+  for (let dead = 0; dead < 7; dead++) VhostUserFrontend.connect(path)[Symbol.dispose]();
+  using _alive = VhostUserFrontend.connect(path);
+  using served = await next();
+  expect(asked).toBe(8);
+  expect(served.closed).toBe(false);
+});
+
+test("server: one that comes again and again is not looked at all the time", async () => {
+  let asked = 0;
+  const { path, endpoint } = make({ mode: "server", welcomes: () => ++asked < 0, turnAwayInterval: 3_600_000 });
+  using _endpoint = endpoint;
+  endpoint.start();
+  using stack = new DisposableStack();
+  const tries = Array.from({ length: 40 }, () => stack.use(VhostUserFrontend.connect(path)));
+  await tries[15]!.hungUp();
+  await Bun.sleep(5);
+  expect(asked).toBe(16);
+});
+
 test("server: a socket that somebody else serves is an error", () => {
   const { path, endpoint } = make({ mode: "server" });
   using _listener = new FrontendListener(path);

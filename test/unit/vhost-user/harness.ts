@@ -20,13 +20,14 @@ export interface Pair extends AsyncDisposable {
 export const LONG_QUIET = 600_000;
 
 /** Disposing of it ends the session and holds that no fd is left. */
-export function connect(options: MockTargetOptions & { quietPeriod?: number } = {}): Pair {
+export function connect(options: MockTargetOptions & { quietPeriod?: number; handlerTimeout?: number } = {}): Pair {
   const before = liveFds();
   const [ours, theirs] = socketPair();
   const target = new MockTarget(options);
   const lines: string[] = [];
   const log = recordingLogger(lines);
-  const session = new Session(ours, target, { log, quietPeriod: options.quietPeriod ?? LONG_QUIET });
+  const { quietPeriod = LONG_QUIET, handlerTimeout = 5_000 } = options;
+  const session = new Session(ours, target, { log, quietPeriod, handlerTimeout });
   const frontend = new VhostUserFrontend(theirs);
   const ended = session.run();
   return {

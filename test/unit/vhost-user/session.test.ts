@@ -3,7 +3,7 @@ import { VhostdError } from "../../../src/base/errors.ts";
 import { eventfd, fileInfo, memfd, truncate } from "../../../src/native/sys.ts";
 import type { DeviceClass } from "../../../src/plugin.ts";
 import { FLAG_NEED_REPLY, ProtocolFeature, Request, U64, VRING_AREA } from "../../../src/vhost-user/messages.ts";
-import type { QueueState } from "../../../src/virtio/device-state.ts";
+import type { DeviceState, QueueState } from "../../../src/virtio/device-state.ts";
 import { FeatureBit, featureBits, Status } from "../../../src/virtio/features.ts";
 import { config, u64, withoutFd } from "../../kit/frontend/frontend.ts";
 import { FrontendMemory } from "../../kit/frontend/memory.ts";
@@ -29,7 +29,15 @@ describe("features", () => {
     await using pair = connect();
     await startRunning(pair.frontend, 1);
     expect(pair.frontend.features).toBe(offered);
+    expect(await pair.frontend.setFeatures(offered & ~featureBits(50))).toBe(0n);
     expect(pair.target.running?.features).toBe(offered & ~featureBits(50, FeatureBit.vhostUserProtocolFeatures));
+  });
+
+  test("what a class adds is its own matter, also where the function offers it", async () => {
+    const features = offered | featureBits(50);
+    await using pair = connect({ deviceFeatures: features & ~featureBits(FeatureBit.vhostUserProtocolFeatures) });
+    await startRunning(pair.frontend, 1);
+    expect(pair.target.running?.features).toBe(features & ~featureBits(50, FeatureBit.vhostUserProtocolFeatures));
   });
 
   test("protocol features: 0 3 5 9 10 13 15 16 and those of the class", async () => {
@@ -49,6 +57,7 @@ describe("rings of a running device", () => {
     await frontend.enable(1, true);
     await frontend.enable(3, true);
     expect(target.calls.slice(4)).toEqual(["setKick 1 off", "setKick 1 on"]);
+    expect(pair.session.status.rings[1]).toMatchObject({ started: true, enabled: true });
   });
 
   test("a disabled ring starts without its kick", async () => {
@@ -63,6 +72,23 @@ describe("rings of a running device", () => {
     await frontend.setStatus(0xf);
     expect(target.eventfds.get(0)?.kick).toBeNumber();
     expect(target.eventfds.get(1)?.kick).toBeUndefined();
+    expect(target.running?.queues.map(({ disabled }) => disabled)).toEqual([undefined, true]);
+  });
+
+  test("a function that does not take an enabled ring ends the session", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 2);
+    await frontend.enable(1, false);
+    await frontend.stop({ order: "new" });
+    frontend.enableAll = async () => void (await frontend.enable(0, true));
+    await frontend.resumeQueues([0, 0]);
+    target.before = (operation) => {
+      if (operation === "enable") throw new VhostdError("io", "queue 1 is refused");
+    };
+    await frontend.enable(1, true).catch(() => {});
+    expect((await pair.ended).reason).toBe("queue 1 is refused");
+    expect(target.running).toBeUndefined();
   });
 
   test("changed call and kick are routed anew without a stop", async () => {
@@ -137,6 +163,28 @@ describe("where a ring goes on", () => {
     await frontend.resumeQueues([0, 0]);
     expect(given()).toEqual([undefined, undefined]);
   });
+
+  test("a ring that was disabled just before another joins gives back first what it has taken", async () => {
+    await using pair = connect({ quietPeriod: 5 });
+    const { frontend, target } = pair;
+    await startRunning(frontend, 2);
+    const late = frontend.queues[1]!;
+    await frontend.stop({ order: "new" });
+    frontend.queues.pop();
+    await frontend.resumeQueues([0]);
+    frontend.queues.push(late);
+    target.keeps.set(0, [5, 9]);
+    const [restarted, disabled] = [Promise.withResolvers<DeviceState>(), Promise.withResolvers<void>()];
+    target.onStart = () => restarted.resolve(target.running!);
+    target.before = (operation) => void (operation === "enable" && disabled.resolve());
+    await frontend.enable(0, false);
+    await frontend.setupQueue(late, 0);
+    const [first, second] = (await restarted.promise).queues;
+    expect([first?.disabled, first?.inFlight, second?.disabled]).toEqual([undefined, [5, 9], undefined]);
+    expect(target.eventfds.get(0)?.kick).toBeUndefined();
+    await disabled.promise;
+    expect(target.calls.at(-1)).toBe("enable 1");
+  });
 });
 
 describe("guest memory", () => {
@@ -175,6 +223,22 @@ describe("guest memory", () => {
     expect(await frontend.removeRegion(first!)).toBe(0n);
     expect(await frontend.addRegion(first!)).toBe(0n);
     expect(target.calls.slice(4)).toEqual(["unmap 0x0+0xa0000", "map 0x0+0xa0000"]);
+  });
+
+  test("a front-end may say everything about memory once for each pair of queues", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startRunning(frontend, 1);
+    const [first] = frontend.memory.regions;
+    const before = target.calls.length;
+    expect(await frontend.addRegion(first!)).toBe(0n);
+    expect(target.calls.slice(before)).toEqual([]);
+    for (const _ of ["first pair", "second pair"]) expect(await frontend.removeRegion(first!)).toBe(0n);
+    for (const _ of ["first pair", "second pair"]) expect(await frontend.addRegion(first!)).toBe(0n);
+    expect(target.calls.slice(before)).toEqual(["unmap 0x0+0xa0000", "map 0x0+0xa0000"]);
+    expect(await frontend.removeRegion(first!)).toBe(0n);
+    void frontend.removeRegion({ ...first!, userAddress: 0x1000 }).catch(() => {});
+    expect((await pair.ended).reason).toContain("no memory region of 0xa0000 bytes at 0x0 (user address 0x1000)");
   });
 
   test("memory that cannot be mapped is refused where a reply was asked for, and ends the session where not", async () => {
@@ -246,6 +310,18 @@ describe("configuration space", () => {
     expect(await frontend.getConfig(0, 1)).toEqual(Uint8Array.of(9));
   });
 
+  test("a front-end hears of changes where it has negotiated CONFIG and opened the channel", async () => {
+    await using pair = connect();
+    const { frontend, session } = pair;
+    await frontend.negotiate({ protocolFeatures: ~featureBits(ProtocolFeature.BACKEND_REQ) });
+    expect([frontend.has(ProtocolFeature.CONFIG), session.hearsOfChanges]).toEqual([true, false]);
+    await frontend.negotiate({ protocolFeatures: ~featureBits(ProtocolFeature.CONFIG) });
+    expect(session.hearsOfChanges).toBe(false);
+    await frontend.negotiate();
+    expect(session.hearsOfChanges).toBe(true);
+    expect(session.peer).toBe(process.pid);
+  });
+
   test("a channel that is gone disturbs nothing", async () => {
     await using pair = connect();
     const { frontend, target } = pair;
@@ -312,7 +388,10 @@ describe("replies and records", () => {
     const messages: DeviceClass["messages"] = {
       20: { name: "NET_SET_MTU", size: 8, needs: 4, handle: async (payload) => refuseBig(payload) },
       [Request.GET_QUEUE_NUM]: { name: "GET_QUEUE_NUM", size: 0, handle: async () => u64(2n) },
+      60: { name: "SET_STEERING", size: 0, fds: 1, handle: async (_payload, _device, fds) => noteFd(fds) },
     };
+    const kinds: string[] = [];
+    const noteFd = (fds: readonly number[]) => void kinds.push(...fds.map((fd) => fileInfo(fd).kind));
     await using pair = connect({ deviceClass: { ...mockDeviceClass, protocolFeatures: [4], messages } });
     const { frontend } = pair;
     await frontend.negotiate();
@@ -320,7 +399,47 @@ describe("replies and records", () => {
     expect(await frontend.command(20, u64(1500n))).toBe(0n);
     expect(await frontend.command(20, u64(99_999n))).toBe(1n);
     expect(pair.lines.at(-1)).toContain("NET_SET_MTU was refused: MTU 99999");
-    await frontend.send(20, new Uint8Array(4));
+    using fd = eventfd();
+    expect(await frontend.command(60, new Uint8Array(), [fd.number])).toBe(0n);
+    expect(kinds).toEqual(["eventfd"]);
+    await frontend.send(60, new Uint8Array(), [fd.number, fd.number]);
+    expect((await pair.ended).reason).toContain("SET_STEERING (60) has 2 fds, must be 1");
+  });
+
+  test("what a class refuses again and again is not logged without end, nor recorded", async () => {
+    const messages: DeviceClass["messages"] = {
+      60: { name: "SET_STEERING", size: 0, handle: async () => await Promise.reject(new Error("no steering")) },
+    };
+    await using pair = connect({ deviceClass: { ...mockDeviceClass, messages } });
+    await pair.frontend.negotiate();
+    const before = pair.target.checkpoints;
+    for (let times = 0; times < 100; times++) expect(await pair.frontend.command(60)).toBe(1n);
+    expect(pair.target.checkpoints - before).toBeLessThan(5);
+    const lines = pair.lines.filter((line) => line.includes("no steering"));
+    expect(lines.length).toBeLessThan(50);
+    expect(lines.at(-1)).toContain("no more such lines");
+  });
+
+  test("a class's handler that does not end ends the session", async () => {
+    const messages: DeviceClass["messages"] = {
+      60: { name: "SET_STEERING", size: 0, handle: () => new Promise(() => {}) },
+    };
+    await using pair = connect({ deviceClass: { ...mockDeviceClass, messages }, handlerTimeout: 20 });
+    await pair.frontend.negotiate();
+    await pair.frontend.send(60);
+    expect((await pair.ended).reason).toContain("the handler of SET_STEERING did not end within 20 ms");
+  });
+
+  test("a class says how its queues are counted", async () => {
+    await using pair = connect({ deviceClass: { ...mockDeviceClass, countedQueues: (queues) => queues / 2 } });
+    await pair.frontend.negotiate();
+    expect(await pair.frontend.askU64(Request.GET_QUEUE_NUM)).toBe(2n);
+  });
+
+  test("a class's message of another size ends the session", async () => {
+    const messages: DeviceClass["messages"] = { 20: { name: "NET_SET_MTU", size: 8, handle: async () => undefined } };
+    await using pair = connect({ deviceClass: { ...mockDeviceClass, messages } });
+    await pair.frontend.send(20, new Uint8Array(4));
     expect((await pair.ended).reason).toContain("must be 8");
   });
 });

@@ -1,8 +1,9 @@
 import { describe, expect, test } from "bun:test";
+import { eventfd } from "../../../src/native/sys.ts";
 import { FLAG_NEED_REPLY, ProtocolFeature, Request, U64, VRING_STATE } from "../../../src/vhost-user/messages.ts";
 import { FeatureBit, featureBits, Status } from "../../../src/virtio/features.ts";
 import { u64, type VhostUserFrontend } from "../../kit/frontend/frontend.ts";
-import { connect, REGIONS, startRunning } from "./harness.ts";
+import { connect, type Pair, REGIONS, startRunning } from "./harness.ts";
 
 /** The order of messages that real front-ends were seen to send. */
 
@@ -113,7 +114,91 @@ describe("net front-end", () => {
     await frontend.setupMemory(REGIONS);
     await frontend.startQueues(2, { size: 64 });
     expect(target.calls.at(-1)).toBe("start 0@0 1@0");
+    expect(target.running?.queues.every(({ disabled }) => disabled === undefined)).toBe(true);
     expect(await frontend.stop({ order: "old" })).toEqual([0, 0]);
+  });
+
+  /** All four pairs of the guest are set up, one after the other, as its driver made them; one of them is in use. */
+  async function startFourPairs({ frontend }: Pair): Promise<void> {
+    for (let ring = 0; ring < 4; ring += 2) await frontend.negotiate();
+    for (let ring = 0; ring < 4; ring++) await frontend.enable(ring, ring < 2);
+    await frontend.setupMemory(REGIONS);
+    frontend.enableAll = async () => {};
+    await frontend.startQueues(4, { size: 64 });
+  }
+
+  test("rings that are set up and not enabled are configured as such, and enabled without a stop", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    const disabled = () => target.running?.queues.map((queue) => queue.disabled ?? false);
+    const kicks = () => frontend.queues.map(({ index }) => target.eventfds.get(index)?.kick !== undefined);
+    await startFourPairs(pair);
+    expect(target.calls.slice(3)).toEqual(["start 0@0 1@0 2@0 3@0"]);
+    expect(disabled()).toEqual([false, false, true, true]);
+    expect(kicks()).toEqual([true, true, false, false]);
+    // ethtool -L: each command is in force when it is answered.
+    expect(await frontend.enable(2, true)).toBe(0n);
+    expect(disabled()).toEqual([false, false, false, true]);
+    expect(await frontend.enable(3, true)).toBe(0n);
+    expect(await frontend.enable(3, true)).toBe(0n);
+    expect(kicks()).toEqual([true, true, true, true]);
+    expect(target.calls.slice(4)).toEqual(["enable 0 1 2", "enable 0 1 2 3"]);
+    for (const { index } of frontend.queues) expect(await frontend.getBase(index)).toBe(0);
+    expect(target.calls.slice(6)).toEqual(["stop"]);
+  });
+
+  test("rings that are disabled lose their kicks at once; the function learns of them in a quiet moment, once", async () => {
+    await using pair = connect({ quietPeriod: 20 * SHORT });
+    const { frontend, target } = pair;
+    await startFourPairs(pair);
+    await frontend.enable(2, true);
+    await frontend.enable(3, true);
+    const before = target.calls.length;
+    const learned = Promise.withResolvers<void>();
+    target.before = (operation) => void (operation === "enable" && learned.resolve());
+    for (const ring of [2, 3]) await frontend.enable(ring, false);
+    expect(target.calls.slice(before)).toEqual(["setKick 2 off", "setKick 3 off"]);
+    const { checkpoints } = target;
+    await learned.promise;
+    await frontend.askU64(Request.GET_STATUS);
+    expect(target.calls.slice(before + 2)).toEqual(["enable 0 1"]);
+    expect(target.checkpoints).toBe(checkpoints + 1);
+    expect(target.running?.queues.map((queue) => queue.disabled ?? false)).toEqual([false, false, true, true]);
+  });
+
+  test("a ring that is enabled again before the function has learned of it only gets its kick back", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startFourPairs(pair);
+    const before = target.calls.length;
+    await frontend.enable(1, false);
+    await frontend.enable(1, true);
+    expect(target.calls.slice(before)).toEqual(["setKick 1 off", "setKick 1 on"]);
+    // What is pending goes along with what cannot wait.
+    await frontend.enable(1, false);
+    await frontend.enable(2, true);
+    expect(target.calls.slice(before + 2)).toEqual(["setKick 1 off", "enable 0 2"]);
+  });
+
+  test("a kick that comes for a disabled ring reaches nobody before the ring is enabled", async () => {
+    await using pair = connect();
+    const { frontend, target } = pair;
+    await startFourPairs(pair);
+    using kick = eventfd();
+    await frontend.command(Request.SET_VRING_KICK, u64(2n), [kick.number]);
+    expect(target.eventfds.get(2)?.kick).toBeUndefined();
+    await frontend.enable(2, true);
+    expect(target.eventfds.get(2)?.kick).toBeNumber();
+  });
+
+  test("a front-end that disables every ring is about to stop: that costs no change of the function", async () => {
+    await using pair = connect({ quietPeriod: SHORT });
+    const { frontend, target } = pair;
+    await startRunning(frontend, 2);
+    await frontend.enable(0, false);
+    await frontend.enable(1, false);
+    await Bun.sleep(5 * SHORT);
+    expect(target.calls.filter((call) => call.startsWith("enable"))).toEqual([]);
   });
 });
 
@@ -138,21 +223,21 @@ describe("virtio-user of DPDK", () => {
 });
 
 describe("a front-end without STATUS", () => {
-  test("runs when every ring that was set up is started and enabled", async () => {
+  test("runs when every ring that was set up is started and one is enabled", async () => {
     await using pair = connect({ quietPeriod: SHORT });
     const { frontend, target } = pair;
     await frontend.negotiate({ protocolFeatures: withoutStatus });
     await frontend.setupMemory(REGIONS);
-    // Never enabled before: on a busy machine the quiet period is over at any moment.
-    frontend.enableAll = async () => void (await frontend.enable(0, true));
+    frontend.enableAll = async () => {};
     await frontend.startQueues(2, { size: 64 });
     const started = Promise.withResolvers<void>();
     target.onStart = started.resolve;
     await Bun.sleep(5 * SHORT);
     expect(target.running).toBeUndefined();
-    await frontend.enable(1, true);
+    await frontend.enable(0, true);
     await started.promise;
-    expect(target.calls.at(-1)).toBe("start 0@0 1@0");
+    await frontend.enable(1, true);
+    expect(target.calls.slice(3)).toEqual(["start 0@0 1@0", "enable 0 1"]);
     expect(await frontend.stop({ order: "old" })).toEqual([0, 0]);
   });
 
