@@ -39,7 +39,7 @@ const VF_OPTIONS = {
   add: { type: "boolean", short: "a", exclusive: true, help: "take the VF into service; its PF must be added before" },
   remove: { type: "boolean", short: "r", exclusive: true, help: "let go of the VF" },
   list: { type: "boolean", short: "l", exclusive: true, help: "list the VFs of the PF named by DEVICE" },
-  info: { type: "boolean", short: "i", exclusive: true, help: "describe the VF" },
+  info: { type: "boolean", short: "i", exclusive: true, help: "describe the VF and what its queues have done" },
   debug: {
     type: "boolean",
     short: "d",

@@ -12,6 +12,8 @@ export const DEADLINES = {
   drain: 30_000,
   /** The internal status of a VF, where an operator asks for it. */
   ask: 5_000,
+  /** What the queues of a VF have done, of which a description does without where it is not said. */
+  stats: 1_000,
   /** As drain, where the VF is being removed and an operator waits, or where it has been tried before. */
   lastDrain: 5_000,
   /** Status 0 after a session. */

@@ -48,11 +48,12 @@ export class DomainTable {
     await this.drop(key, entry.domain);
   }
 
-  /** Writes the domain's record to the keeper: what is mapped, with the files. */
+  /** Writes the domain's record to the keeper: what is mapped, with the files. One without any needs none. */
   async checkpoint(vm: string, transport: Transport): Promise<void> {
     const key = DomainTable.key(vm, transport);
     const domain = this.domains.get(key)?.domain;
     if (domain === undefined) return;
+    if (domain.owners.length === 0) return await this.keeper.delete(recordKey(key));
     await this.keeper.put(recordKey(key), () => {
       const { data, fds } = domain.snapshot();
       const record: DomainRecord = { version: RECORD_VERSION, vm, transport, domain: data };

@@ -6,12 +6,12 @@ import { defineMethod, type Method } from "../rpc/method.ts";
 import { InternalStatus } from "../virtio/admin/vendor.ts";
 import { FEATURE_NAMES, hasFeature } from "../virtio/features.ts";
 import { defaultSocket } from "./default-socket.ts";
-import type { Devices } from "./methods.ts";
+import { type Devices, queueResults } from "./methods.ts";
 import type { ManualOperation, VfInfo } from "./registry.ts";
 
 /**
  * The methods of the existing stack's clients, answer for answer: `errno` and `errstr` stand inside the result, also
- * when the request failed, and numbers are strings.
+ * when the request failed, and numbers are strings. What theirs does not have is as in the typed methods.
  */
 
 const exact = { additionalProperties: false } as const;
@@ -119,7 +119,7 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
     case "list":
       return { devices: devices.listVfs(pfAddress(request.mgmtpf)).map(describeVf) };
     case "info":
-      return { device: describeVf(devices.vfInfo(vfAddress(request.vfdev))) };
+      return { device: await describeOneVf(devices, vfAddress(request.vfdev)) };
     case "debug": {
       const address = vfAddress(request.vfdev);
       const status = await devices.moveVf(address, manualOperation(request.test_operation));
@@ -187,6 +187,12 @@ async function answered(operation: () => Promise<Outcome>, log: Logger): Promise
 function failure(error: Error): Answer {
   const answer = { errno: -errorNumber(error), errstr: error.message };
   return error instanceof VhostdError && error.fix !== undefined ? { ...answer, fix: error.fix } : answer;
+}
+
+async function describeOneVf(devices: Devices, address: PciAddress): Promise<Record<string, unknown>> {
+  const queues = await devices.vfStats(address);
+  const info = devices.vfInfo(address);
+  return info.probed ? { ...describeVf(info), queue_stats: queueResults(queues) } : describeVf(info);
 }
 
 function describeVf(info: VfInfo): Record<string, unknown> {

@@ -1,6 +1,7 @@
 import { readdirSync } from "node:fs";
 import Type, { type Static } from "typebox";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import type { QueueStats } from "../pci/function.ts";
 import { withDiscovery } from "../rpc/discover.ts";
 import { type Call, defineMethod, type Method } from "../rpc/method.ts";
 import { BUILD_TIME, VERSION } from "../version.ts";
@@ -11,7 +12,7 @@ import { type DeviceRegistry, MANUAL_OPERATIONS, type PfInfo, type VfInfo } from
 /** What the control interface needs of the registry. */
 export type Devices = Pick<
   DeviceRegistry,
-  "addPf" | "removePf" | "listPfs" | "addVf" | "removeVf" | "listVfs" | "vfInfo" | "moveVf" | "onEvent"
+  "addPf" | "removePf" | "listPfs" | "addVf" | "removeVf" | "listVfs" | "vfInfo" | "vfStats" | "moveVf" | "onEvent"
 >;
 
 const exact = { additionalProperties: false } as const;
@@ -63,6 +64,27 @@ const Vf = Type.Object({
   managed: Type.Boolean({ description: "its PF can freeze, save and restore it" }),
   unmanaged_reason: Type.Union([Type.String(), Type.Null()], { description: "why it is not managed" }),
 });
+
+const Count = (description: string) => Type.Integer({ description });
+const Queues = Type.Union(
+  [
+    Type.Array(
+      Type.Object({
+        queue: Count("index"),
+        received: Count("descriptor chains that the device has taken"),
+        completed: Count("of these, given back"),
+        bad: Count("of these, malformed or failed"),
+        bytes: Count("data moved, without headers"),
+      }),
+    ),
+    Type.Null(),
+  ],
+  {
+    description:
+      "what each queue has done since the function was opened; null where the device does not count or answer",
+  },
+);
+const VfWithQueues = Type.Object({ ...Vf.properties, queue_stats: Queues });
 
 /** The typed methods and those of old clients, in one table. */
 export function createMethods(devices: Devices, log: Parameters<typeof legacyMethods>[1]): Method[] {
@@ -145,10 +167,14 @@ function deviceMethods(devices: Devices): Method[] {
     }),
     defineMethod({
       name: "vf.info",
-      summary: "One virtual function.",
+      summary: "One virtual function, and what its queues have done.",
       params: DeviceOnly,
-      result: Vf,
-      handler: ({ device }) => vfResult(devices.vfInfo(parsePciAddress(device))),
+      result: VfWithQueues,
+      async handler({ device }) {
+        const address = parsePciAddress(device);
+        const queue_stats = queueResults(await devices.vfStats(address));
+        return { ...vfResult(devices.vfInfo(address)), queue_stats };
+      },
     }),
     defineMethod({
       name: "vf.debug",
@@ -205,8 +231,8 @@ function processMethods(devices: Devices): Method[] {
     }),
     defineMethod({
       name: "stats",
-      summary: "Counts and sizes of the daemon.",
-      params: Nothing,
+      summary: "Counts and sizes of the daemon, and what the queues of one virtual function have done.",
+      params: Type.Object({ device: Type.Optional(Device) }, exact),
       result: Type.Object({
         pfs: Type.Integer({ description: "PFs in service" }),
         vfs: Type.Integer({ description: "VFs in service" }),
@@ -214,8 +240,10 @@ function processMethods(devices: Devices): Method[] {
         fds: Type.Integer({ description: "open file descriptors" }),
         rss: Type.Integer({ description: "resident memory, bytes" }),
         uptime: Type.Number({ description: "seconds" }),
+        queue_stats: Type.Optional(Queues),
       }),
-      handler() {
+      async handler({ device }) {
+        const queues = device === undefined ? undefined : await devices.vfStats(parsePciAddress(device));
         const vfs = allVfs(devices);
         return {
           pfs: devices.listPfs().length,
@@ -225,6 +253,7 @@ function processMethods(devices: Devices): Method[] {
           fds: readdirSync("/proc/self/fd").length - 1,
           rss: process.memoryUsage.rss(),
           uptime: process.uptime(),
+          ...(queues === undefined ? {} : { queue_stats: queueResults(queues) }),
         };
       },
     }),
@@ -260,6 +289,11 @@ function vfResult(info: VfInfo): Static<typeof Vf> {
     device_feature: hexadecimal(device_feature),
     driver_feature: driver_feature === null ? null : hexadecimal(driver_feature),
   };
+}
+
+/** As both families of methods show it. */
+export function queueResults(queues: readonly QueueStats[] | null): Static<typeof Queues> {
+  return queues?.map((counters, queue) => ({ queue, ...counters })) ?? null;
 }
 
 function hexadecimal(value: bigint): string {

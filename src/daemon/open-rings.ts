@@ -1,6 +1,7 @@
 import Type, { type Static } from "typebox";
 import { VhostdError } from "../base/errors.ts";
 import { parseStored } from "../base/stored.ts";
+import type { DeviceClass } from "../plugin.ts";
 import type { DeviceState, QueueState } from "../virtio/device-state.ts";
 import { availIndex, type RingMemory, usedIndex } from "../virtio/split-ring.ts";
 
@@ -25,17 +26,20 @@ type OpenRing = Static<typeof OpenRing>;
 /**
  * What a device still has to give back to its guest. When it is reset before it has, the indices in guest memory do not
  * say which requests those are, because a device may complete out of order: such a ring cannot go on. This is never
- * guessed; the guest's driver has to begin with a new ring.
+ * guessed; the guest's driver has to begin with a new ring. Receive queues are given back in order and go on at their used
+ * index: they are not looked at.
  */
 export class OpenRings {
   private open: OpenRing[] = [];
   /** Why a ring of the last front-end cannot go on, by queue. */
   private readonly lost = new Map<number, string>();
 
+  constructor(private readonly deviceClass: Pick<DeviceClass, "receives">) {}
+
   /** @throws VhostdError invalid where the record of an earlier process is malformed */
-  static revive(data: unknown): OpenRings {
+  static revive(data: unknown, deviceClass: Pick<DeviceClass, "receives">): OpenRings {
     const record: OpenRingsRecord = parseStored(Schema, data, "the record of a VF's rings");
-    const rings = new OpenRings();
+    const rings = new OpenRings(deviceClass);
     rings.open = record.open;
     for (const { index, reason } of record.lost) rings.lost.set(index, reason);
     return rings;
@@ -61,12 +65,13 @@ export class OpenRings {
       });
     }
     for (const { index } of queues) this.lost.delete(index);
-    this.open = queues.map(openRing);
+    this.open = this.settling(queues).map(openRing);
   }
 
   /** The device has stopped in this state. */
   stopped({ queues }: DeviceState): void {
-    this.open = queues.filter(({ lastAvail, lastUsed }) => lastAvail !== lastUsed).map(openRing);
+    const open = this.settling(queues).filter(({ lastAvail, lastUsed }) => lastAvail !== lastUsed);
+    this.open = open.map(openRing);
   }
 
   /** The guest's driver has given its rings up. */
@@ -85,6 +90,10 @@ export class OpenRings {
 
   snapshot(): OpenRingsRecord {
     return { open: this.open, lost: [...this.lost].map(([index, reason]) => ({ index, reason })) };
+  }
+
+  private settling(queues: DeviceState["queues"]): readonly QueueState[] {
+    return queues.filter(({ index }) => this.deviceClass.receives?.(index) !== true);
   }
 }
 

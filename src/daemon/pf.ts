@@ -18,7 +18,7 @@ import { VendorMover } from "../virtio/movers/vendor.ts";
 import { VirtioPciDevice } from "../virtio/pci-device.ts";
 import type { Deadlines } from "./deadlines.ts";
 import { closing, joinFds, type PfRecord, RECORD_VERSION, type Snapshot, takeFds } from "./record.ts";
-import type { VfMover } from "./vf-parts.ts";
+import { LOAD_PLUGIN, type VfMover } from "./vf-parts.ts";
 
 /** What a PF needs of the daemon around it. */
 export interface PfSurroundings {
@@ -100,15 +100,20 @@ export class Pf implements AsyncDisposable {
     const device = await VirtioPciDevice.probe(fn, deadline);
     const deviceClass = around.plugins.deviceClassById(device.virtioId);
     if (deviceClass === undefined) {
-      throw new VhostdError("pfDeviceId", `${address} has virtio device id ${device.virtioId}, which no plugin serves`);
+      throw new VhostdError(
+        "pfDeviceId",
+        `${address} has virtio device id ${device.virtioId}, which no plugin serves`,
+        {
+          fix: LOAD_PLUGIN,
+        },
+      );
     }
-    const space = createAddressSpace(entry.transport.kind);
-    const domain = new DmaDomain(space);
+    const domain = new DmaDomain(createAddressSpace(entry.transport.kind));
     undo.defer(() => domain.abandon());
     await domain.attach(fn);
     undo.defer(() => domain.detach(fn));
     const answer = Deadline.after(around.deadlines.admin, `the admin queue of ${address}`);
-    const admin = await openAdmin(device, { domain, space }, deviceClass, answer);
+    const admin = await openAdmin(device, domain, deviceClass, answer);
     undo.move();
     return new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
   }

@@ -1,8 +1,10 @@
 import Type from "typebox";
 import type { Json } from "../base/json.ts";
 import { parseStored } from "../base/stored.ts";
+import { parsePciAddress } from "../pci/address.ts";
 import { PciLayoutSchema } from "../virtio/data-path-record.ts";
 import type { PciLayout } from "../virtio/pci-layout.ts";
+import type { VfOptions } from "./vf-parts.ts";
 
 /**
  * Everything that is needed, beside named fds, to go on after this process has died: plain data. The parts belong to
@@ -47,6 +49,7 @@ export type VfRecord = {
   readonly session: Json;
   /** What its device still has to give back. */
   readonly rings: Json;
+  readonly link: Json;
 };
 
 const version = Type.Literal(RECORD_VERSION);
@@ -82,6 +85,7 @@ const VfSchema = Type.Object({
   dataPath: Type.Unknown(),
   session: Type.Unknown(),
   rings: Type.Unknown(),
+  link: Type.Unknown(),
 });
 
 /** @throws VhostdError invalid where it is not a record of this version; an earlier daemon is not trusted */
@@ -97,6 +101,12 @@ export function parseDomainRecord(value: Json): DomainRecord {
 /** @throws VhostdError invalid */
 export function parseVfRecord(value: Json): VfRecord {
   return parseStored(VfSchema, value, "the record of a VF") as VfRecord;
+}
+
+/** What the operator said when the VF was added. */
+export function optionsOf(record: VfRecord): VfOptions {
+  const { address, socket, mode, uuid } = record.options;
+  return { address: parsePciAddress(address), socket, mode, ...(uuid === undefined ? {} : { uuid }) };
 }
 
 /** A part of a live object's state: plain data beside named fds that are borrowed from it. */

@@ -6,6 +6,7 @@ import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { Bus, BusEntry } from "../pci/bus.ts";
+import type { QueueStats } from "../pci/function.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { DEADLINES, type Deadlines } from "./deadlines.ts";
@@ -16,7 +17,7 @@ import { Pf, type PfManagement, type PfSurroundings } from "./pf.ts";
 import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
 import { parseVmUuid } from "./uuid.ts";
 import { Vf, type VfManagement } from "./vf.ts";
-import type { VfOptions, VfSurroundings } from "./vf-parts.ts";
+import { controlOwner, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;
@@ -193,19 +194,20 @@ export class DeviceRegistry {
     this.checkSocket(options.socket);
     this.livePf(pf);
     this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
+    let vf: Vf;
     try {
       const mover = this.livePf(pf).moverFor(address, parent);
       const lost = this.lostRings.get(address);
       // Another VM has rings of its own.
       const rings = lost?.vm === guestOf(options) ? lost.rings : undefined;
-      const vf = await Vf.attach(options, entry, mover, this.around, rings);
-      this.lostRings.delete(address);
-      this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
-      return this.infoOf(vf);
+      vf = await Vf.attach(options, entry, mover, this.around, rings);
     } catch (error) {
       this.vfs.delete(address);
       throw error;
     }
+    this.lostRings.delete(address);
+    this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
+    return this.infoOf(vf);
   }
 
   /** @throws VhostdError vfNotFound */
@@ -244,6 +246,14 @@ export class DeviceRegistry {
   }
 
   /**
+   * What each of a VF's queues has done, by index; null where its device does not count, or does not say so soon.
+   * @throws VhostdError vfNotFound
+   */
+  async vfStats(address: PciAddress): Promise<readonly QueueStats[] | null> {
+    return await this.liveVf(address).queueStats();
+  }
+
+  /**
    * Goes on with what the keeper has, as an earlier process left it: PFs, DMA domains, then VFs. What cannot be taken
    * up is logged and left out; the others go on.
    */
@@ -269,7 +279,8 @@ export class DeviceRegistry {
         }
       }
     }
-    await this.domains.prune(new Set(this.vfs.keys()));
+    const owners = [...this.vfs.keys()].flatMap((address) => [address, controlOwner(address)]);
+    await this.domains.prune(new Set(owners));
   }
 
   /** Removes all VFs, then all PFs; those that are just being added too. */

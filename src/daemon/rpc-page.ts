@@ -15,6 +15,7 @@ another. A request without \`id\` gets no answer. Batches are not served.
 
 \`\`\`
 vfe-vhost-cli call vf.list '{"pf":"0000:5a:00.0"}'
+vfe-vhost-cli call stats '{"device":"0000:5a:00.1"}'
 vfe-vhost-cli events
 \`\`\`
 
@@ -47,6 +48,7 @@ const noDevices: Devices = {
   vfInfo() {
     throw new Error("no devices");
   },
+  vfStats: () => Promise.reject(new Error("no devices")),
   moveVf: () => Promise.reject(new Error("no devices")),
   onEvent: () => ({ [Symbol.dispose]() {} }),
 };

@@ -11,7 +11,7 @@ import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import type { Endpoint } from "../vhost-user/endpoint.ts";
 import { configSize, configValues } from "../virtio/config-space.ts";
-import { DataPath } from "../virtio/data-path.ts";
+import { type ClassLookup, DataPath } from "../virtio/data-path.ts";
 import type { MoverFactory } from "../virtio/mover.ts";
 import type { Deadlines } from "./deadlines.ts";
 import type { DomainTable } from "./domains.ts";
@@ -63,6 +63,8 @@ export interface VfParts {
   readonly deviceClass: DeviceClass;
   readonly config: Uint8Array;
   readonly mover: VfMover;
+  /** Gives the memory of the function's own control queue back, once the function cannot reach it any more. */
+  readonly releaseControl: () => Promise<void>;
 }
 
 /**
@@ -79,13 +81,19 @@ export async function openParts(
   deadline: Deadline,
 ): Promise<VfParts> {
   const fn = undo.use(await openFunction(entry, options.address, deadline));
-  const dataPath = await DataPath.open(fn, deadline, mover.make);
+  const dataPath = await DataPath.open(fn, classLookup(options, around), deadline, mover.make);
   undo.defer(() => dataPath.abandon());
-  const own = await describe(dataPath, options, around);
+  logNotices(dataPath, options, around);
+  const { deviceClass } = dataPath;
+  const config = await readConfig(dataPath);
   const domain = acquireDomain(options, entry, around, undo);
+  const releaseControl = controlRelease(options, entry, domain, around);
+  undo.defer(releaseControl);
   await domain.attach(fn);
   undo.defer(() => domain.detach(fn));
-  return { entry, fn, dataPath, domain, mover, ...own };
+  await dataPath.openControl(domain, controlOwner(options.address), configValues(deviceClass.configSpace, config));
+  if (dataPath.controlQueue !== undefined) await around.domains.checkpoint(vmOf(options), entry.transport.kind);
+  return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
 }
 
 /**
@@ -104,31 +112,58 @@ export async function reviveParts(
 ): Promise<VfParts> {
   const fn = reviveFunction(entry, options.address, record.function, takeFds(fds, "function"));
   undo.defer(() => fn.abandon());
-  const dataPath = DataPath.revive(fn, record.dataPath, takeFds(fds, "dataPath"), mover.make);
+  const own = takeFds(fds, "dataPath");
+  const dataPath = DataPath.revive(fn, record.dataPath, own, classLookup(options, around), mover.make);
   undo.defer(() => dataPath.abandon());
-  const own = await describe(dataPath, options, around);
+  logNotices(dataPath, options, around);
+  const { deviceClass } = dataPath;
+  const config = await readConfig(dataPath);
   const domain = acquireDomain(options, entry, around, undo);
   domain.adopt(fn);
-  return { entry, fn, dataPath, domain, mover, ...own };
+  const releaseControl = controlRelease(options, entry, domain, around);
+  return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
 }
 
-/** What the plugins say of the device. */
-async function describe(
-  dataPath: DataPath,
-  { address }: VfOptions,
-  { plugins }: VfSurroundings,
-): Promise<Pick<VfParts, "deviceClass" | "config">> {
-  const deviceClass = plugins.deviceClassById(dataPath.virtioId);
-  if (deviceClass === undefined) {
-    throw new VhostdError(
-      "probeFailed",
-      `${address} has virtio device id ${dataPath.virtioId}, which no plugin serves`,
-      {
-        fix: "load the plugin of that device class (plugins = [...] in the configuration)",
-      },
-    );
-  }
-  return { deviceClass, config: await dataPath.readConfig(configSize(deviceClass.configSpace)) };
+/** What to do about a device that no plugin serves. */
+export const LOAD_PLUGIN = "load the plugin of that device class (plugins = [...] in the configuration)";
+
+/** The class of a device, of those that the plugins have. */
+function classLookup({ address }: VfOptions, { plugins }: VfSurroundings): ClassLookup {
+  return (virtioId) => {
+    const deviceClass = plugins.deviceClassById(virtioId);
+    if (deviceClass !== undefined) return deviceClass;
+    throw new VhostdError("probeFailed", `${address} has virtio device id ${virtioId}, which no plugin serves`, {
+      fix: LOAD_PLUGIN,
+    });
+  };
+}
+
+function readConfig(dataPath: DataPath): Promise<Uint8Array> {
+  return dataPath.readConfig(configSize(dataPath.deviceClass.configSpace));
+}
+
+/** Who holds the memory of a VF's own control queue in the domain of its VM; the guest's memory is held by its address. */
+export function controlOwner(address: PciAddress): string {
+  return `control/${address}`;
+}
+
+function controlRelease(
+  options: VfOptions,
+  entry: BusEntry,
+  domain: DmaDomain,
+  { domains }: VfSurroundings,
+): () => Promise<void> {
+  return async () => {
+    const owner = controlOwner(options.address);
+    if (!domain.owners.includes(owner)) return;
+    await domain.releaseAll(owner);
+    await domains.checkpoint(vmOf(options), entry.transport.kind);
+  };
+}
+
+function logNotices(dataPath: DataPath, { address }: VfOptions, { log }: VfSurroundings): void {
+  const own = log.child(`vf ${address}`);
+  dataPath.onNotice((text) => own.warn(text));
 }
 
 function acquireDomain(
@@ -148,7 +183,7 @@ export function vmOf(options: VfOptions): string {
   return options.uuid ?? options.address;
 }
 
-/** Queues that a front-end may use: what the class says, within what the function has; one vector more than queues. */
+/** Queues that a front-end may use: what the class says, within what the function has; queue n has vector n + 1. */
 export function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfParts): number {
   const queues = deviceClass.queues(configValues(deviceClass.configSpace, config), dataPath.features);
   if (queues < 1 || queues > dataPath.queues) {
@@ -157,12 +192,15 @@ export function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfPar
       `${entry.directory}: ${queues} queues by its configuration, ${dataPath.queues} in its registers`,
     );
   }
-  if (fn.interrupts.count < queues + 1) {
+  const control = dataPath.controlQueue ?? -1;
+  const needed = Math.max(queues - 1, control) + 2;
+  if (fn.interrupts.count < needed) {
+    const all = control < 0 ? `${queues} queues` : `${queues} queues, the function's own control queue`;
     throw new VhostdError(
       "noVectors",
-      `${queues} queues need ${queues + 1} MSI-X vectors, the function has ${fn.interrupts.count}`,
+      `${all} and the configuration need ${needed} MSI-X vectors, the function has ${fn.interrupts.count}`,
       {
-        fix: "provision the function with more vectors, or fewer queues",
+        fix: `provision the function with ${needed} vectors, or with fewer queues`,
       },
     );
   }

@@ -1,29 +1,32 @@
-import { setTimeout as pause } from "node:timers/promises";
 import { Deadline } from "../base/deadline.ts";
 import { asError, sentence, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import type { PciAddress } from "../pci/address.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { BusEntry } from "../pci/bus.ts";
+import type { QueueStats } from "../pci/function.ts";
 import type { DeviceClass } from "../plugin.ts";
-import { Endpoint } from "../vhost-user/endpoint.ts";
-import { Session } from "../vhost-user/session.ts";
+import type { SessionEnd } from "../vhost-user/session.ts";
 import type { RingEventfds, SessionTarget } from "../vhost-user/target.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
-import { configValues } from "../virtio/config-space.ts";
 import type { DataPathFailure } from "../virtio/data-path.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
-import type { FreezeMode, ManualControl, StateMover } from "../virtio/mover.ts";
+import type { FreezeMode, StateMover } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
+import { configColumns } from "./config-columns.ts";
+import { FrontEnds } from "./front-ends.ts";
+import { Link, type LinkBefore } from "./link.ts";
+import { ManualStatus, type ManualTarget } from "./manual-status.ts";
 import { OpenRings } from "./open-rings.ts";
 import { Patience } from "./patience.ts";
-import { closing, joinFds, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
+import { askQueueStats } from "./queue-statistics.ts";
+import { closing, joinFds, optionsOf, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
+import { VfMemory } from "./vf-memory.ts";
 import {
   openParts,
   reviveParts,
-  startEndpoint,
   usableQueues,
   type VfMover,
   type VfOptions,
@@ -32,8 +35,6 @@ import {
   vmOf,
 } from "./vf-parts.ts";
 import { checkTransition, type VfState } from "./vf-state.ts";
-
-type ManualStatus = Parameters<ManualControl["change"]>[0];
 
 export interface VfManagement {
   readonly mover: StateMover["kind"];
@@ -45,18 +46,16 @@ export interface VfManagement {
 /** One virtual function in the daemon's hands: its life cycle, and what a session may do with it. */
 export class Vf implements SessionTarget {
   private current: VfState;
-  private session: Session | undefined;
-  private serving: Promise<void> = Promise.resolve();
-  private backoff = 0;
   /** Why the device asks for a reset, or why the last front-end was turned away; undefined where all is well. */
   private trouble: string | undefined;
   private configHandler: () => void = () => {};
   private readonly operations = new OperationQueue();
-  private readonly endpoint: Endpoint;
   private readonly log: Logger;
-  private readonly stopping = new AbortController();
+  private readonly frontEnds: FrontEnds;
   private readonly patience: Patience;
-  private moving = false;
+  private readonly manual: ManualStatus;
+  private readonly memory: VfMemory;
+  private readonly link: Link;
 
   readonly deviceClass: DeviceClass;
   readonly deviceFeatures: bigint;
@@ -70,6 +69,7 @@ export class Vf implements SessionTarget {
     state: VfState,
     /** What its device still has to give back; outlives the VF where it never will. */
     readonly rings: OpenRings,
+    link: LinkBefore,
   ) {
     this.current = state;
     this.log = around.log.child(`vf ${options.address}`);
@@ -77,12 +77,24 @@ export class Vf implements SessionTarget {
     this.deviceFeatures = parts.dataPath.features;
     this.queues = usableQueues(parts);
     this.patience = new Patience(around.deadlines.lastDrain);
-    this.endpoint = new Endpoint(
-      { path: options.socket, mode: options.mode },
-      (connection) => this.serve((target, log) => new Session(connection, target, { log })),
-      this.log,
+    this.manual = this.makeManual();
+    this.memory = new VfMemory(options.address, parts.domain, () =>
+      around.domains.checkpoint(vmOf(options), parts.entry.transport.kind),
     );
-    parts.dataPath.onConfigChange(() => this.configHandler());
+    this.link = this.makeLink(link);
+    this.frontEnds = new FrontEnds({
+      place: options,
+      deadlines: around.deadlines,
+      log: this.log,
+      target: this,
+      welcomes: (pid) => this.link.welcomes(pid),
+      onEnd: (end) => this.onSessionEnd(end),
+      onFailure: (error) => this.onSessionFailure(error),
+    });
+    parts.dataPath.onConfigChange(() => {
+      this.configHandler();
+      void this.link.look();
+    });
     parts.dataPath.onFailure((reason) => this.onFailure(reason));
   }
 
@@ -96,16 +108,17 @@ export class Vf implements SessionTarget {
     entry: BusEntry,
     mover: VfMover,
     around: VfSurroundings,
-    rings = new OpenRings(),
+    rings?: OpenRings,
   ): Promise<Vf> {
     const deadline = Deadline.after(around.deadlines.attach, `attaching ${options.address}`);
     await using undo = new AsyncDisposableStack();
     const parts = await openParts(options, entry, mover, around, undo, deadline);
-    const vf = new Vf(options, parts, around, { name: "attaching" }, rings);
-    undo.defer(() => vf.vanish());
+    const own = rings ?? new OpenRings(parts.deviceClass);
+    const vf = new Vf(options, parts, around, { name: "attaching" }, own, parts);
     undo.defer(() => around.keeper.delete(vf.key));
+    undo.defer(() => vf.vanish());
     await vf.checkpoint();
-    startEndpoint(vf.endpoint, options.socket);
+    vf.frontEnds.start();
     vf.become({ name: "idle" });
     undo.move();
     return vf;
@@ -127,14 +140,15 @@ export class Vf implements SessionTarget {
     const options = optionsOf(record);
     await using undo = new AsyncDisposableStack();
     const parts = await reviveParts(options, entry, record, fds, mover, around, undo);
-    const vf = new Vf(options, parts, around, { name: "adopting" }, OpenRings.revive(record.rings));
+    const rings = OpenRings.revive(record.rings, parts.deviceClass);
+    const vf = new Vf(options, parts, around, { name: "adopting" }, rings, { record: record.link });
     vf.become({ name: parts.dataPath.running ? "running" : "idle" });
     const { session } = record;
-    startEndpoint(vf.endpoint, options.socket, session !== null);
-    if (session !== null) {
-      const own = takeFds(fds, "session");
-      vf.serve((target, log) => Session.revive(target, session, own, { log }));
-    }
+    if (session === null) vf.frontEnds.start();
+    else vf.frontEnds.revive(session, takeFds(fds, "session"));
+    if (vf.frontEnds.session?.isBehind === true) void vf.manual.letGoOn();
+    // Nobody was there to be told of a change.
+    void vf.link.look();
     undo.move();
     return vf;
   }
@@ -149,13 +163,14 @@ export class Vf implements SessionTarget {
 
   /** A front-end is connected, or what it left is being undone. */
   get connected(): boolean {
-    return this.session !== undefined;
+    return this.frontEnds.session !== undefined;
   }
 
   /** What is wrong with the function or was with its last front-end, or null. */
   get reason(): string | null {
     if (this.current.name === "failed") return this.current.reason;
-    if (this.trouble !== undefined) return this.trouble;
+    const trouble = this.trouble ?? this.link.trouble;
+    if (trouble !== undefined) return trouble;
     // A guest that runs may do without the queues that were lost.
     return (this.current.name === "running" ? undefined : this.rings.trouble) ?? null;
   }
@@ -171,13 +186,12 @@ export class Vf implements SessionTarget {
 
   /** Driver features of the front-end that runs now, or null. */
   get driverFeatures(): bigint | null {
-    return this.current.name === "running" ? (this.session?.status.features ?? null) : null;
+    return this.current.name === "running" ? (this.frontEnds.session?.status.features ?? null) : null;
   }
 
   /** What the class shows of the configuration space. */
   get columns(): Readonly<Record<string, string>> {
-    const config = configValues(this.deviceClass.configSpace, this.parts.config);
-    return this.deviceClass.describe?.(config, this.deviceFeatures) ?? {};
+    return configColumns(this.deviceClass, this.parts.config, this.deviceFeatures, this.log);
   }
 
   /** How its state is moved, and why not better. */
@@ -187,40 +201,30 @@ export class Vf implements SessionTarget {
     return { mover: dataPath.moverKind, managed, unmanaged_reason: managed ? null : mover.unmanagedReason() };
   }
 
-  /**
-   * Changes the internal status by hand, where `to` is given. @returns the status afterwards
-   * @throws VhostdError notSupported where the VF is not managed; busy where no guest runs it: what stands in guest memory
-   *   must not move then; quiesceFailed, freezeFailed, adminQueue
-   */
-  async move(to: ManualStatus | undefined): Promise<InternalStatusName> {
-    if (this.moving)
-      throw new VhostdError("busy", `the status of ${this.address} is being asked for or changed already`);
-    this.moving = true;
-    try {
-      const { ask, drain } = this.around.deadlines;
-      const what = `${to === undefined ? "the internal status" : "a change of the internal status"} of ${this.address}`;
-      return await this.patience.during(what, to === undefined ? ask : drain, (deadline) =>
-        this.operations.run(() => this.moveBy(to, deadline)),
-      );
-    } finally {
-      this.moving = false;
-    }
+  /** Changes the internal status by hand, where `to` is given. @returns the status afterwards */
+  move(to: ManualTarget | undefined): Promise<InternalStatusName> {
+    return this.manual.move(to);
+  }
+
+  /** What the queues of its guest have done; null where the function does not count, or does not say so soon. */
+  async queueStats(): Promise<readonly QueueStats[] | null> {
+    const all = await askQueueStats(this.parts.fn, this.around.deadlines.stats, this.log);
+    return all?.slice(0, this.queues) ?? null;
   }
 
   /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */
   async remove(): Promise<void> {
-    this.stopping.abort();
     this.patience.hurry();
-    this.endpoint[Symbol.dispose]();
-    this.session?.close("the VF is being removed");
-    await this.serving;
+    this.link[Symbol.dispose]();
+    await this.frontEnds.close("the VF is being removed");
     await this.operations.run(async () => {
       this.become({ name: "detaching" });
-      const { entry, fn, dataPath, domain } = this.parts;
+      const { entry, fn, dataPath, domain, releaseControl } = this.parts;
       await using steps = new AsyncDisposableStack();
       steps.defer(() => this.become({ name: "absent" }));
       steps.defer(() => this.around.keeper.delete(this.key));
       steps.defer(() => this.around.domains.release(vmOf(this.options), entry.transport.kind));
+      steps.defer(releaseControl);
       steps.use(fn);
       steps.defer(() => domain.detach(fn));
       steps.defer(() => dataPath.abandon());
@@ -232,9 +236,8 @@ export class Vf implements SessionTarget {
 
   /** Drops every live object without a word to the function or the front-end: what a crash does, in order. */
   async abandon(): Promise<void> {
-    this.stopping.abort();
-    this.endpoint[Symbol.dispose]();
-    await this.session?.abandon();
+    this.link[Symbol.dispose]();
+    await this.frontEnds.abandon();
     this.parts.dataPath.abandon();
     this.parts.fn.abandon();
   }
@@ -244,7 +247,7 @@ export class Vf implements SessionTarget {
     const parts: Record<string, Snapshot | undefined> = {
       function: this.parts.fn.snapshot(),
       dataPath: this.parts.dataPath.snapshot(),
-      session: this.session?.snapshot(),
+      session: this.frontEnds.session?.snapshot(),
     };
     return {
       record: {
@@ -254,6 +257,7 @@ export class Vf implements SessionTarget {
         dataPath: parts.dataPath?.data ?? null,
         session: parts.session?.data ?? null,
         rings: this.rings.snapshot(),
+        link: this.link.snapshot(),
       },
       fds: joinFds(parts),
     };
@@ -268,6 +272,7 @@ export class Vf implements SessionTarget {
   async readConfig(): Promise<Uint8Array> {
     const config = await this.parts.dataPath.readConfig(this.parts.config.length);
     this.parts.config.set(config);
+    this.link.seen(config);
     return config;
   }
 
@@ -275,17 +280,12 @@ export class Vf implements SessionTarget {
     return this.parts.dataPath.writeConfig(offset, bytes);
   }
 
-  async mapMemory(range: DmaRange, fd: number): Promise<void> {
-    await using undo = new AsyncDisposableStack();
-    await this.parts.domain.claim(this.address, range, fd);
-    undo.defer(() => this.parts.domain.release(this.address, range));
-    await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
-    undo.move();
+  mapMemory(range: DmaRange, fd: number): Promise<void> {
+    return this.memory.map(range, fd);
   }
 
-  async unmapMemory(range: DmaRange): Promise<void> {
-    await this.parts.domain.release(this.address, range);
-    await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
+  unmapMemory(range: DmaRange): Promise<void> {
+    return this.memory.unmap(range);
   }
 
   start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
@@ -300,8 +300,9 @@ export class Vf implements SessionTarget {
           Deadline.after(this.around.deadlines.start, `start of ${this.address}`),
         );
         this.become({ name: "running" });
-        this.backoff = 0;
+        this.frontEnds.ranWell();
         this.trouble = undefined;
+        await this.link.begin();
       } catch (error) {
         this.checkUsable();
         this.become({ name: "stopping" });
@@ -348,6 +349,13 @@ export class Vf implements SessionTarget {
     });
   }
 
+  enable(queues: ReadonlySet<number>, eventfds: ReadonlyMap<number, RingEventfds>, memory: RingMemory): Promise<void> {
+    return this.operations.run(async () => {
+      this.checkUsable();
+      await this.drain((deadline) => this.parts.dataPath.enable(queues, eventfds, memory, deadline));
+    });
+  }
+
   setKick(queue: number, fd: number | null): Promise<void> {
     return this.parts.dataPath.setKick(queue, fd);
   }
@@ -371,31 +379,6 @@ export class Vf implements SessionTarget {
     return this.patience.during(`${this.address} giving back what it has taken`, time, work);
   }
 
-  private async moveBy(to: ManualStatus | undefined, deadline: Deadline): Promise<InternalStatusName> {
-    const { address } = this;
-    this.checkUsable();
-    const { manual } = this.parts.dataPath;
-    if (manual === undefined) {
-      const reason = this.parts.mover.unmanagedReason();
-      throw new VhostdError("notSupported", `the state of ${address} cannot be moved: ${reason}`, {
-        fix: '"vf -i" and "mgmtpf -l" show what the PF can do',
-      });
-    }
-    if (to !== undefined && this.current.name !== "running") {
-      throw new VhostdError("busy", `${address} is ${this.current.name}: its status is changed while a guest runs it`, {
-        fix: "start its guest first, or let it go on",
-      });
-    }
-    deadline.check();
-    if (to !== undefined) {
-      await manual.change(to, deadline);
-      this.log.warn(`internal status changed by hand: ${to}`);
-      this.trouble = to === "running" ? undefined : `${to} by hand, its guest waits (let it go on with "vf -d -o 1")`;
-      this.around.onState(this);
-    }
-    return await manual.status(deadline);
-  }
-
   private async giveBack(memory: RingMemory, deadline: Deadline): Promise<void> {
     const { dataPath } = this.parts;
     // A device that can only be drained, not frozen, comes to no end while its guest goes on.
@@ -416,11 +399,6 @@ export class Vf implements SessionTarget {
     if (this.current.name === "stopping") this.become({ name: "idle" });
   }
 
-  private async releaseMemory(): Promise<void> {
-    await this.parts.domain.releaseAll(this.address);
-    await this.around.domains.checkpoint(vmOf(this.options), this.parts.entry.transport.kind);
-  }
-
   /** @throws VhostdError noDevice where the function failed, with the reason of that */
   private checkUsable(): void {
     if (this.current.name !== "failed") return;
@@ -439,48 +417,70 @@ export class Vf implements SessionTarget {
     this.around.onState(this);
   }
 
-  /** What was begun is undone: the VF is not there. */
-  private vanish(): void {
-    this.endpoint[Symbol.dispose]();
-    this.become({ name: "absent" });
+  /** Neither for a front-end nor at the link. */
+  private lookNoMore(): void {
+    this.frontEnds.stop();
+    this.link[Symbol.dispose]();
   }
 
-  private serve(begin: (target: SessionTarget, log: Logger) => Session): void {
-    this.serving = this.runSession(begin).catch(async (thrown: unknown) => {
-      const error = asError(thrown);
-      // Nobody is left who would undo what the function still holds.
-      await this.reset().catch(() => {});
-      await this.releaseMemory().catch((cause) => this.log.error("guest memory stays mapped", cause));
-      this.fail(error);
-      await this.around.keeper.delete(this.key);
+  private makeManual(): ManualStatus {
+    const { address, parts, operations, patience } = this;
+    return new ManualStatus({
+      ...{ address, parts, operations, patience, log: this.log, deadlines: this.around.deadlines },
+      state: () => this.current,
+      checkUsable: () => this.checkUsable(),
+      onMoved: (to) => {
+        this.log.warn(`internal status changed by hand: ${to}`);
+        this.trouble = to === "running" ? undefined : `${to} by hand, its guest waits (let it go on with "vf -d -o 1")`;
+        this.around.onState(this);
+      },
     });
   }
 
-  private async runSession(begin: (target: SessionTarget, log: Logger) => Session): Promise<void> {
-    const session = begin(this, this.log);
-    this.session = session;
-    const end = await session.run();
-    this.session = undefined;
+  private makeLink(before: LinkBefore): Link {
+    const { deviceClass, deviceFeatures, log } = this;
+    const options = {
+      ...{ deviceClass, deviceFeatures, log },
+      readConfig: () => this.readConfig(),
+      guest: () => (this.current.name === "running" ? this.frontEnds.session : undefined),
+      canReconnect: () => this.parts.dataPath.capabilities.resumeAnywhere,
+      onChange: () => this.around.onState(this),
+      onRecord: () => this.frontEnds.note(),
+    };
+    return new Link(options, before);
+  }
+
+  /** What was begun is undone: the VF is not there. */
+  private vanish(): void {
+    this.lookNoMore();
+    this.become({ name: "absent" });
+  }
+
+  private async onSessionEnd({ reason, error }: SessionEnd): Promise<void> {
     this.configHandler = () => {};
-    this.trouble = end.error === undefined ? undefined : `the last session ended: ${sentence(end.error)}`;
-    const { firstBackoff, longestBackoff } = this.around.deadlines;
-    if (end.error !== undefined) this.backoff = Math.min(longestBackoff, Math.max(firstBackoff, this.backoff * 2));
+    this.link.forget();
+    this.trouble = error === undefined ? undefined : `the last session ended: ${sentence(error)}`;
     if (this.current.name === "failed") return await this.around.keeper.delete(this.key);
-    if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${end.reason}`);
+    if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${reason}`);
     this.around.onState(this);
     await this.checkpoint();
-    await pause(this.backoff, undefined, { signal: this.stopping.signal }).catch(() => {});
-    this.endpoint.markFree();
+  }
+
+  private async onSessionFailure(error: Error): Promise<void> {
+    await this.reset().catch(() => {});
+    await this.memory.clear().catch((cause) => this.log.error("guest memory stays mapped", cause));
+    this.fail(error);
+    await this.around.keeper.delete(this.key);
   }
 
   /** The device asks for a reset, which is its driver's to do, or it is gone. */
   private onFailure({ gone, error }: DataPathFailure): void {
     if (gone) {
       this.fail(error);
-      this.session?.close(error.message);
+      this.frontEnds.session?.close(error.message);
     } else {
       this.trouble = error.message;
-      this.session?.needsReset(error.message);
+      this.frontEnds.session?.needsReset(error.message);
     }
   }
 
@@ -488,12 +488,7 @@ export class Vf implements SessionTarget {
     if (this.current.name === "failed" || this.current.name === "detaching" || this.current.name === "absent") return;
     this.log.error("failed (remove it and add it again)", error);
     this.become({ name: "failed", reason: error.message });
-    this.endpoint[Symbol.dispose]();
+    this.lookNoMore();
     this.parts.dataPath.abandon();
   }
-}
-
-function optionsOf(record: VfRecord): VfOptions {
-  const { address, socket, mode, uuid } = record.options;
-  return { address: parsePciAddress(address), socket, mode, ...(uuid === undefined ? {} : { uuid }) };
 }

@@ -7,6 +7,7 @@ import type { Deadlines } from "../../src/daemon/deadlines.ts";
 import { DeviceRegistry } from "../../src/daemon/registry.ts";
 import { type PciAddress, parsePciAddress } from "../../src/pci/address.ts";
 import { Bus } from "../../src/pci/bus.ts";
+import type { QueueStats } from "../../src/pci/function.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../../src/plugin-host.ts";
 import { RpcClient } from "../../src/rpc/client.ts";
 import { controlSocket } from "../../src/softvf/config.ts";
@@ -22,24 +23,24 @@ const log = process.env.VFE_TEST_LOG === undefined ? silentLogger : createLogger
 const ROOT = join(import.meta.dir, "../..");
 /** Milliseconds. */
 const CONTROL_TIMEOUT = 10_000;
+const START_TIMEOUT = 15_000;
+const DISK_SIZE = 64 << 20;
 
 export interface RegistryLabOptions {
   /** Whether the PF can move its VFs' state. "vendor" unless said. */
   readonly migration?: Migration;
-  /** VFs of the PF; 4 unless said. They share one disk image. */
+  /** VFs of the PF; 4 unless said. */
   readonly vfs?: number;
+  /** Device class of PF and VFs. Block devices that share one disk image unless said. */
+  readonly className?: string;
+  /** Absolute paths of plugins beside those that are built in, for both processes. */
+  readonly plugins?: readonly string[];
   /** Further options of vfe-softvf. */
   readonly softvf?: readonly string[];
-  /** Bytes of the disk image. */
+  /** Bytes of the disk image, where no class is named. */
   readonly diskSize?: number;
   /** Of the registry, where they are not the usual ones. */
   readonly deadlines?: Partial<Deadlines>;
-}
-
-/** What one queue of a soft device has done since it was made. */
-interface QueueStats {
-  readonly requests: number;
-  readonly errors: number;
 }
 
 /** vfe-softvf in a process of its own, and the daemon's device registry in this one. */
@@ -62,22 +63,24 @@ export class RegistryLab implements AsyncDisposable {
   }
 
   static async create(options: RegistryLabOptions = {}): Promise<RegistryLab> {
-    const { migration = "vendor", vfs = 4, softvf = [], diskSize = 64 << 20, deadlines = {} } = options;
+    const { migration = "vendor", vfs = 4, plugins = [], softvf = [], deadlines = {} } = options;
     const directory = await mkdtemp(join(tmpdir(), "registry-"));
-    const disk = join(directory, "disk.img");
-    await using file = await open(disk, "w");
-    await file.truncate(diskSize);
-    const process_ = new Child(
+    await using undo = new AsyncDisposableStack();
+    undo.defer(() => rm(directory, { recursive: true, force: true }));
+    const ofClass = options.className === undefined ? await diskOptions(directory, options.diskSize) : [];
+    const child = new Child(
       [
-        ...[process.execPath, join(ROOT, "bin/vfe-softvf.ts"), "--pf", "0000:5a:00.0", "--class", "blk"],
-        ...["--vfs", `${vfs}`, "--migration", migration, "--disk", disk],
-        ...["--runtime-dir", join(directory, "softvf"), ...softvf],
+        ...[process.execPath, join(ROOT, "bin/vfe-softvf.ts"), "--pf", "0000:5a:00.0"],
+        ...["--class", options.className ?? "blk", "--vfs", `${vfs}`, "--migration", migration, ...ofClass],
+        ...["--runtime-dir", join(directory, "softvf"), ...plugins.flatMap((path) => ["--plugin", path]), ...softvf],
       ],
       { name: "vfe-softvf", log: join(directory, "softvf.log") },
     );
-    await process_.line(/^ready /m, 15_000);
-    const plugins = await PluginRegistry.load({ builtIn: BUILT_IN_PLUGINS, plugins: [] }, silentLogger);
-    return new RegistryLab(directory, process_, plugins, deadlines);
+    undo.use(child);
+    await child.line(/^ready /m, START_TIMEOUT);
+    const registry = await PluginRegistry.load({ builtIn: BUILT_IN_PLUGINS, plugins }, silentLogger);
+    undo.move();
+    return new RegistryLab(directory, child, registry, deadlines);
   }
 
   /** A registry with nothing in it, over the same bus and keeper: what a restarted daemon begins with. */
@@ -162,6 +165,14 @@ export class RegistryLab implements AsyncDisposable {
     using client = await RpcClient.connect(controlSocket(join(this.directory, "softvf")), deadline);
     return await client.call(method, params, deadline);
   }
+}
+
+/** Options for VFs that share one image. @param size bytes */
+async function diskOptions(directory: string, size = DISK_SIZE): Promise<string[]> {
+  const disk = join(directory, "disk.img");
+  await using file = await open(disk, "w");
+  await file.truncate(size);
+  return ["--disk", disk];
 }
 
 /** Notes warnings and errors in `lines`, and passes everything on. */

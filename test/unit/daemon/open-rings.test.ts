@@ -25,10 +25,10 @@ const GONE: RingMemory = {
 
 /** What becomes of rings that began here when the function is reset with this in guest memory. */
 function resetAt(begun: DeviceState, guest: RingMemory): OpenRings {
-  const rings = new OpenRings();
+  const rings = new OpenRings({});
   rings.begin(begun);
   rings.reset(guest);
-  return OpenRings.revive(structuredClone(rings.snapshot()));
+  return OpenRings.revive(structuredClone(rings.snapshot()), {});
 }
 
 test("rings go on where all came back, or none", () => {
@@ -50,7 +50,7 @@ test("rings of which some came back do not go on, until the driver begins with n
 
 test("a stop settles what it says is settled", () => {
   const stopped = (state: DeviceState) => {
-    const rings = new OpenRings();
+    const rings = new OpenRings({});
     rings.begin(at(0));
     rings.stopped(state);
     // The driver has asked for more since.
@@ -63,7 +63,7 @@ test("a stop settles what it says is settled", () => {
 });
 
 test("rings that the driver gave up are nobody's", () => {
-  const rings = new OpenRings();
+  const rings = new OpenRings({});
   rings.begin(at(0));
   rings.givenUp();
   rings.reset(memory(3, 1));
@@ -72,13 +72,13 @@ test("rings that the driver gave up are nobody's", () => {
 
 test("a malformed record is refused", () => {
   for (const data of [null, {}, { open: [{ index: -1 }], lost: null }, { open: [], lost: 1 }]) {
-    expect(() => OpenRings.revive(data)).toThrow("the record of a VF's rings");
+    expect(() => OpenRings.revive(data, {})).toThrow("the record of a VF's rings");
   }
 });
 
 test("each ring is lost for itself: another that begins anew does not bring it back", () => {
   const second = { ...RING, index: 1, driver: 0x3000, device: 0x4000, lastAvail: 0, lastUsed: 0 };
-  const rings = new OpenRings();
+  const rings = new OpenRings({});
   rings.begin({ ...at(0), queues: [...at(0).queues, second] });
   rings.reset({
     read: (gpa) =>
@@ -88,4 +88,19 @@ test("each ring is lost for itself: another that begins anew does not bring it b
   rings.begin(at(0));
   expect(() => rings.begin({ ...at(0), queues: [{ ...second, lastAvail: 4, lastUsed: 4 }] })).toThrow("queue 1");
   rings.begin({ ...at(0), queues: [second] });
+});
+
+test("a receive queue is never lost: its buffers come back in order", () => {
+  const transmit = { ...RING, index: 1, driver: 0x3000, device: 0x4000, lastAvail: 0, lastUsed: 0 };
+  const half: RingMemory = { read: (gpa) => new Uint8Array(Uint16Array.of(gpa % 0x2000 === 0x1002 ? 9 : 4).buffer) };
+  const net = { receives: (queue: number) => queue % 2 === 0 };
+  const rings = new OpenRings(net);
+  rings.begin({ ...at(0), queues: [...at(0).queues, transmit] });
+  rings.reset(half);
+  expect(rings.trouble).toContain("queue 1 of the last guest");
+  const revived = OpenRings.revive(structuredClone(rings.snapshot()), net);
+  expect(() => revived.begin(at(4))).not.toThrow();
+  revived.stopped(at(4, { lastAvail: 9, inFlight: [1] }));
+  revived.reset(half);
+  expect(() => revived.begin(at(4))).not.toThrow();
 });

@@ -2,12 +2,15 @@ import { VhostdError } from "../../../src/base/errors.ts";
 import type { Devices } from "../../../src/daemon/methods.ts";
 import type { AddVf, ManualOperation, PfInfo, RegistryEvent, VfInfo } from "../../../src/daemon/registry.ts";
 import type { PciAddress } from "../../../src/pci/address.ts";
+import type { QueueStats } from "../../../src/pci/function.ts";
 import type { InternalStatusName } from "../../../src/virtio/admin/vendor.ts";
 
 /** The registry as the control interface sees it, without devices: every function of bus 5a exists. */
 export class FakeDevices implements Devices {
   readonly pfs = new Map<PciAddress, PfInfo>();
   readonly vfs = new Map<PciAddress, VfInfo>();
+  /** Of VFs that count. */
+  readonly stats = new Map<PciAddress, readonly QueueStats[]>();
   readonly internal = new Map<PciAddress, InternalStatusName>();
   readonly handlers = new Set<(event: RegistryEvent) => void>();
   /** addVf waits for it. */
@@ -58,6 +61,11 @@ export class FakeDevices implements Devices {
     const info = this.vfs.get(vf);
     if (info === undefined) throw new VhostdError("vfNotFound", `VF ${vf} has not been added`, { fix: "add it" });
     return info;
+  }
+
+  async vfStats(vf: PciAddress): Promise<readonly QueueStats[] | null> {
+    this.vfInfo(vf);
+    return this.stats.get(vf) ?? null;
   }
 
   async moveVf(vf: PciAddress, operation: ManualOperation): Promise<InternalStatusName> {

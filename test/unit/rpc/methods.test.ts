@@ -79,6 +79,21 @@ describe("typed methods", () => {
     expect(await invoke("pf.list", {})).toEqual({ pfs: [] });
   });
 
+  test("what queues have done: numbers everywhere, null where nobody counts", async () => {
+    await invoke("pf.add", { device: PF });
+    await invoke("vf.add", { device: VF });
+    expect(await invoke("vf.info", { device: VF })).toMatchObject({ vf: VF, queue_stats: null });
+    expect(await invoke("stats", { device: VF })).toMatchObject({ queue_stats: null });
+    expect(await invoke("stats", {})).not.toHaveProperty("queue_stats");
+    const busy = { received: 2 ** 40, completed: 9, bad: 1, bytes: 512 };
+    devices.stats.set(VF, [{ received: 0, completed: 0, bad: 0, bytes: 0 }, busy]);
+    const queue_stats = [expect.objectContaining({ queue: 0, received: 0 }), { queue: 1, ...busy }];
+    expect(await invoke("vf.info", { device: VF })).toMatchObject({ queue_stats });
+    expect(await invoke("stats", { device: VF })).toMatchObject({ vfs: 1, queue_stats });
+    expect(await invoke("vf", { info: true, vfdev: VF })).toMatchObject({ device: { queue_stats } });
+    expect(await rejection(invoke("stats", { device: "5a:00.7" }))).toMatchObject({ code: "vfNotFound" });
+  });
+
   test("an address that is none", async () => {
     expect(await rejection(invoke("vf.info", { device: "eth0" }))).toMatchObject({ code: "badArguments" });
   });
@@ -143,7 +158,11 @@ describe("methods of old clients", () => {
       managed: true,
       mover: "vendor",
     };
-    expect(await invoke("vf", { info: true, vfdev: VF })).toEqual({ device, errno: 0, errstr: "Success" });
+    const success = { errno: 0, errstr: "Success" };
+    expect(await invoke("vf", { info: true, vfdev: VF })).toEqual({
+      device: { ...device, queue_stats: null },
+      ...success,
+    });
     expect(await invoke("vf", { list: true, mgmtpf: PF })).toEqual({ devices: [device], errno: 0, errstr: "Success" });
   });
 
@@ -210,7 +229,11 @@ describe("methods of old clients", () => {
 test("rpc.discover names every method with its parameters", async () => {
   const { methods } = (await invoke("rpc.discover", {})) as { methods: { name: string; params: { name: string }[] }[] };
   const byName = Object.fromEntries(methods.map(({ name, params }) => [name, params.map((param) => param.name)]));
-  expect(byName).toMatchObject({ "vf.add": ["device", "socket", "mode", "uuid"], "rpc.discover": [], stats: [] });
+  expect(byName).toMatchObject({
+    "vf.add": ["device", "socket", "mode", "uuid"],
+    "rpc.discover": [],
+    stats: ["device"],
+  });
 });
 
 test("docs/rpc.md is what the schemas say", async () => {

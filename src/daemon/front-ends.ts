@@ -1,0 +1,110 @@
+import { setTimeout as pause } from "node:timers/promises";
+import { asError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
+import type { Logger } from "../base/log.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { Endpoint } from "../vhost-user/endpoint.ts";
+import { Session, type SessionEnd } from "../vhost-user/session.ts";
+import type { SessionTarget } from "../vhost-user/target.ts";
+import type { Deadlines } from "./deadlines.ts";
+import { startEndpoint, type VfOptions } from "./vf-parts.ts";
+
+export interface FrontEndsOptions {
+  readonly place: Pick<VfOptions, "socket" | "mode">;
+  readonly deadlines: Deadlines;
+  readonly log: Logger;
+  /** What a session drives. */
+  readonly target: SessionTarget;
+  /** Whether a front-end of the process with this id is served now. */
+  readonly welcomes: (pid: number) => boolean;
+  /** A session is over and undone; the next front-end waits for this. */
+  readonly onEnd: (end: SessionEnd) => Promise<void>;
+  /** A session could not be begun, or `onEnd` has thrown: nobody else undoes what the front-end left. */
+  readonly onFailure: (error: Error) => Promise<void>;
+}
+
+/** The front-ends of one VF, one after the other. */
+export class FrontEnds {
+  private current: Session | undefined;
+  private serving: Promise<void> = Promise.resolve();
+  /** Milliseconds before the next one is taken up. */
+  private backoff = 0;
+  private readonly endpoint: Endpoint;
+  private readonly stopping = new AbortController();
+
+  constructor(private readonly options: FrontEndsOptions) {
+    const { place, target, welcomes, log } = options;
+    this.endpoint = new Endpoint(
+      { path: place.socket, mode: place.mode, welcomes },
+      (connection) => this.serve(() => new Session(connection, target, { log })),
+      log,
+    );
+  }
+
+  /** The session of the front-end that is connected, or whose end is being undone. */
+  get session(): Session | undefined {
+    return this.current;
+  }
+
+  /** Begins to look for the first one. @throws VhostdError socketInUse, socketPath */
+  start(): void {
+    startEndpoint(this.endpoint, this.options.place.socket);
+  }
+
+  /**
+   * Goes on with the one that was connected to an earlier process.
+   * @param fds of its session; taken
+   * @throws VhostdError socketInUse, socketPath
+   */
+  revive(session: Json, fds: Map<string, OwnedFd>): void {
+    const { place, target, log } = this.options;
+    startEndpoint(this.endpoint, place.socket, true);
+    this.serve(() => Session.revive(target, session, fds, { log }));
+  }
+
+  /** Has the record of the VF written anew, after what its session is at. */
+  note(): void {
+    const { target, log } = this.options;
+    const noted = this.current?.checkpoint() ?? target.checkpoint();
+    noted.catch((error) => log.error("a change could not be noted", asError(error)));
+  }
+
+  /** One has got to run: the next ones need not wait any more. */
+  ranWell(): void {
+    this.backoff = 0;
+  }
+
+  /** There will be no other one. */
+  stop(): void {
+    this.stopping.abort();
+    this.endpoint[Symbol.dispose]();
+  }
+
+  /** As stop; ends the session, and resolves when it is undone. */
+  async close(reason: string): Promise<void> {
+    this.stop();
+    this.current?.close(reason);
+    await this.serving;
+  }
+
+  /** As stop; lets go of the session without a word to anybody. */
+  async abandon(): Promise<void> {
+    this.stop();
+    await this.current?.abandon();
+  }
+
+  private serve(begin: () => Session): void {
+    this.serving = this.runSession(begin).catch((error: unknown) => this.options.onFailure(asError(error)));
+  }
+
+  private async runSession(begin: () => Session): Promise<void> {
+    this.current = begin();
+    const end = await this.current.run();
+    this.current = undefined;
+    const { firstBackoff, longestBackoff } = this.options.deadlines;
+    if (end.error !== undefined) this.backoff = Math.min(longestBackoff, Math.max(firstBackoff, this.backoff * 2));
+    await this.options.onEnd(end);
+    await pause(this.backoff, undefined, { signal: this.stopping.signal }).catch(() => {});
+    this.endpoint.markFree();
+  }
+}
