@@ -1,6 +1,6 @@
 import { asError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
-import type { ForwardedRequest, RingEngine } from "../native/ring-engine.ts";
+import type { ForwardedRequest } from "../native/ring-engine.ts";
 import { AdminStatus } from "../virtio/admin/vendor.ts";
 import { type AdminCommand, decodeCommand, execute } from "./admin-commands.ts";
 import { AdminError } from "./admin-error.ts";
@@ -8,8 +8,7 @@ import type { Fault } from "./admin-faults.ts";
 import { CommandQueue, Pace } from "./command-queue.ts";
 import type { ManagedVf } from "./managed-vf.ts";
 import type { PfSettings } from "./pf-options.ts";
-
-export type RequestSource = Pick<RingEngine, "takeRequests" | "answer">;
+import type { RequestSource } from "./request-service.ts";
 
 /** The end of a command: its status byte, and a result where that is "ok". */
 type Answer = (status: number, result?: Uint8Array) => void;

@@ -1,9 +1,10 @@
 import { resolve } from "node:path";
 import { VhostdError } from "../base/errors.ts";
+import type { PciAddress } from "../pci/address.ts";
 import type { SoftDeviceClass, SoftOption, SoftOptionValue, SoftOptionValues } from "../plugin.ts";
 import { isRingSize, RING_SIZE_MAX } from "../virtio/split-ring.ts";
 
-/** Options that every soft device has. */
+/** Options that every soft device has; a class may put one of its own, by the same name, in the place of one. */
 const COMMON_OPTIONS = {
   queues: { type: "number", description: "virtqueues (a class may add some of its own)", default: 1 },
   ringSize: { type: "number", description: "largest size of each ring, entries; a power of two", default: 256 },
@@ -72,13 +73,18 @@ export function parseOption(
 }
 
 /**
- * Values for one VF: defaults filled in, `{vf}` in texts replaced by the VF's number.
+ * Values for one VF: defaults filled in, in texts `{pf}` replaced by the PF's address and `{vf}` by the VF's number.
  * @throws VhostdError badArguments where a common option is out of range
  */
-export function optionsOfVf(softDevice: SoftDeviceClass, given: SoftOptionValues, vf: number): SoftOptionValues {
+export function optionsOfVf(
+  softDevice: SoftDeviceClass,
+  given: SoftOptionValues,
+  { pf, vf }: { readonly pf: PciAddress; readonly vf: number },
+): SoftOptionValues {
+  const placed = (text: string) => text.replaceAll("{pf}", pf).replaceAll("{vf}", String(vf));
   const values = Object.entries(allOptions(softDevice)).map(([name, option]) => {
     const value = given[name] ?? option.default;
-    return [name, typeof value === "string" ? value.replaceAll("{vf}", String(vf)) : value] as const;
+    return [name, typeof value === "string" ? placed(value) : value] as const;
   });
   const options = Object.fromEntries(values);
   checkWithin("queues", options["queues"], 1, QUEUES_MAX);

@@ -16,6 +16,8 @@ import {
   IRQ_INFO,
   IrqIndex,
   IrqInfoFlag,
+  QUEUE_COUNTERS,
+  QUEUE_STATS,
   REGION_ACCESS,
   REGION_INFO,
   REGION_IO_FDS,
@@ -151,6 +153,8 @@ export class ClientConnection {
         return this.reset();
       case Command.setKick:
         return this.setKick(request);
+      case Command.queueStats:
+        return this.queueStats();
       default:
         throw refusal(EOPNOTSUPP, commandName(command));
     }
@@ -163,8 +167,8 @@ export class ClientConnection {
     }
     this.client = capabilities;
     const agreed = Math.min(minor, PROTOCOL_VERSION.minor);
-    const kickFds = Math.min(capabilities.kickFds, SERVER_CAPABILITIES.kickFds);
-    const offered = { ...SERVER_CAPABILITIES, maxDmaMaps: this.fn.maxDmaMaps, kickFds };
+    const { kickFds, queueStats } = capabilities;
+    const offered = { ...SERVER_CAPABILITIES, maxDmaMaps: this.fn.maxDmaMaps, kickFds, queueStats };
     return { body: encodeVersion({ major, minor: agreed, capabilities: offered }) };
   }
 
@@ -252,6 +256,16 @@ export class ClientConnection {
     const { queue, connect } = decodeSetKick(body, fds, (region, offset) => this.queueAt(region, offset));
     this.fn.setKick(queue, connect ? fds[0]!.number : null);
     return {};
+  }
+
+  private queueStats(): Answer {
+    const counters = this.fn.stats();
+    const body = new Uint8Array(QUEUE_STATS.size + counters.length * QUEUE_COUNTERS.size);
+    QUEUE_STATS.write(body, { count: counters.length });
+    for (const [queue, stats] of counters.entries()) {
+      QUEUE_COUNTERS.write(body, stats, QUEUE_STATS.size + queue * QUEUE_COUNTERS.size);
+    }
+    return { body };
   }
 
   /** The queue whose doorbell lies there. */

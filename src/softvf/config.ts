@@ -131,7 +131,7 @@ export function resolvePf(
     values[name] = parseOption(flag, known[name]!, text, directory);
   }
   // Common options are the same for all VFs: what does not fit is said before anything is made.
-  optionsOfVf(deviceClass.softDevice, values, 0);
+  optionsOfVf(deviceClass.softDevice, values, { pf: address, vf: 0 });
   new PfSettings(pfValues);
   return { address, deviceClass, vfs, options: values, pfOptions: pfValues };
 }

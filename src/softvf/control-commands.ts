@@ -91,16 +91,19 @@ function listRow(info: Static<typeof FunctionInfo>): string[] {
   const kind = info.pf === undefined ? "pf" : "vf";
   const status = `status 0x${info.status.toString(16).padStart(2, "0")}`;
   const client = info.client ? "in use" : "free";
-  return [info.address, kind, info.class, client, status, info.internal ?? "-", `queues ${info.queues.join(",")}`];
+  const link = info.link === undefined ? "-" : `link ${info.link ? "up" : "down"}`;
+  const queues = `queues ${info.queues.join(",")}`;
+  return [info.address, kind, info.class, client, status, info.internal ?? "-", link, queues];
 }
 
 function statRows({ address, queues }: Static<typeof FunctionStats>): string[][] {
-  return queues.map(({ requests, bytes, errors }, queue) => [
+  return queues.map(({ received, completed, bad, bytes }, queue) => [
     address,
     `queue ${queue}`,
-    `${requests} requests`,
+    `${received} received`,
+    `${completed} completed`,
+    `${bad} bad`,
     `${bytes} bytes`,
-    `${errors} errors`,
   ]);
 }
 

@@ -5,6 +5,7 @@ import type { SoftOption } from "../plugin.ts";
 import { withDiscovery } from "../rpc/discover.ts";
 import { defineMethod, type Method } from "../rpc/method.ts";
 import { VERSION } from "../version.ts";
+import { configValues } from "../virtio/config-space.ts";
 import { describeFeatures } from "../virtio/features.ts";
 import { allOptions, optionByFlag, optionFlag, parseOption } from "./class-options.ts";
 import { PF_OPTIONS } from "./pf-options.ts";
@@ -24,15 +25,18 @@ export const FunctionInfo = Type.Object({
   internal: Type.Optional(Type.String({ description: "internal status: init, running, quiesced or freezed" })),
   features: Type.Array(Type.String(), { description: "negotiated features" }),
   queues: Type.Array(Type.Integer(), { description: "queues in use" }),
+  /** Left out where the class knows no link. */
+  link: Type.Optional(Type.Boolean({ description: "the device reaches the world outside" })),
 });
 
 export const FunctionStats = Type.Object({
   address: Type.String(),
   queues: Type.Array(
     Type.Object({
-      requests: Type.Integer(),
+      received: Type.Integer({ description: "descriptor chains taken" }),
+      completed: Type.Integer({ description: "descriptor chains given back" }),
+      bad: Type.Integer({ description: "of these malformed or failed" }),
       bytes: Type.Integer({ description: "data moved" }),
-      errors: Type.Integer(),
     }),
   ),
 });
@@ -132,7 +136,9 @@ function findLiveOption(flag: string, { pf, deviceClass }: ServedFunction) {
 }
 
 function describeFunction({ address, pf, fn, server, deviceClass }: ServedFunction) {
-  const { status, internalStatus, driverFeatures, enabledQueues } = fn.virtio;
+  const { status, internalStatus, features, driverFeatures, enabledQueues } = fn.virtio;
+  const config = configValues(deviceClass.configSpace, fn.deviceConfig());
+  const link = pf === undefined ? undefined : deviceClass.linkUp?.(config, features);
   return {
     address,
     class: deviceClass.name,
@@ -142,5 +148,6 @@ function describeFunction({ address, pf, fn, server, deviceClass }: ServedFuncti
     ...(pf === undefined ? {} : { internal: internalStatus }),
     features: describeFeatures(driverFeatures, deviceClass.features.names),
     queues: enabledQueues,
+    ...(link === undefined ? {} : { link }),
   };
 }

@@ -3,7 +3,7 @@ import type { Logger } from "../base/log.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { DeviceClass, SoftDevice, SoftDeviceClass, SoftOptionValues } from "../plugin.ts";
 import { VIRTIO_DEVICE_BASE, VIRTIO_VENDOR } from "../virtio/registers.ts";
-import { AdminService, type RequestSource } from "./admin-service.ts";
+import { AdminService } from "./admin-service.ts";
 import type { BusDirectory } from "./bus-directory.ts";
 import { optionsOfVf } from "./class-options.ts";
 import { FunctionServer } from "./function-server.ts";
@@ -11,6 +11,7 @@ import { ManagedVf } from "./managed-vf.ts";
 import type { PciIdentity } from "./pci-config-space.ts";
 import { adminQueueIndex, PF_RING_SIZE, pfDevice } from "./pf-device.ts";
 import { PfSettings } from "./pf-options.ts";
+import type { RequestSource } from "./request-service.ts";
 import { SoftFunction } from "./soft-function.ts";
 import { vfAddress } from "./topology.ts";
 
@@ -66,9 +67,8 @@ export class PhysicalFunction {
       const settings = new PfSettings(options.pfOptions);
       await publish(address, makePf(options, settings, managed, log.child(address)), undefined);
       for (const [index, vf] of vfs.entries()) {
-        const values = optionsOfVf(deviceClass.softDevice, options.options, index);
-        const device = createDevice(vf, deviceClass, values);
-        const fn = makeFunction(vf, deviceClass, device, values, log.child(vf));
+        const values = optionsOfVf(deviceClass.softDevice, options.options, { pf: address, vf: index });
+        const fn = makeVf(vf, deviceClass, values, log.child(vf));
         await publish(vf, fn, address);
         managed.push(new ManagedVf(fn.virtio, () => settings.freeze));
       }
@@ -95,9 +95,15 @@ async function closeAll(functions: readonly ServedFunction[]): Promise<void> {
   );
 }
 
-function createDevice(address: PciAddress, { softDevice }: PfOptions["deviceClass"], values: SoftOptionValues) {
+/** @throws VhostdError badArguments with the reason of the class, or of the worker that it names */
+function makeVf(
+  address: PciAddress,
+  deviceClass: PfOptions["deviceClass"],
+  values: SoftOptionValues,
+  log: Logger,
+): SoftFunction {
   try {
-    return softDevice.create(values);
+    return makeFunction(address, deviceClass, deviceClass.softDevice.create(values), values, log);
   } catch (error) {
     throw new VhostdError("badArguments", `${address}: ${asError(error).message}`, { cause: error });
   }

@@ -31,6 +31,7 @@ export const SERVER_CAPABILITIES: Capabilities = {
   maxDmaMaps: MEMORY_LIMITS.ranges,
   pageSizes: 4096,
   kickFds: 1,
+  queueStats: 1,
 };
 
 const PAGE = 4096;

@@ -23,6 +23,8 @@ export interface ServedDevice {
   readonly driverFeatures: bigint;
   place(queue: number): RingPlace;
   fail(reason: string): void;
+  /** What the rings had taken is not completed any more; what of it a frozen ring lists is taken again. */
+  dropped(): void;
 }
 
 /**
@@ -150,7 +152,7 @@ export class RingService {
   /** No rings, no driver. @throws VhostdError timedOut while the worker hangs in the disk */
   async reset(): Promise<void> {
     this.resets++;
-    await this.engine.stop("drop", stopDeadline());
+    await this.drop();
     this.engine.unquiesce();
     this.kept.clear();
     this.worker = "stopped";
@@ -188,7 +190,7 @@ export class RingService {
   /** The engine knows no ring afterwards, `kept` all. The worker is parked. */
   private async detach(): Promise<void> {
     for (const [queue, ring] of await this.rings()) this.kept.set(queue, ring);
-    await this.engine.stop("drop", stopDeadline());
+    await this.drop();
   }
 
   /** All of them, or none. */
@@ -200,9 +202,14 @@ export class RingService {
         await this.engine.activate(index, ring, features);
       }
     } catch (cause) {
-      await this.engine.stop("drop", stopDeadline());
+      await this.drop();
       throw new VhostdError("invalid", `queue ${queue}: ${asError(cause).message}`, { cause });
     }
+  }
+
+  private async drop(): Promise<void> {
+    await this.engine.stop("drop", stopDeadline());
+    this.device.dropped();
   }
 }
 

@@ -4,11 +4,11 @@ import type { OwnedFd } from "../native/fd.ts";
 import { RingEngine, type RingStats } from "../native/ring-engine.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { SoftDevice, SoftOptionValue } from "../plugin.ts";
-import type { RequestSource } from "./admin-service.ts";
 import { InterruptRoutes } from "./interrupts.ts";
 import { type FunctionLayout, functionLayout, MSIX_BAR, NOTIFY_MULTIPLIER, VIRTIO_BAR, VirtioBlock } from "./layout.ts";
 import { MemoryShare } from "./memory-share.ts";
 import { CONFIG_SPACE_SIZE, PciConfigSpace, type PciIdentity } from "./pci-config-space.ts";
+import { RequestService, type RequestSource } from "./request-service.ts";
 import { VirtioDevice } from "./virtio-device.ts";
 
 export interface SoftFunctionOptions {
@@ -18,7 +18,10 @@ export interface SoftFunctionOptions {
   readonly ringSize: number;
   /** MSI-X vectors; one for each queue and one for the configuration unless said. */
   readonly vectors?: number;
-  /** With the worker "forward": chains have come. Called by the poller, which an error would end. */
+  /**
+   * With the worker "forward": chains have come. The device serves them unless said. Called by the poller, which an
+   * error would end.
+   */
   readonly onRequests?: (rings: RequestSource) => void;
 }
 
@@ -54,13 +57,18 @@ export class SoftFunction implements Disposable {
     this.layout = functionLayout(device.queues, vectors, device.config().length);
     this.config = new PciConfigSpace(options.identity, this.layout);
     this.msix = new Uint8Array(this.layout.msixBarSize);
-    const { onRequests } = options;
+    const requests = this.requestService();
+    const onRequests = options.onRequests ?? ((rings: RequestSource) => requests?.serve(rings));
     this.rings = undo.use(
       new RingEngine(
         device.worker,
         device.queues,
         (reason) => this.onRingFailure(reason),
-        onRequests === undefined ? undefined : () => onRequests(this.rings),
+        () => onRequests(this.rings),
+        (up) => {
+          this.log.warn(up ? "somebody is at the other end again" : "nobody is at the other end any more");
+          void this.onCarrier(up);
+        },
       ),
     );
     this.interrupts = undo.use(
@@ -76,6 +84,8 @@ export class SoftFunction implements Disposable {
       },
       log,
     });
+    this.virtio.onDrop(() => requests?.forget());
+    void this.onCarrier(this.rings.carrier());
     this.resources = undo.move();
   }
 
@@ -218,6 +228,25 @@ export class SoftFunction implements Disposable {
     } catch (error) {
       this.log.error("the driver could not be told that the function needs a reset", error);
     }
+  }
+
+  /** Likewise. */
+  private async onCarrier(up: boolean): Promise<void> {
+    try {
+      await this.virtio.carrierChanged(up);
+    } catch (error) {
+      this.log.error(`the driver could not be told that the link is ${up ? "up" : "down"}`, error);
+    }
+  }
+
+  /** For a class that serves its requests itself. @throws VhostdError invalid where nobody would */
+  private requestService(): RequestService | undefined {
+    const { device } = this;
+    if (device.serve === undefined) return undefined;
+    return new RequestService({
+      serve: async (request) => device.serve!(request),
+      fail: (reason) => this.onRingFailure(reason),
+    });
   }
 
   private async tryReset(): Promise<boolean> {

@@ -1,6 +1,6 @@
 import { VhostdError } from "../base/errors.ts";
 import type { RingConfig } from "../native/ring-engine.ts";
-import type { VendorState } from "../virtio/admin/state-blob.ts";
+import type { OpaqueField, VendorState } from "../virtio/admin/state-blob.ts";
 import { FeatureBit, hasFeature, Status } from "../virtio/features.ts";
 import { NO_VECTOR } from "../virtio/registers.ts";
 import { isRingSize } from "../virtio/split-ring.ts";
@@ -14,6 +14,8 @@ export interface RestoredState {
   readonly queues: readonly QueueRegisters[];
   readonly rings: ReadonlyMap<number, RingConfig>;
   readonly config: Uint8Array;
+  /** Those of the class, and what else there is. */
+  readonly fields: readonly OpaqueField[];
 }
 
 /** What of a device limits the states that it can take. */
@@ -26,12 +28,13 @@ const STATUS_BITS = Object.values(Status).reduce((bits, bit) => bits | bit, 0);
 
 /**
  * The state of a device as the vendor's commands carry it: all queues, enabled or not.
+ * @param saved what the class adds
  * @param lists whether chains in flight are listed
  */
 export function describeState(
   registers: DeviceRegisters,
   rings: ReadonlyMap<number, RingConfig>,
-  config: Uint8Array,
+  { config, fields }: Pick<VendorState, "config"> & { readonly fields: readonly OpaqueField[] },
   lists: boolean,
 ): VendorState {
   const { status, deviceFeatureSelect, driverFeatureSelect, driverFeatures, configVector, queueSelect } =
@@ -57,7 +60,7 @@ export function describeState(
     indices: [...rings].map(([index, { lastAvail, lastUsed }]) => ({ index, lastAvail, lastUsed })),
     inFlight: lists ? inFlight.filter(({ heads }) => heads.length > 0) : [],
     completed: [],
-    others: [],
+    others: fields,
   };
 }
 
@@ -106,6 +109,7 @@ export function checkState(from: VendorState, limits: StateLimits): RestoredStat
     queues,
     rings: checkRings(from, queues),
     config: from.config,
+    fields: from.others,
   };
 }
 

@@ -2,14 +2,14 @@ import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { RingEngine } from "../native/ring-engine.ts";
-import type { SoftChange, SoftDevice, SoftOptionValue } from "../plugin.ts";
+import type { SoftChange, SoftDevice, SoftOptionValue, StateField } from "../plugin.ts";
 import type { VendorState } from "../virtio/admin/state-blob.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { FeatureBit, featureBits, hasFeature, Status } from "../virtio/features.ts";
 import { type CommonRegister, Isr, NO_VECTOR } from "../virtio/registers.ts";
 import { DeviceRegisters, type QueueRegisters, registerAt } from "./device-registers.ts";
 import { RingService } from "./ring-service.ts";
-import { checkState, describeState } from "./vf-state.ts";
+import { checkState, describeState, type RestoredState } from "./vf-state.ts";
 
 /** Bits 24 to 49 that every soft device offers. */
 const CORE_FEATURES = featureBits(
@@ -40,6 +40,7 @@ export class VirtioDevice {
   private readonly service: RingService;
   private readonly operations = new OperationQueue();
   private readonly resetHandlers: (() => void)[] = [];
+  private readonly dropHandlers: (() => void)[] = [];
   private isr = 0;
 
   /**
@@ -64,12 +65,20 @@ export class VirtioDevice {
       },
       place: (queue) => registers.queues[queue]!,
       fail: (reason) => this.fail(reason),
+      dropped: () => {
+        for (const handler of this.dropHandlers) handler();
+      },
     });
   }
 
   /** Device status (VIRTIO 1.2, 2.1). */
   get status(): number {
     return this.registers.state.status;
+  }
+
+  /** That the device offers. */
+  get features(): bigint {
+    return this.registers.features;
   }
 
   get driverFeatures(): bigint {
@@ -89,6 +98,11 @@ export class VirtioDevice {
   /** @param handler called after each reset, by whomever */
   onReset(handler: () => void): void {
     this.resetHandlers.push(handler);
+  }
+
+  /** @param handler called when nobody waits any more for what the rings had taken: after a reset, or a restore */
+  onDrop(handler: () => void): void {
+    this.dropHandlers.push(handler);
   }
 
   readCommon(offset: number, length: number): Uint8Array {
@@ -127,6 +141,12 @@ export class VirtioDevice {
   /** A live option was set. @throws Error of the class where the value does not fit */
   async set(option: string, value: SoftOptionValue): Promise<void> {
     await this.apply(this.device.set(option, value));
+  }
+
+  /** The worker reaches the world outside now, or no longer. */
+  async carrierChanged(up: boolean): Promise<void> {
+    const change = this.device.carrierChanged?.(up);
+    if (change !== undefined) await this.apply(change);
   }
 
   /** Calls of the queues that use `vector` go there from now on. */
@@ -195,7 +215,8 @@ export class VirtioDevice {
       const rings = await this.service.rings();
       // What is in flight means something only while it stays so.
       const listed = lists && this.service.status === "freezed";
-      return describeState(this.registers, rings, this.device.config(), listed);
+      const saved = { config: this.device.config(), fields: this.stateFields() };
+      return describeState(this.registers, rings, saved, listed);
     });
   }
 
@@ -214,7 +235,7 @@ export class VirtioDevice {
       const vectors = restored.queues.map(({ vector }) => vector);
       // No vector is routed anew meanwhile: nobody waits for a worker that is parked.
       using calls = this.engine.prepareCalls(vectors.map((vector) => this.host.vectorFd(vector)));
-      await this.service.replace(restored.rings, restored.state.driverFeatures);
+      const changes = [await this.replace(restored)];
       calls.commit();
       registers.state = { ...restored.state };
       registers.generation = restored.generation;
@@ -222,9 +243,30 @@ export class VirtioDevice {
       for (const { vector, enabled } of restored.queues) if (enabled) this.host.signal(vector);
       this.isr = 0;
       // What a driver can write; all else is the device's own.
-      const change = device.writeConfig(0, restored.config.subarray(0, device.config().length));
-      if (change.parameters !== undefined) await this.engine.configure(change.parameters);
+      changes.push(device.writeConfig(0, restored.config.subarray(0, device.config().length)));
+      for (const { parameters } of changes) if (parameters !== undefined) await this.engine.configure(parameters);
     });
+  }
+
+  /**
+   * The rings and the class's part of a state that is taken.
+   * @throws VhostdError invalid with the reason; nothing has changed then
+   */
+  private async replace({ rings, state, fields }: RestoredState): Promise<SoftChange> {
+    const { device } = this;
+    const before = this.stateFields();
+    const change = restoreFields(device, fields);
+    try {
+      await this.service.replace(rings, state.driverFeatures);
+    } catch (error) {
+      restoreFields(device, before);
+      throw error;
+    }
+    return change;
+  }
+
+  private stateFields(): readonly StateField[] {
+    return this.device.stateFields?.(this.engine.info()) ?? [];
   }
 
   private async resetNow(): Promise<void> {
@@ -357,6 +399,15 @@ export class VirtioDevice {
     const { configVector } = this.registers.state;
     if (configVector === NO_VECTOR) this.isr |= Isr.config;
     else this.host.signal(configVector);
+  }
+}
+
+/** @throws VhostdError invalid with the reason of the class */
+function restoreFields(device: SoftDevice, fields: readonly StateField[]): SoftChange {
+  try {
+    return device.restoreFields?.(fields) ?? {};
+  } catch (cause) {
+    throw new VhostdError("invalid", `the device state does not fit: ${asError(cause).message}`, { cause });
   }
 }
 

@@ -1,4 +1,5 @@
 import { expect, test } from "bun:test";
+import { parsePciAddress } from "../../../src/pci/address.ts";
 import type { SoftDeviceClass } from "../../../src/plugin.ts";
 import { optionByFlag, optionFlag, optionsOfVf, parseOption } from "../../../src/softvf/class-options.ts";
 
@@ -53,10 +54,11 @@ test("values are read by type", () => {
   }
 });
 
-test("a VF gets defaults and its number", () => {
-  const options = optionsOfVf(softDevice, { image: "/images/{vf}-{vf}.img", queues: 4 }, 3);
+test("a VF gets defaults, its number and the address of its PF", () => {
+  const pf = parsePciAddress("0000:5b:00.0");
+  const options = optionsOfVf(softDevice, { image: "/images/{pf}/{vf}-{vf}.img", queues: 4 }, { pf, vf: 3 });
   expect(options).toEqual({
-    image: "/images/3-3.img",
+    image: "/images/0000:5b:00.0/3-3.img",
     serial: "disk-3",
     blockSize: 512,
     queues: 4,
@@ -64,6 +66,6 @@ test("a VF gets defaults and its number", () => {
     vectors: undefined,
   });
   for (const bad of [{ queues: 0 }, { ringSize: 3 }, { ringSize: 65536 }, { vectors: 4096 }]) {
-    expect(() => optionsOfVf(softDevice, bad, 0)).toThrow("must be");
+    expect(() => optionsOfVf(softDevice, bad, { pf, vf: 0 })).toThrow("must be");
   }
 });

@@ -27,6 +27,7 @@ function hanging() {
     driverFeatures: 0n,
     place: () => ({ size: 0, desc: 0n, driver: 0n, device: 0n }),
     fail: () => {},
+    dropped: () => {},
   };
   return { worker, service: new RingService(engine as RingEngine, device) };
 }
