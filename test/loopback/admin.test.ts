@@ -31,12 +31,11 @@ async function manage(vfs: number, options: readonly string[] = [], timeouts: Ad
   const socket = (address: string) => space.path(`run/devices/${address}/vfio-user.sock`);
   const fn = stack.use(await VfioUserFunction.connect(parsePciAddress(PF), socket(PF), soon()));
   const device = await VirtioPciDevice.probe(fn, soon());
-  const addressSpace = new VfioUserAddressSpace();
-  const domain = new DmaDomain(addressSpace);
+  const domain = new DmaDomain(new VfioUserAddressSpace());
   stack.defer(() => domain.abandon());
   await domain.attach(fn);
   const deviceClass = { configSpace: {}, adminQueue: () => 0 };
-  const found = await openAdmin(device, { domain, space: addressSpace }, deviceClass, soon(), {
+  const found = await openAdmin(device, domain, deviceClass, soon(), {
     retry: 20,
     ...timeouts,
   });

@@ -1,8 +1,14 @@
 import { describe, expect, test } from "bun:test";
+import { join } from "node:path";
 import { Deadline } from "../../src/base/deadline.ts";
 import { VhostdError } from "../../src/base/errors.ts";
+import { silentLogger } from "../../src/base/log.ts";
+import { DeviceRegistry } from "../../src/daemon/registry.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { parsePciAddress } from "../../src/pci/address.ts";
+import { Bus } from "../../src/pci/bus.ts";
+import type { Plugin } from "../../src/plugin.ts";
+import { BUILT_IN_PLUGINS, PluginRegistry } from "../../src/plugin-host.ts";
 import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import { FrontendListener } from "../kit/frontend/frontend.ts";
 import { MOVERS } from "../kit/movers.ts";
@@ -158,3 +164,42 @@ describe.each(MOVERS)("moved by $mover", ({ mover, migration }) => {
     expect(liveFds()).toBe(idle);
   }, 60_000);
 });
+
+test("the counters of a VF are those of its guest's queues, without the function's own control queue", async () => {
+  await using lab = await RegistryLab.create({
+    className: "net",
+    vfs: 1,
+    softvf: ["--backend", "echo", "--queues", "2"],
+  });
+  await lab.registry.addPf(lab.pf);
+  await lab.serve();
+  expect(lab.registry.vfInfo(lab.vf).queue_num).toBe(4);
+  expect(await lab.registry.vfStats(lab.vf)).toHaveLength(4);
+  expect((await lab.stats()).length).toBeGreaterThan(4);
+  await lab.softvf.kill();
+  await Deadline.after(5_000, "failure of the VF").poll(
+    () => lab.registry.vfInfo(lab.vf).state === "failed" || undefined,
+    1,
+  );
+  expect(await lab.registry.vfStats(lab.vf)).toBeNull();
+}, 30_000);
+
+test("VFs of a class that cannot describe them are added and listed all the same", async () => {
+  await using lab = await RegistryLab.create({ vfs: 2 });
+  const builtIn = await PluginRegistry.load({ builtIn: BUILT_IN_PLUGINS, plugins: [] }, silentLogger);
+  const plugins = new PluginRegistry();
+  const describe = () => {
+    throw new Error("what a strange device");
+  };
+  const setup: Plugin["setup"] = (host) => host.deviceClass({ ...builtIn.deviceClassById(2)!, describe });
+  plugins.register({ name: "speechless", apiVersion: 1, setup }, "the test");
+  const bus = new Bus([join(lab.directory, "softvf/devices")]);
+  lab.registry = new DeviceRegistry({ bus, plugins, keeper: lab.keeper, log: silentLogger });
+  await lab.registry.addPf(lab.pf);
+  await lab.serve(lab.vf);
+  await lab.serve(lab.vf2);
+  const listed = lab.registry.listVfs(lab.pf).map(({ vf, state, config }) => ({ vf, state, config }));
+  expect(listed).toEqual([lab.vf, lab.vf2].map((vf) => ({ vf, state: "idle", config: {} })));
+  await lab.registry.removeVf(lab.vf);
+  await lab.serve(lab.vf);
+}, 30_000);

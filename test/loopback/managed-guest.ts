@@ -11,6 +11,7 @@ import type { FreezeMode, MoverFactory } from "../../src/virtio/mover.ts";
 import { VendorMover } from "../../src/virtio/movers/vendor.ts";
 import { DriverQueue } from "../kit/driver-queue.ts";
 import { DriverRing } from "../kit/driver-ring.ts";
+import { fakeClass } from "../kit/fake-class.ts";
 import { GuestMemoryFile } from "../kit/guest-memory-file.ts";
 import { type BackgroundIo, VerifiedDisk } from "../kit/verified-disk.ts";
 import { GUEST_BASE, type Reachable, USUAL_FEATURES } from "./softvf-driver.ts";
@@ -52,7 +53,7 @@ export class ManagedGuest implements AsyncDisposable {
     const deadline = Deadline.after(TIMEOUT, "the guest's device");
     const fn: PciFunction = stack.use(await VfioUserFunction.connect(vf.address, vf.server.path, deadline));
     const makeMover: MoverFactory = (host, snapshot) => new VendorMover(host, { admin, vdevId }, snapshot);
-    const path = await DataPath.open(fn, deadline, makeMover);
+    const path = await DataPath.open(fn, () => fakeClass(), deadline, makeMover);
     stack.defer(() => path.abandon());
     const memory = stack.use(new GuestMemoryFile(GUEST_BASE, QUEUES * DriverRing.span(RING, SPACE)));
     const domain = new DmaDomain(new VfioUserAddressSpace());

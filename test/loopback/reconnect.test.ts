@@ -88,11 +88,11 @@ describe("a managed VF", () => {
             const after = await lab.stats();
             for (const { index, driver } of last.queues) {
               expect(driver.returned).toBe(driver.submitted);
-              expect(after[index]!.requests - before[index]!.requests).toBe(driver.submitted);
+              expect(after[index]!.completed - before[index]!.completed).toBe(driver.submitted);
               expect(usedIndex(last.memory, driver.ring)).toBe((firstIndex + driver.submitted) & 0xffff);
               expect(firstIndex + driver.submitted).toBeGreaterThan(0x10000);
             }
-            expect(after.map(({ errors }) => errors)).toEqual(before.map(({ errors }) => errors));
+            expect(after.map(({ bad }) => bad)).toEqual(before.map(({ bad }) => bad));
           }
           await lab.idle();
           expect(liveFds()).toBe(idle);

@@ -10,6 +10,9 @@ import { acceptFrontend, DISK_SIZE, Machine, startDisk, verify, writeAndVerify }
 const QUEUES = 4;
 const CLIENT = 0;
 const SERVER = 1;
+
+type QueueCounts = readonly Readonly<Record<"queue" | "received" | "completed" | "bad" | "bytes", number>>[];
+
 describe.each(MOVERS)("moved by $mover", ({ mover, migration }) => {
   let machine: Machine;
 
@@ -74,6 +77,55 @@ describe.each(MOVERS)("moved by $mover", ({ mover, migration }) => {
       await frontend.stop({ order: "old" });
       await frontend.startQueues(1, { size: 32 });
       await verify(frontend.queues[0]!, 64);
+    });
+
+    test("a disabled ring is not served, goes on where it was, and disturbs no other", async () => {
+      using frontend = await acceptFrontend(machine, CLIENT);
+      await startDisk(frontend, QUEUES);
+      const [first, second] = frontend.queues;
+      await writeAndVerify(second!, 256);
+      expect(await frontend.enable(1, false)).toBe(0n);
+      await machine.daemon.line(/queues 0 2 3 are enabled, of 4/, 5_000);
+      let served = false;
+      const waiting = verify(second!, 256).then(() => {
+        served = true;
+      });
+      for (let n = 0; n < 10; n++) await writeAndVerify(first!, 512 + 8 * n);
+      expect(served).toBe(false);
+      expect(await frontend.enable(1, true)).toBe(0n);
+      await waiting;
+      expect(await frontend.stop({ order: "new" })).toEqual([20, 3, 0, 0]);
+    });
+
+    test("rings that are set up and not enabled are served once they are", async () => {
+      using frontend = await acceptFrontend(machine, CLIENT);
+      frontend.enableAll = (enabled) => frontend.enable(0, enabled).then(() => {});
+      await startDisk(frontend, QUEUES);
+      const waiting = frontend.queues.slice(1).map((queue) => writeAndVerify(queue, 64 * queue.index));
+      await writeAndVerify(frontend.queues[0]!, 0);
+      for (const { index } of frontend.queues.slice(1)) await frontend.enable(index, true);
+      await Promise.all(waiting);
+      expect(await frontend.stop({ order: "new" })).toEqual([2, 2, 2, 2]);
+    });
+
+    test("what each queue has done is counted", async () => {
+      using frontend = await acceptFrontend(machine, CLIENT);
+      const counted = async () => {
+        const answer = (await machine.call("vf.info", { device: machine.address(CLIENT) })) as {
+          queue_stats: QueueCounts;
+        };
+        expect(answer.queue_stats.map(({ queue }) => queue)).toEqual([0, 1, 2, 3]);
+        return answer.queue_stats[1]!;
+      };
+      await startDisk(frontend, 2);
+      const before = await counted();
+      await writeAndVerify(frontend.queues[1]!, 0);
+      const after = await counted();
+      expect(after.received - before.received).toBe(2);
+      expect(after.completed - before.completed).toBe(2);
+      expect(after.bad - before.bad).toBe(0);
+      expect(after.bytes - before.bytes).toBe(2 * 8 * 512);
+      expect(await machine.call("stats", { device: machine.address(CLIENT) })).toHaveProperty("queue_stats.1", after);
     });
 
     test("memory is plugged and unplugged while I/O runs", async () => {

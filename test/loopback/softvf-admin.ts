@@ -42,7 +42,8 @@ export class RawAdmin implements AsyncDisposable {
     private readonly queue: DriverQueue,
   ) {}
 
-  static async open(pf: Reachable): Promise<RawAdmin> {
+  /** @param index of the admin virtqueue, as the PF's class has it */
+  static async open(pf: Reachable, index = 0): Promise<RawAdmin> {
     const deadline = Deadline.after(TIMEOUT, "the admin virtqueue");
     const fn = await VfioUserFunction.connect(pf.address, pf.server.path, deadline);
     const device = await VirtioPciDevice.probe(fn, deadline);
@@ -53,11 +54,12 @@ export class RawAdmin implements AsyncDisposable {
     const range = { iova: BASE, size: memory.size, offset: 0, file: { dev, ino } };
     await fn.dmaMap(range, memory.file.number, deadline);
     const ring = new DriverRing({ memory, base: BASE, size: RING, features: FEATURES, bufferSpace: SPACE });
-    const doorbell = fn.doorbell(4, 0x3000);
-    const queue = new DriverQueue(ring, () => void doorbell.ring(0));
-    await fn.interrupts.route(1, queue.call.number);
+    const doorbell = fn.doorbell(4, 0x3000 + 0x1000 * index);
+    const queue = new DriverQueue(ring, () => void doorbell.ring(index));
+    const vector = index + 1;
+    await fn.interrupts.route(vector, queue.call.number);
     const { size, desc, driver, device: used } = ring;
-    await device.setUpQueues(0, [{ index: 0, size, vector: 1, desc, driver, device: used, lastAvail: 0, lastUsed: 0 }]);
+    await device.setUpQueues(0, [{ index, size, vector, desc, driver, device: used, lastAvail: 0, lastUsed: 0 }]);
     await device.run();
     return new RawAdmin(fn, memory, queue);
   }

@@ -49,7 +49,7 @@ for (const [name, features] of [
     const expected = data.slice();
     for (const sector of [0, 2, 4]) expected.fill(0, sector * SECTOR, (sector + 1) * SECTOR);
     expect((await readFile(vfs.disk(0))).subarray(16 * SECTOR, 24 * SECTOR).equals(expected)).toBe(true);
-    expect(vfs.vf(0).fn.stats()[0]).toEqual({ requests: 6, bytes: 16 * SECTOR + 3 * SECTOR, errors: 0 });
+    expect(vfs.vf(0).fn.stats()[0]).toEqual({ received: 6, completed: 6, bad: 0, bytes: 19 * SECTOR });
   });
 }
 

@@ -5,7 +5,7 @@ import { softDevice } from "../../plugins/blk/soft-device.ts";
 import { Deadline } from "../../src/base/deadline.ts";
 import { type Logger, silentLogger } from "../../src/base/log.ts";
 import { watch } from "../../src/native/poller.ts";
-import { eventfd, fileInfo } from "../../src/native/sys.ts";
+import { drainEventfd, eventfd, fileInfo } from "../../src/native/sys.ts";
 import { type PciAddress, parsePciAddress } from "../../src/pci/address.ts";
 import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
 import type { DeviceClass, SoftDeviceClass, SoftOptionValues } from "../../src/plugin.ts";
@@ -22,6 +22,8 @@ import { GuestMemoryFile } from "../kit/guest-memory-file.ts";
 const TIMEOUT = 5000;
 const DISK_SIZE = 8 << 20;
 const BUFFER_SPACE = 1 << 20;
+/** That a driver's memory has room for. */
+const QUEUES_MAX = 5;
 export const GUEST_BASE = 0x1_0000_0000;
 
 /** What the tests negotiate unless they say otherwise. */
@@ -33,7 +35,10 @@ export const USUAL_FEATURES = featureBits(
   ...[1, 2, 6, 9, 10, 11, 12, 13, 14],
 );
 
-const BLK: DeviceClass & { readonly softDevice: SoftDeviceClass } = {
+/** A device class with a software device. */
+export type SoftClass = DeviceClass & { readonly softDevice: SoftDeviceClass };
+
+const BLK: SoftClass = {
   name: "blk",
   virtioId: 2,
   configSpace: {},
@@ -42,7 +47,7 @@ const BLK: DeviceClass & { readonly softDevice: SoftDeviceClass } = {
   softDevice,
 };
 
-/** A served PF with block VFs on images of their own, in a temporary directory. */
+/** A served PF with its VFs, in a temporary directory. */
 export class TestVfs implements AsyncDisposable {
   private constructor(
     private readonly directory: string,
@@ -52,25 +57,43 @@ export class TestVfs implements AsyncDisposable {
     readonly warnings: readonly string[],
   ) {}
 
+  /** Block VFs on images of their own. */
   static async serve(
     count: number,
     options: SoftOptionValues = {},
     pfOptions: SoftOptionValues = {},
   ): Promise<TestVfs> {
+    return TestVfs.serveClass(
+      BLK,
+      count,
+      async (directory) => {
+        for (let vf = 0; vf < count; vf++) {
+          await writeFile(join(directory, `disk${vf}`), "");
+          await truncate(join(directory, `disk${vf}`), DISK_SIZE);
+        }
+        return { disk: join(directory, "disk{vf}"), queues: 4, ...options };
+      },
+      pfOptions,
+    );
+  }
+
+  /** @param options of the VFs, given the temporary directory */
+  static async serveClass(
+    deviceClass: SoftClass,
+    count: number,
+    options: (directory: string) => Promise<SoftOptionValues>,
+    pfOptions: SoftOptionValues = {},
+  ): Promise<TestVfs> {
     await using undo = new AsyncDisposableStack();
     const directory = await mkdtemp(join(tmpdir(), "softvf-"));
     undo.defer(() => rm(directory, { recursive: true, force: true }));
-    for (let vf = 0; vf < count; vf++) {
-      await writeFile(join(directory, `disk${vf}`), "");
-      await truncate(join(directory, `disk${vf}`), DISK_SIZE);
-    }
+    const given = await options(directory);
     const bus = new BusDirectory(join(directory, "devices"));
     await bus.prepare();
     const address = parsePciAddress("0000:5a:00.0");
     const warnings: string[] = [];
-    const given = { disk: join(directory, "disk{vf}"), queues: 4, ...options };
     const pf = await PhysicalFunction.serve(
-      { address, deviceClass: BLK, vfs: count, options: given, pfOptions },
+      { address, deviceClass, vfs: count, options: given, pfOptions },
       bus,
       collect(warnings),
     );
@@ -129,7 +152,7 @@ export class TestDriver implements AsyncDisposable {
     const device = await VirtioPciDevice.probe(fn, deadline);
     await device.reset(deadline);
     await device.negotiate(features & (await device.features()));
-    const memory = new GuestMemoryFile(GUEST_BASE, 4 * DriverRing.span(64, BUFFER_SPACE));
+    const memory = new GuestMemoryFile(GUEST_BASE, QUEUES_MAX * DriverRing.span(64, BUFFER_SPACE));
     const driver = new TestDriver(fn, device, memory, features);
     await driver.map(memory);
     return driver;
@@ -156,7 +179,8 @@ export class TestDriver implements AsyncDisposable {
     const config = this.resources.use(eventfd());
     const watching = this.resources.use(
       watch(config.number, "in", () => {
-        this.configCalls++;
+        this.configCalls += drainEventfd(config.number);
+        watching.rearm();
         this.onConfig.splice(0).forEach((resolve) => {
           resolve();
         });

@@ -15,6 +15,7 @@ import type { DeviceState } from "../../src/virtio/device-state.ts";
 import { BlkStatus, blkResult, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
 import { DriverQueue } from "../kit/driver-queue.ts";
 import { DriverRing } from "../kit/driver-ring.ts";
+import { fakeClass } from "../kit/fake-class.ts";
 import { GuestMemoryFile } from "../kit/guest-memory-file.ts";
 import { rejection } from "../kit/rejection.ts";
 
@@ -107,7 +108,7 @@ interface Parts {
 
 async function attach(): Promise<Parts> {
   const fn = await openFunction(entry, VF, soon("opening"));
-  const path = await DataPath.open(fn, soon("probing"));
+  const path = await DataPath.open(fn, (virtioId) => fakeClass({ virtioId }), soon("probing"));
   const domain = new DmaDomain(createAddressSpace("vfio-user"));
   await domain.attach(fn);
   const parts = { fn, path, domain };
@@ -138,7 +139,7 @@ async function running() {
 
 test("a block VF is probed: id, queues, vectors, capacity", async () => {
   const { path } = await attach();
-  expect(path.virtioId).toBe(2);
+  expect(path.deviceClass.virtioId).toBe(2);
   expect(path.queues).toBe(2);
   expect(path.vectors).toBe(3);
   expect(path.queueSizeMax(0)).toBeGreaterThanOrEqual(RING);
@@ -201,7 +202,7 @@ describe("a running VF", () => {
     const revived = reviveFunction(entry, VF, one.data, one.fds);
     const revivedDomain = DmaDomain.revive(createAddressSpace("vfio-user"), three.data, three.fds);
     revivedDomain.adopt(revived);
-    const revivedPath = DataPath.revive(revived, two.data, two.fds);
+    const revivedPath = DataPath.revive(revived, two.data, two.fds, (virtioId) => fakeClass({ virtioId }));
     undo.push(() => detach({ fn: revived, path: revivedPath, domain: revivedDomain }));
     expect(blkResult(await soon("the request").race(meanwhile)).status).toBe(BlkStatus.ok);
     for (let sector = 0; sector < 20; sector++) await driver.exchange(sector);

@@ -122,16 +122,17 @@ test("the relay carries a kick as well", async () => {
 });
 
 test("a client that does not know of it is not told that its kicks would be taken", async () => {
-  const offered = async (kickFds: number) => {
+  const offered = async (extensions: { readonly kickFds: number; readonly queueStats: number }) => {
     using socket = new MessageSocket(connectUnix(vfs.vf(0).server.path), vfioUserFraming({ maxBody: 4096, maxFds: 8 }));
-    const capabilities = { maxMsgFds: 8, maxDataTransfer: 4096, maxDmaMaps: 8, pageSizes: 4096, kickFds };
+    const capabilities = { maxMsgFds: 8, maxDataTransfer: 4096, maxDmaMaps: 8, pageSizes: 4096, ...extensions };
     const version = encodeVersion({ ...PROTOCOL_VERSION, capabilities });
     await socket.send(encodeMessage({ id: 0, command: Command.version, flags: 0 }, version));
     using answer = await Deadline.after(5000, "the version").race(socket.receive());
     return new TextDecoder().decode(answer?.body);
   };
-  expect(await offered(0)).not.toContain("vfe_");
-  expect(await offered(1)).toContain('"vfe_kick_fds":1');
+  expect(await offered({ kickFds: 0, queueStats: 0 })).not.toContain("vfe_");
+  const both = await offered({ kickFds: 1, queueStats: 1 });
+  for (const extension of ["vfe_kick_fds", "vfe_queue_stats"]) expect(both).toContain(`"${extension}":1`);
 });
 
 test("what is no eventfd, and what is no doorbell, is refused; the connection and the kick there is go on", async () => {
