@@ -1,5 +1,6 @@
 /** What tests of this project and of plugins elsewhere stand on. */
 export { Arena } from "./arena.ts";
+export { type ConformanceSubject, testDeviceClass } from "./conformance/index.ts";
 export { DriverQueue } from "./driver-queue.ts";
 export { type Completed, DriverRing, type DriverRingOptions, type Submitted } from "./driver-ring.ts";
 export { BackendRequests, WireChannel, type WireMessage } from "./frontend/channel.ts";
