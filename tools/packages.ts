@@ -1,3 +1,4 @@
+import { existsSync } from "node:fs";
 import { Failure, runQuietly } from "./command.ts";
 
 interface SystemProgram {
@@ -6,13 +7,17 @@ interface SystemProgram {
   readonly why: string;
 }
 
-/** What the project needs of the system, by the program that is looked for. */
+/** What the project needs of the system, by the program, or the path of the file, that is looked for. */
 const PROGRAMS: Readonly<Record<string, SystemProgram>> = {
   "g++": { package: "g++", why: "compiles native/; its binutils assemble the boot sector of the guest tests" },
   make: { package: "make", why: "builds native/" },
   "qemu-system-x86_64": { package: "qemu-system-x86", why: "the VMM of ./dev demo and of the guest tests" },
   xz: { package: "xz-utils", why: "unpacks the guest's kernel, which boots in half the time then" },
   mke2fs: { package: "e2fsprogs", why: "makes the guest's file system; its tools check the disk image from outside" },
+  ip: { package: "iproute2", why: "makes the network namespaces and TAP interfaces of the guest tests" },
+  ethtool: { package: "ethtool", why: "is put into the guest, whose queues it changes" },
+  "dpdk-testpmd": { package: "dpdk-dev", why: "drives network functions in tests: a front-end that is not QEMU's" },
+  "/usr/lib/ipxe/qemu/pxe-virtio.rom": { package: "ipxe-qemu", why: "boots VMs of the tests from the network" },
 };
 
 /** Programs of the packages above that only administrators have on their PATH. */
@@ -21,7 +26,7 @@ const PAUSES = [2, 5, 10];
 
 /** Installs the Debian packages that are missing; nothing happens when none is. @throws Failure */
 export async function installPackages(): Promise<void> {
-  const missing = Object.entries(PROGRAMS).filter(([program]) => !Bun.which(program, { PATH: SEARCH_PATH }));
+  const missing = Object.entries(PROGRAMS).filter(([wanted]) => !isPresent(wanted));
   if (missing.length === 0) return;
   const names = missing.map(([, program]) => program.package);
   const install = ["apt-get", "install", "-y", "--no-install-recommends", ...names];
@@ -35,6 +40,10 @@ export async function installPackages(): Promise<void> {
   await withRetries(() =>
     runQuietly([...install, "-o", "DPkg::Lock::Timeout=120"], { DEBIAN_FRONTEND: "noninteractive" }),
   );
+}
+
+function isPresent(wanted: string): boolean {
+  return wanted.startsWith("/") ? existsSync(wanted) : Bun.which(wanted, { PATH: SEARCH_PATH }) !== null;
 }
 
 /** Refreshes apt's lists, where we may. A mirror that fails once is asked again. */

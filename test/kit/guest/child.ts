@@ -7,6 +7,8 @@ export interface ChildOptions {
   /** Takes standard output and standard error. */
   readonly log: string;
   readonly environment?: Readonly<Record<string, string>>;
+  /** It is a program that is typed to (`type`); without this its standard input is empty. */
+  readonly interactive?: boolean;
 }
 
 /**
@@ -23,7 +25,7 @@ export class Child implements AsyncDisposable {
     this.logPath = options.log;
     const log = openSync(options.log, "a");
     this.process = Bun.spawn(["setpriv", "--pdeathsig", "KILL", ...command], {
-      stdin: "ignore",
+      stdin: options.interactive ? "pipe" : "ignore",
       stdout: log,
       stderr: log,
       env: { ...process.env, ...options.environment },
@@ -64,6 +66,14 @@ export class Child implements AsyncDisposable {
   /** The last lines of its output. */
   tail(lines = 20): string {
     return this.log.trimEnd().split("\n").slice(-lines).join("\n");
+  }
+
+  /** Types a line to an interactive program. */
+  type(line: string): void {
+    const { stdin } = this.process;
+    if (stdin === undefined || typeof stdin === "number") throw new Error(`${this.name} has no standard input`);
+    stdin.write(`${line}\n`);
+    stdin.flush();
   }
 
   signal(signal: NodeJS.Signals): void {

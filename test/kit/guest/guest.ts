@@ -29,6 +29,15 @@ export function commandChannel(path: string): string[] {
   ];
 }
 
+/**
+ * Without KVM, QEMU 7.2 takes a vhost-user-net card's MSI-X vectors for KVM's and dies of a null pointer as soon as a driver
+ * has unmasked one. The guest then shares one INTx interrupt between the queues; the back-end's side is the same.
+ */
+function kernelParameters({ accelerator, nics = [] }: GuestOptions): string {
+  const parameters = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check";
+  return accelerator === "tcg" && nics.length > 0 ? `${parameters} pci=nomsi` : parameters;
+}
+
 /** A Linux guest that runs shell commands for us (initramfs/init). */
 export class Guest implements AsyncDisposable {
   private readonly answers = new Map<string, { resolve(result: CommandResult): void; reject(error: Error): void }>();
@@ -52,7 +61,7 @@ export class Guest implements AsyncDisposable {
       arguments: [
         ...commandChannel(path),
         ...["-kernel", options.image.kernel, "-initrd", options.image.initramfs],
-        ...["-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"],
+        ...["-append", kernelParameters(options)],
         ...(options.arguments ?? []),
       ],
     });

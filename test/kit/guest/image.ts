@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, mkdtemp, readdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { type ArchiveEntry, cpioArchive } from "./cpio.ts";
 import { unpackKernel } from "./kernel.ts";
@@ -10,12 +10,16 @@ import { moduleOrder } from "./modules.ts";
 export interface GuestImage {
   readonly kernel: string;
   readonly initramfs: string;
+  /** The guest's busybox, for its servers on this machine: the DHCP server is in no package of its own. */
+  readonly busybox: string;
 }
 
-/** Modules that the guest loads, with all that they depend on. The two checksums are what ext4 asks the crypto API for. */
-const MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "crc32c_generic", "ext4"];
+/** Modules that the guest loads, with all that they depend on. The checksum is what ext4 asks the crypto API for. */
+const MODULES = ["virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio_rng", "crc32c_generic", "ext4"];
 const CACHE = join(import.meta.dir, "../../../.cache/guest");
-const SOURCES = ["initramfs/init", "initramfs/verify-load", "image.ts", "kernel.ts", "modules.ts", "cpio.ts"];
+/** Scripts of ours, by the place that they have in the guest. */
+const SCRIPTS = { init: "init", "bin/verify-load": "verify-load", "etc/udhcpc": "udhcpc" } as const;
+const SOURCES = ["image.ts", "kernel.ts", "modules.ts", "cpio.ts"];
 
 /** Where the image of these sources is, if it was built. */
 export async function findGuestImage(): Promise<GuestImage | undefined> {
@@ -53,25 +57,36 @@ async function makeImage(busybox: string, kernel: string, image: GuestImage): Pr
   const release = (await readdir(join(kernel, "lib/modules")))[0];
   if (!release) throw new Error(`${kernel} has no kernel modules`);
   const entries = new Map<string, ArchiveEntry>();
-  await addBusybox(entries, busybox);
+  const program = findBusybox(busybox);
+  await addBusybox(entries, program);
+  await copyFile(program, image.busybox);
   await addModules(entries, join(kernel, "lib/modules", release));
   await addProgram(entries, await which("mke2fs"), "sbin/mkfs.ext4");
-  entries.set("init", await file(join(import.meta.dir, "initramfs/init"), true));
-  entries.set("bin/verify-load", await file(join(import.meta.dir, "initramfs/verify-load"), true));
+  await addProgram(entries, await which("ethtool"), "sbin/ethtool");
+  for (const [place, script] of Object.entries(SCRIPTS)) entries.set(place, await file(scriptPath(script), true));
   for (const directory of ["proc", "sys", "dev", "tmp", "mnt"]) entries.set(directory, { kind: "directory" });
   await writeFile(image.initramfs, cpioArchive(entries));
   await writeFile(image.kernel, await unpackKernel(await readFile(join(kernel, "boot", `vmlinuz-${release}`))));
 }
 
 function imageIn(folder: string): GuestImage {
-  return { kernel: join(folder, "vmlinux"), initramfs: join(folder, "initramfs") };
+  return {
+    kernel: join(folder, "vmlinux"),
+    initramfs: join(folder, "initramfs"),
+    busybox: join(folder, "busybox"),
+  };
 }
 
 /** A changed init or module list makes another image; a newer kernel in the archive does not. */
 async function sourcesKey(): Promise<string> {
   const hash = createHash("sha256");
-  for (const source of SOURCES) hash.update(await readFile(join(import.meta.dir, source)));
+  const sources = SOURCES.map((source) => join(import.meta.dir, source));
+  for (const path of [...sources, ...Object.values(SCRIPTS).map(scriptPath)]) hash.update(await readFile(path));
   return hash.digest("hex").slice(0, 16);
+}
+
+function scriptPath(name: string): string {
+  return join(import.meta.dir, "initramfs", name);
 }
 
 async function kernelPackage(): Promise<string> {
@@ -105,9 +120,13 @@ async function download(name: string, path: string): Promise<void> {
   }
 }
 
-async function addBusybox(entries: Map<string, ArchiveEntry>, root: string): Promise<void> {
+function findBusybox(root: string): string {
   const path = [join(root, "bin/busybox"), join(root, "usr/bin/busybox")].find(existsSync);
   if (!path) throw new Error(`${root} has no busybox`);
+  return path;
+}
+
+async function addBusybox(entries: Map<string, ArchiveEntry>, path: string): Promise<void> {
   entries.set("bin/busybox", await file(path, true));
   for (const applet of (await output([path, "--list"])).trim().split("\n")) {
     if (applet !== "busybox") entries.set(`bin/${applet}`, { kind: "link", target: "busybox" });

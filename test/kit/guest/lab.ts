@@ -2,6 +2,7 @@ import { mkdir, mkdtemp, open, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { type Accelerator, findAccelerator } from "./accelerator.ts";
+import { all } from "./all.ts";
 import { assembleBootSector, readCounter } from "./boot-sector.ts";
 import { FirmwareVm } from "./firmware-vm.ts";
 import { Guest } from "./guest.ts";
@@ -163,12 +164,6 @@ export class Lab implements AsyncDisposable {
       disks: this.disks.map(({ socket }) => ({ socket, queues, role: listener === "qemu" ? "listen" : "connect" })),
     };
   }
-}
-
-/** As Promise.all, but nothing goes on behind a failure. */
-async function all<T>(promises: readonly Promise<T>[]): Promise<T[]> {
-  await Promise.allSettled(promises);
-  return await Promise.all(promises);
 }
 
 async function makeDisk(

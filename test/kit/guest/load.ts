@@ -22,6 +22,7 @@ export class Load {
         rm -f /tmp/load.$disk.*
         for i in $(seq 0 ${workers - 1}); do
           verify-load /dev/$disk $((${start} + i * ${SHARE})) $disk.$i > /tmp/load.$disk.$i.log 2>&1 &
+          echo $! > /tmp/load.$disk.$i.pid
         done
       done`);
     const names = disks.flatMap((disk) => Array.from({ length: workers }, (_, worker) => `${disk}.${worker}`));
@@ -42,7 +43,7 @@ export class Load {
   /** Ends the workers. @returns rounds done, all verified @throws Error when one found a difference */
   async stop(): Promise<number> {
     await this.guest.run(`for name in ${this.workers.join(" ")}; do
-        touch /tmp/load.$name.stop; while pgrep -f "verify-load /dev/.* $name$" > /dev/null; do usleep 50000; done
+        touch /tmp/load.$name.stop; while kill -0 $(cat /tmp/load.$name.pid) 2> /dev/null; do usleep 50000; done
       done`);
     return (await this.rounds()).reduce((sum, count) => sum + count, 0);
   }

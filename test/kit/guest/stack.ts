@@ -12,12 +12,20 @@ export type Migration = "none" | "vendor";
 export interface StackOptions {
   /** Where both processes have their files. */
   readonly directory: string;
-  /** Disk image of the VF. */
-  readonly disk: string;
-  /** Virtqueues of the VF. */
+  /** Device class of the VFs; blk unless said. */
+  readonly deviceClass?: string;
+  /** How many; 1 unless said. */
+  readonly vfs?: number;
+  /** Option of the class: virtqueues of each VF, or whatever it counts. */
   readonly queues: number;
+  /** Disk image of the VFs, where their class has one. */
+  readonly disk?: string;
   /** `vendor` unless said. */
   readonly migration?: Migration;
+  /** More options of vfe-softvf. */
+  readonly softvf?: readonly string[];
+  /** Words in front of vfe-softvf's command: those of a network namespace, say. */
+  readonly prefix?: readonly string[];
 }
 
 export interface CliResult {
@@ -28,7 +36,7 @@ export interface CliResult {
 
 /** The two processes of a machine with software VFs, vfe-softvf and vfe-vhostd, and the command line that drives them. */
 export class Stack implements AsyncDisposable {
-  /** Of the only VF. */
+  /** Of the first VF. */
   readonly vf = "0000:5a:00.1";
   readonly pf = PF;
   private running: Child | undefined;
@@ -42,13 +50,15 @@ export class Stack implements AsyncDisposable {
 
   /** Starts the software PF; the daemon is started apart. */
   static async start(options: StackOptions): Promise<Stack> {
-    const { migration = "vendor" } = options;
+    const { deviceClass = "blk", vfs = 1, queues, disk, migration = "vendor" } = options;
     const runtime = join(options.directory, "softvf");
     const softvf = new Child(
       [
+        ...(options.prefix ?? []),
         ...program("vfe-softvf"),
-        ...["--pf", PF, "--class", "blk", "--vfs", "1", "--queues", `${options.queues}`],
-        ...["--disk", options.disk, "--migration", migration, "--runtime-dir", runtime],
+        ...["--pf", PF, "--class", deviceClass, "--vfs", `${vfs}`, "--queues", `${queues}`],
+        ...(disk === undefined ? [] : ["--disk", disk]),
+        ...["--migration", migration, "--runtime-dir", runtime, ...(options.softvf ?? [])],
       ],
       { name: "vfe-softvf", log: join(options.directory, "softvf.log") },
     );
@@ -60,6 +70,11 @@ export class Stack implements AsyncDisposable {
       throw error;
     }
     return stack;
+  }
+
+  /** Address of a VF, counted from 0. There are at most seven. */
+  vfAddress(index: number): string {
+    return PF.replace(/0$/, `${index + 1}`);
   }
 
   get daemon(): Child {
@@ -104,7 +119,12 @@ export class Stack implements AsyncDisposable {
     return this.runProgram("vfe-vhost-cli", words, { VFE_VHOSTD_RUNTIME_DIR: this.runtimeDirectory });
   }
 
-  /** Changes properties of the VF's device, as an operator of the software PF does. */
+  /** What `vf -i` says of a VF. */
+  async vfInfo(address = this.vf): Promise<Readonly<Record<string, unknown>>> {
+    return JSON.parse(await this.command("vf", "-i", address)).device;
+  }
+
+  /** Changes properties of the first VF's device, as an operator of the software PF does. */
   setDevice(...properties: string[]): Promise<void> {
     return this.set(this.vf, properties);
   }
@@ -123,10 +143,17 @@ export class Stack implements AsyncDisposable {
     return join(this.options.directory, "vhostd");
   }
 
-  private async set(address: string, properties: readonly string[]): Promise<void> {
-    const words = ["set", address, ...properties, "--runtime-dir", join(this.options.directory, "softvf")];
+  /** Changes properties of a function, as an operator of the software PF does. */
+  async set(address: string, properties: readonly string[]): Promise<void> {
+    await this.softvfCommand("set", address, ...properties);
+  }
+
+  /** Runs a command of vfe-softvf that speaks to the running one. @throws Error when it fails */
+  async softvfCommand(...command: string[]): Promise<string> {
+    const words = [...command, "--runtime-dir", join(this.options.directory, "softvf")];
     const { code, output } = await this.runProgram("vfe-softvf", words);
     if (code !== 0) throw new Error(`vfe-softvf ${words.join(" ")} ended with ${code}: ${output}`);
+    return output;
   }
 
   private async runProgram(

@@ -3,15 +3,30 @@ import type { Accelerator } from "./accelerator.ts";
 import { Child } from "./child.ts";
 import { Qmp } from "./qmp.ts";
 
+/**
+ * Whose the socket is. "listen": QEMU's side has server=on (the daemon's client mode); "connect": the daemon listens, and
+ * QEMU tries once a second.
+ */
+export type SocketRole = "listen" | "connect";
+
 /** A vhost-user-blk disk of a VM. QEMU does not start its machine before the back-end is there. */
 export interface VhostDisk {
   readonly socket: string;
   readonly queues: number;
-  /**
-   * "listen": QEMU's side has server=on (the daemon's client mode); "connect": the daemon listens, and QEMU tries once a
-   * second.
-   */
-  readonly role?: "listen" | "connect";
+  readonly role?: SocketRole;
+}
+
+/** A virtio-net card of a VM with a vhost-user back-end. QEMU does not start its machine before that is there. */
+export interface VhostNic {
+  readonly socket: string;
+  /** Of queues: each has one for each direction. */
+  readonly pairs: number;
+  readonly mac: string;
+  readonly role?: SocketRole;
+  /** What QEMU tells guest and back-end; not a word of it unless said. */
+  readonly mtu?: number;
+  /** With the ROM that boots from the network. */
+  readonly bootable?: boolean;
 }
 
 export interface VmOptions {
@@ -25,7 +40,8 @@ export interface VmOptions {
   readonly memory?: number;
   /** MiB of hot-pluggable memory beside that. */
   readonly hotplugMemory?: number;
-  readonly disks: readonly VhostDisk[];
+  readonly disks?: readonly VhostDisk[];
+  readonly nics?: readonly VhostNic[];
   /** Of QEMU, beside those of every VM. */
   readonly arguments?: readonly string[];
 }
@@ -82,7 +98,7 @@ export class Vm implements AsyncDisposable {
   }
 
   private commandLine(): string[] {
-    const { name, directory, accelerator, processors = 1, memory = 256, hotplugMemory = 0, disks } = this.options;
+    const { name, directory, accelerator, processors = 1, memory = 256, hotplugMemory = 0 } = this.options;
     const slots = hotplugMemory === 0 ? "" : `,slots=4,maxmem=${memory + hotplugMemory}M`;
     return [
       ...["-name", name, "-nodefaults", "-no-user-config", "-display", "none"],
@@ -90,17 +106,34 @@ export class Vm implements AsyncDisposable {
       ...["-object", `memory-backend-memfd,id=memory,size=${memory}M,share=on`],
       ...(accelerator === "kvm" ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi", "-cpu", "max"]),
       ...["-qmp", `unix:${join(directory, `${name}.qmp`)}`, "-serial", `file:${this.consolePath}`],
-      ...disks.flatMap(diskArguments),
+      ...(this.options.disks ?? []).flatMap(diskArguments),
+      ...(this.options.nics ?? []).flatMap(nicArguments),
       ...(this.options.arguments ?? []),
     ];
   }
 }
 
 function diskArguments({ socket, queues, role }: VhostDisk, index: number): string[] {
-  const manner = role === "connect" ? "reconnect=1" : "server=on,wait=off";
   return [
-    ...["-chardev", `socket,id=disk${index},path=${socket},${manner}`],
+    ...["-chardev", `socket,id=disk${index},path=${socket},${manner(role)}`],
     "-device",
     `vhost-user-blk-pci,chardev=disk${index},num-queues=${queues},page-per-vq=on,disable-legacy=on,disable-modern=off,bootindex=${index + 1}`,
   ];
+}
+
+function nicArguments({ socket, pairs, mac, role, mtu, bootable = false }: VhostNic, index: number): string[] {
+  const properties = [
+    ...[`netdev=nic${index}`, `mac=${mac}`, "mq=on", `vectors=${2 * pairs + 2}`, "disable-legacy=on"],
+    ...(mtu === undefined ? [] : [`host_mtu=${mtu}`]),
+    bootable ? `bootindex=${index + 1}` : "romfile=",
+  ];
+  return [
+    ...["-chardev", `socket,id=nic${index}-socket,path=${socket},${manner(role)}`],
+    ...["-netdev", `vhost-user,id=nic${index},chardev=nic${index}-socket,queues=${pairs}`],
+    ...["-device", `virtio-net-pci,${properties.join(",")}`],
+  ];
+}
+
+function manner(role: SocketRole = "listen"): string {
+  return role === "connect" ? "reconnect=1" : "server=on,wait=off";
 }
