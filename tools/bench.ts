@@ -68,13 +68,14 @@ export function toObject(figures: readonly Figure[]): Record<string, unknown> {
 
 /** For people: one line a figure. */
 export function formatTable(figures: readonly Figure[]): string {
-  const header = ["figure", "median", "min", "max", "unit", "target", ""];
+  const header = ["figure", "median", "min", "max", "unit", "target", "", ""];
   const rows = figures.map((figure) => [
     figure.key,
     ...[figure.value, figure.min, figure.max].map(readable),
     figure.unit,
     figure.target === undefined ? "" : `${figure.target.at === "most" ? "≤" : "≥"} ${figure.target.value}`,
     { true: "met", false: "NOT MET", undefined: "" }[`${isMet(figure)}`],
+    figure.peer === undefined ? "" : `peer: ${figure.peer}`,
   ]);
   const all = [header, ...rows];
   const widths = header.map((_, column) => Math.max(...all.map((row) => row[column]!.length)));

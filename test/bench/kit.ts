@@ -14,6 +14,8 @@ export interface Figure {
   /** "ms", "MiB", "ratio". */
   readonly unit: string;
   readonly target?: Target;
+  /** Of a ratio: what its divisor was measured with. */
+  readonly peer?: string;
 }
 
 /** What a file of test/bench exports by default. It runs in a process of its own. */

@@ -4,6 +4,7 @@ import { figure } from "../../bench/kit.ts";
 
 const quick = figure("start.a_ms", [3, 1, 5, 2, 4], "ms", { at: "most", value: 3 });
 const slow = figure("start.b_ratio", [0.5, 0.75, 0.25, 1, 0.625, 0.375], "ratio", { at: "least", value: 2 });
+const compared = { ...figure("net.d_ratio", [2, 2, 2, 2, 2], "ratio", { at: "least", value: 1 }), peer: "theirs 1.0" };
 const plain = figure("memory.c_kib", [1234, 1234, 1234, 1234, 1234], "KiB");
 
 describe("figures", () => {
@@ -32,10 +33,11 @@ describe("figures", () => {
   });
 
   test("as a table: one line each", () => {
-    expect(formatTable([quick, slow, plain]).split("\n")).toEqual([
+    expect(formatTable([quick, slow, compared, plain]).split("\n")).toEqual([
       "figure         median    min   max  unit   target",
       "start.a_ms       3.00   1.00  5.00  ms     ≤ 3     met",
       "start.b_ratio   0.563  0.250  1.00  ratio  ≥ 2     NOT MET",
+      "net.d_ratio      2.00   2.00  2.00  ratio  ≥ 1     met      peer: theirs 1.0",
       "memory.c_kib     1234   1234  1234  KiB",
     ]);
   });
