@@ -6,7 +6,8 @@ import { prepare } from "./preparation.ts";
 
 export default defineTask({
   name: "demo",
-  description: "A Linux guest uses its disk through a software VF, step by step; three minutes at most",
+  description:
+    "A Linux guest uses its disk and talks to another guest through software VFs, step by step; three minutes at most",
   run: async () => {
     await prepare("native", "guest");
     const { runDemo } = await import("./demo-steps.ts");
