@@ -206,9 +206,14 @@ export class Vf implements SessionTarget {
     return this.manual.move(to);
   }
 
-  /** What the queues of its guest have done; null where the function does not count, or does not say so soon. */
+  /**
+   * What the queues of its guest have done; null where the function does not count, or does not say so soon. Its
+   * configuration is read, too: where no driver runs it, it tells nobody of changes.
+   */
   async queueStats(): Promise<readonly QueueStats[] | null> {
-    const all = await askQueueStats(this.parts.fn, this.around.deadlines.stats, this.log);
+    const time = this.around.deadlines.stats;
+    const config = Deadline.after(time, `the configuration of ${this.address}`).race(this.readConfig());
+    const [all] = await Promise.all([askQueueStats(this.parts.fn, time, this.log), config.catch(() => {})]);
     return all?.slice(0, this.queues) ?? null;
   }
 

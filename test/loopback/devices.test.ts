@@ -174,7 +174,10 @@ test("the counters of a VF are those of its guest's queues, without the function
   await lab.registry.addPf(lab.pf);
   await lab.serve();
   expect(lab.registry.vfInfo(lab.vf).queue_num).toBe(4);
+  // No driver runs it, so it tells nobody of the change.
+  await lab.set(lab.vf, { mtu: 3000 });
   expect(await lab.registry.vfStats(lab.vf)).toHaveLength(4);
+  expect(lab.registry.vfInfo(lab.vf).config["mtu"]).toBe("3000");
   expect((await lab.stats()).length).toBeGreaterThan(4);
   await lab.softvf.kill();
   await Deadline.after(5_000, "failure of the VF").poll(

@@ -1,5 +1,5 @@
 import { closeSync, openSync } from "node:fs";
-import type { DeviceClass, SoftDevice, SoftDeviceClass, SoftOptionValues } from "../../src/plugin.ts";
+import type { ClassMessage, DeviceClass, SoftDevice, SoftDeviceClass, SoftOptionValues } from "../../src/plugin.ts";
 
 /** A class that has a bit of everything and nothing wrong with it, to be broken in one place at a time. */
 
@@ -108,3 +108,23 @@ export const goodClass: DeviceClass = {
   stateFields: () => [{ type: 4, bytes: Uint8Array.of(1) }],
   softDevice: softDevice(),
 };
+
+/** The good class with another message handler. */
+export function handling(handle: ClassMessage["handle"]): Partial<DeviceClass> {
+  const message = goodClass.messages![MESSAGE]!;
+  return { messages: { [MESSAGE]: { ...message, handle } } };
+}
+
+/** The good class with another software device. */
+export function soft(broken: Parameters<typeof softDevice>[0]): Partial<DeviceClass> {
+  return {
+    softDevice: softDevice((device, bytes) => {
+      bytes[0] = device.queues - 1;
+      return broken?.(device, bytes) ?? {};
+    }),
+  };
+}
+
+export function softPart(parts: SoftParts): Partial<DeviceClass> {
+  return soft(() => parts);
+}

@@ -2,10 +2,10 @@ import { describe, expect, test } from "bun:test";
 import { mkdtempSync, openSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { ClassMessage, DeviceClass } from "../../src/plugin.ts";
+import type { DeviceClass } from "../../src/plugin.ts";
 import { CHECKS, type ConformanceSubject } from "../kit/conformance/index.ts";
 import { rejection } from "../kit/rejection.ts";
-import { ADDED, goodClass, HIDDEN, MESSAGE, type SoftParts, softDevice } from "./conformance-classes.ts";
+import { ADDED, goodClass, HIDDEN, handling, soft, softDevice, softPart } from "./conformance-classes.ts";
 
 /** The suite on trial: it finds nothing wrong with a good class, and each way to break it where it is to be found. */
 
@@ -39,26 +39,6 @@ describe("a good class", () => {
     await check(name).run({ ...SAID, deviceClass: good });
   });
 });
-
-/** The good class with another message handler. */
-function handling(handle: ClassMessage["handle"]): Partial<DeviceClass> {
-  const message = goodClass.messages![MESSAGE]!;
-  return { messages: { [MESSAGE]: { ...message, handle } } };
-}
-
-/** The good class with another software device. */
-function soft(broken: Parameters<typeof softDevice>[0]): Partial<DeviceClass> {
-  return {
-    softDevice: softDevice((device, bytes) => {
-      bytes[0] = device.queues - 1;
-      return broken?.(device, bytes) ?? {};
-    }),
-  };
-}
-
-function softPart(parts: SoftParts): Partial<DeviceClass> {
-  return soft(() => parts);
-}
 
 const never = new Promise<never>(() => {});
 const opened = () => openSync("/dev/zero", "r");
@@ -496,22 +476,6 @@ describe("a plugin that is broken", () => {
     using typesOnly = plugin(`import type { Plugin } from "vfe-vhostd/plugin"; export default {} as Plugin;`);
     await imports.run({ ...SAID, plugin: typesOnly.path, deviceClass: good });
   });
-});
-
-test("a class that blocks for ever ends the tests with its name", async () => {
-  const watchdog = join(import.meta.dir, "../kit/conformance/watchdog.ts");
-  const source = `const { Watchdog } = await import("${watchdog}");
-    const watchdog = await Watchdog.start();
-    watchdog.watch("a check that ends", 100);
-    watchdog.rest();
-    await Bun.sleep(200);
-    watchdog.watch("device class x", 100);
-    for (;;);`;
-  const child = Bun.spawn([process.execPath, "-e", source], { stderr: "pipe" });
-  expect(await child.stderr.text()).toBe(
-    "device class x: the thread is blocked for 100 ms or more, the tests end here\n",
-  );
-  expect(await child.exited).toBe(137);
 });
 
 test("each check has been seen to fail", () => {
