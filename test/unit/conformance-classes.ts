@@ -6,7 +6,7 @@ import type { ClassMessage, DeviceClass, SoftDevice, SoftDeviceClass, SoftOption
 export const ADDED = 21;
 export const HIDDEN = 17;
 /** A message of the class, which has an fd. */
-export const MESSAGE = 99;
+const MESSAGE = 99;
 
 const SIZE = 8;
 const MODE = 4;
