@@ -55,7 +55,7 @@ export function parseOption(
       if (typeof value === "boolean") return value;
       if (value === "true" || value === "on") return true;
       if (value === "false" || value === "off") return false;
-      throw refuse("true or false");
+      throw refuse("on or off");
     case "number": {
       const number = typeof value === "string" && /^\d+$/.test(value) ? Number(value) : value;
       if (typeof number !== "number" || !Number.isSafeInteger(number) || number < 0) throw refuse("a whole number");
