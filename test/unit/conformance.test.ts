@@ -124,14 +124,14 @@ const BROKEN: readonly [what: string, check: string, broken: Partial<DeviceClass
             request: Uint8Array.of(1),
             answerSize: 1,
             accepted([answer]) {
-              if (answer === 0xff) throw new Error("not implemented");
+              if (answer === 0xff) throw new Error("what is 255");
               return true;
             },
           },
         ],
       },
     },
-    /USE: accepted\(\) throws: not implemented/,
+    /USE: accepted\(\) throws: what is 255/,
   ],
   [
     "a feature is added that nobody meant",

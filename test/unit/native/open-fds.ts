@@ -1,4 +1,4 @@
-import { expect } from "bun:test";
+import { afterEach, beforeEach, expect } from "bun:test";
 import { readdirSync } from "node:fs";
 import { c } from "../../../src/native/load.ts";
 import { watch } from "../../../src/native/poller.ts";
@@ -30,4 +30,17 @@ export async function eventually(holds: () => boolean): Promise<boolean> {
     await Bun.sleep(1);
   }
   return false;
+}
+
+/** Each test of the file leaves as many fds open as there were before it. */
+export function holdFds(): void {
+  let before = 0;
+  beforeEach(() => {
+    warmUp();
+    before = openFds();
+  });
+  afterEach(() => {
+    warmUp();
+    expect(openFds()).toBe(before);
+  });
 }

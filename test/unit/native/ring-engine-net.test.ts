@@ -1,11 +1,11 @@
-import { afterEach, beforeEach, expect, test } from "bun:test";
+import { expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { RingEngine, type RingParameters } from "../../../src/native/ring-engine.ts";
 import { DriverQueue } from "../../kit/driver-queue.ts";
 import type { Completed } from "../../kit/driver-ring.ts";
 import { DriverRing } from "../../kit/driver-ring.ts";
 import { GuestMemoryFile } from "../../kit/guest-memory-file.ts";
-import { eventually, openFds, warmUp } from "./open-fds.ts";
+import { eventually, holdFds } from "./open-fds.ts";
 import { ringsOf } from "./ring-states.ts";
 
 const GPA = 0x10_0000;
@@ -19,18 +19,9 @@ const OWN = [2, 0, 0, 0, 0, 1];
 const OTHER = [2, 0, 0, 0, 0, 2];
 const GROUP = [1, 0, 0x5e, 0, 0, 1];
 
-let fdsBefore: number;
 let wires = 0;
 
-beforeEach(() => {
-  warmUp();
-  fdsBefore = openFds();
-});
-
-afterEach(() => {
-  warmUp();
-  expect(openFds()).toBe(fdsBefore);
-});
+holdFds();
 
 /** A network device of so many pairs, and the driver's side of its queues. */
 class Nic implements Disposable {

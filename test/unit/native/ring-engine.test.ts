@@ -1,4 +1,4 @@
-import { afterEach, beforeEach, expect, test } from "bun:test";
+import { expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { type ForwardedRequest, type RingConfig, RingEngine } from "../../../src/native/ring-engine.ts";
 import { drainEventfd, eventfd, memfd, signalEventfd } from "../../../src/native/sys.ts";
@@ -7,7 +7,7 @@ import { DriverQueue } from "../../kit/driver-queue.ts";
 import { DriverRing } from "../../kit/driver-ring.ts";
 import { GuestMemoryFile } from "../../kit/guest-memory-file.ts";
 import { rejection } from "../../kit/rejection.ts";
-import { eventually, openFds, warmUp } from "./open-fds.ts";
+import { eventually, holdFds } from "./open-fds.ts";
 import { ringsOf } from "./ring-states.ts";
 
 const GPA = 0x10_0000;
@@ -17,17 +17,7 @@ const FEATURES = (1n << 32n) | (1n << 29n) | (1n << 28n);
 const FIRST = 65530;
 const DISK = 1 << 20;
 
-let fdsBefore: number;
-
-beforeEach(() => {
-  warmUp();
-  fdsBefore = openFds();
-});
-
-afterEach(() => {
-  warmUp();
-  expect(openFds()).toBe(fdsBefore);
-});
+holdFds();
 
 /** A driver with one queue, and engines that serve it one after the other. */
 class Lab implements Disposable {
