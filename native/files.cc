@@ -1,6 +1,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <limits.h>
 #include <poll.h>
 #include <stdio.h>
@@ -115,6 +116,7 @@ int32_t vhostd_file_info(int32_t fd, int64_t* info) {
   info[3] = S_ISREG(status.stx_mode) ? REGULAR : S_ISSOCK(status.stx_mode) ? SOCKET : isEventfd(fd) ? EVENTFD : OTHER_KIND;
   info[4] = OTHER_FILESYSTEM;
   info[5] = sysconf(_SC_PAGESIZE);
+  info[6] = static_cast<int64_t>(status.stx_blocks) * 512;
   if (!inMemory) return 0;
   struct statfs filesystem;
   if (fstatfs(fd, &filesystem) < 0) return -errno;
@@ -124,6 +126,11 @@ int32_t vhostd_file_info(int32_t fd, int64_t* info) {
     info[5] = filesystem.f_bsize;
   }
   return 0;
+}
+
+int32_t vhostd_ioctl(int32_t fd, int64_t request, uint8_t* argument) {
+  int result = ioctl(fd, static_cast<unsigned long>(request), argument);
+  return result < 0 ? -errno : result;
 }
 
 int64_t vhostd_raise_open_file_limit() {

@@ -14,6 +14,10 @@ int32_t vhostd_unmap(int64_t address, int64_t size) {
   return munmap(reinterpret_cast<void*>(address), static_cast<size_t>(size)) < 0 ? -errno : 0;
 }
 
+int32_t vhostd_disown(int64_t address, int64_t size) {
+  return madvise(reinterpret_cast<void*>(address), static_cast<size_t>(size), MADV_DONTNEED) < 0 ? -errno : 0;
+}
+
 namespace {
 
 // One access of exactly this width: a register may act on being read, and a split write means something else.

@@ -27,17 +27,47 @@ class SlowClose : public SlowCall {
   const int fd;
 };
 
-/** An ioctl on a duplicate of `fd`. `argument` is what the kernel reads and writes. */
+/** An ioctl on a duplicate of `fd`. */
 class SlowIoctl : public SlowCall {
  public:
+  /** `argument` is what the kernel reads and writes. */
   SlowIoctl(int fd, unsigned long request, std::vector<uint8_t> argument);
+  /** The request takes its argument by value. */
+  SlowIoctl(int fd, unsigned long request, unsigned long value);
   ~SlowIoctl() override;
   int64_t run() override;
   std::vector<uint8_t> argument;
+  const bool byValue;
 
  private:
   int fd;
   const unsigned long request;
+  const unsigned long value;
+};
+
+/** One access to a file at an offset, as a driver means it: `width` bytes at once. */
+struct FileAccess {
+  uint64_t offset;
+  /** 1, 2 or 4. */
+  uint32_t width;
+  /** Not 0: `value` is written; else it is what was read. */
+  uint32_t write;
+  uint32_t value;
+  /** Bytes that were carried over, or -errno. */
+  int32_t result;
+};
+static_assert(sizeof(FileAccess) == 24, "as in src/native/slow.ts");
+
+/** Accesses to a duplicate of `fd`, one after the other, each whatever came of those before it. */
+class SlowAccess : public SlowCall {
+ public:
+  SlowAccess(int fd, std::vector<FileAccess> accesses);
+  ~SlowAccess() override;
+  int64_t run() override;
+  std::vector<FileAccess> accesses;
+
+ private:
+  int fd;
 };
 
 /**

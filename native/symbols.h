@@ -26,6 +26,7 @@
   X(vhostd_pread, int64_t, (int32_t fd, uint8_t* into, int64_t length, int64_t offset))                       \
   X(vhostd_pwrite, int64_t, (int32_t fd, const uint8_t* from, int64_t length, int64_t offset))                \
   X(vhostd_file_info, int32_t, (int32_t fd, int64_t* info))                                                   \
+  X(vhostd_ioctl, int32_t, (int32_t fd, int64_t request, uint8_t* argument))                                  \
   X(vhostd_raise_open_file_limit, int64_t, ())                                                                \
   X(vhostd_connect_unix, int32_t, (const char* path))                                                         \
   X(vhostd_listen_unix, int32_t, (const char* path, int32_t mode))                                            \
@@ -41,6 +42,7 @@
   X(vhostd_send, int64_t, (int32_t fd, const uint8_t* from, int64_t length, const int32_t* fds, int32_t count)) \
   X(vhostd_map, int64_t, (int32_t fd, int64_t offset, int64_t size, int32_t writable))                        \
   X(vhostd_unmap, int32_t, (int64_t address, int64_t size))                                                   \
+  X(vhostd_disown, int32_t, (int64_t address, int64_t size))                                                  \
   X(vhostd_read8, int64_t, (int64_t address))                                                                 \
   X(vhostd_read16, int64_t, (int64_t address))                                                                \
   X(vhostd_read32, int64_t, (int64_t address))                                                                \

@@ -1,5 +1,6 @@
 #include "threads-napi.h"
 
+#include <string.h>
 #include <sys/epoll.h>
 
 #include <memory>
@@ -20,7 +21,7 @@ uint64_t unsignedInteger(Napi::Value value) { return static_cast<uint64_t>(value
 /** The promise of a slow call; only the engine's thread touches it. */
 struct Promised {
   Napi::Promise::Deferred deferred;
-  /** Where an ioctl's argument is written back to; empty for other calls. */
+  /** Where what the call took is written back to; empty where it gives nothing back. */
   Napi::Reference<Napi::Uint8Array> argument;
 };
 
@@ -114,11 +115,12 @@ class Threads {
 
 Threads& threadsOf(Napi::Env env) { return *env.GetInstanceData<Threads>(); }
 
-void settle(Napi::Env env, Promised& promised, const std::vector<uint8_t>* argument, int64_t result) {
-  if (argument != nullptr) {
+/** @param bytes what the call gives back; null where that is nothing */
+void settle(Napi::Env env, Promised& promised, const void* bytes, size_t length, int64_t result) {
+  if (bytes != nullptr) {
     Napi::Uint8Array into = promised.argument.Value();
     // The program may have detached or shrunk its buffer meanwhile.
-    if (into.ByteLength() == argument->size()) std::copy(argument->begin(), argument->end(), into.Data());
+    if (into.ByteLength() == length) memcpy(into.Data(), bytes, length);
   }
   promised.deferred.Resolve(Napi::Number::New(env, static_cast<double>(result)));
 }
@@ -128,8 +130,15 @@ void Threads::onFinished(void* self, SlowCall* call) {
   threads->finished.handle.NonBlockingCall(call, [](Napi::Env env, Napi::Function, SlowCall* ended) {
     std::unique_ptr<SlowCall> call(ended);
     threadsOf(env).ended(env);
-    if (auto* ioctl = dynamic_cast<Job<SlowIoctl>*>(ended)) settle(env, ioctl->promised, &ioctl->argument, call->result);
-    if (auto* close = dynamic_cast<Job<SlowClose>*>(ended)) settle(env, close->promised, nullptr, call->result);
+    if (auto* ioctl = dynamic_cast<Job<SlowIoctl>*>(ended)) {
+      const std::vector<uint8_t>& argument = ioctl->argument;
+      settle(env, ioctl->promised, ioctl->byValue ? nullptr : argument.data(), argument.size(), call->result);
+    }
+    if (auto* access = dynamic_cast<Job<SlowAccess>*>(ended)) {
+      const std::vector<FileAccess>& accesses = access->accesses;
+      settle(env, access->promised, accesses.data(), accesses.size() * sizeof(FileAccess), call->result);
+    }
+    if (auto* close = dynamic_cast<Job<SlowClose>*>(ended)) settle(env, close->promised, nullptr, 0, call->result);
   });
 }
 
@@ -145,13 +154,36 @@ Napi::Value slowClose(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value slowIoctl(const Napi::CallbackInfo& info) {
+  using IoctlJob = Job<SlowIoctl>;
   Napi::Env env = info.Env();
   auto deferred = Napi::Promise::Deferred::New(env);
-  auto bytes = info[2].As<Napi::Uint8Array>();
-  Promised promised{deferred, Napi::Reference<Napi::Uint8Array>::New(bytes, 1)};
-  std::vector<uint8_t> argument(bytes.Data(), bytes.Data() + bytes.ByteLength());
+  int fd = integer(info[0]);
   auto request = static_cast<unsigned long>(unsignedInteger(info[1]));
-  auto job = std::make_unique<Job<SlowIoctl>>(std::move(promised), integer(info[0]), request, std::move(argument));
+  std::unique_ptr<IoctlJob> job;
+  if (info[2].IsNumber()) {
+    auto value = static_cast<unsigned long>(unsignedInteger(info[2]));
+    job = std::make_unique<IoctlJob>(Promised{deferred, {}}, fd, request, value);
+  } else {
+    auto bytes = info[2].As<Napi::Uint8Array>();
+    Promised promised{deferred, Napi::Reference<Napi::Uint8Array>::New(bytes, 1)};
+    std::vector<uint8_t> argument(bytes.Data(), bytes.Data() + bytes.ByteLength());
+    job = std::make_unique<IoctlJob>(std::move(promised), fd, request, std::move(argument));
+  }
+  int result = threadsOf(env).startSlow(env, job.get());
+  if (result == 0) job.release();
+  else deferred.Resolve(Napi::Number::New(env, result));
+  return deferred.Promise();
+}
+
+/** (fd, table of FileAccess, which is written back) */
+Napi::Value slowAccess(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  auto deferred = Napi::Promise::Deferred::New(env);
+  auto table = info[1].As<Napi::Uint8Array>();
+  std::vector<FileAccess> accesses(table.ByteLength() / sizeof(FileAccess));
+  memcpy(accesses.data(), table.Data(), accesses.size() * sizeof(FileAccess));
+  Promised promised{deferred, Napi::Reference<Napi::Uint8Array>::New(table, 1)};
+  auto job = std::make_unique<Job<SlowAccess>>(std::move(promised), integer(info[0]), std::move(accesses));
   int result = threadsOf(env).startSlow(env, job.get());
   if (result == 0) job.release();
   else deferred.Resolve(Napi::Number::New(env, result));
@@ -215,6 +247,7 @@ void initThreads(Napi::Env env, Napi::Object exports) {
     return 0;
   });
   exports.Set("slowClose", Napi::Function::New(env, slowClose, "slowClose"));
+  exports.Set("slowAccess", Napi::Function::New(env, slowAccess, "slowAccess"));
   exports.Set("slowIoctl", Napi::Function::New(env, slowIoctl, "slowIoctl"));
 }
 

@@ -109,6 +109,7 @@ const ERRNO_NAMES: Readonly<Record<number, string>> = {
   4: "EINTR, interrupted",
   5: "EIO, input/output error",
   6: "ENXIO, no such device or address",
+  7: "E2BIG, too long",
   9: "EBADF, bad file descriptor",
   11: "EAGAIN, not ready",
   12: "ENOMEM, out of memory",

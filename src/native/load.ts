@@ -17,7 +17,8 @@ interface Addon {
   relayToAddress(kick: number, address: number, width: number, value: number): number;
   relayDisconnect(connection: number): void;
   slowClose(fd: number): Promise<number>;
-  slowIoctl(fd: number, request: number, argument: Uint8Array): Promise<number>;
+  slowAccess(fd: number, table: Uint8Array): Promise<number>;
+  slowIoctl(fd: number, request: number, argument: Uint8Array | number): Promise<number>;
   slowWait(): void;
 }
 
@@ -40,6 +41,7 @@ const SYMBOLS = {
   vhostd_pread: { args: ["i32", "ptr", "i64_fast", "i64_fast"], returns: "i64_fast" },
   vhostd_pwrite: { args: ["i32", "ptr", "i64_fast", "i64_fast"], returns: "i64_fast" },
   vhostd_file_info: { args: ["i32", "ptr"], returns: "i32" },
+  vhostd_ioctl: { args: ["i32", "i64_fast", "ptr"], returns: "i32" },
   vhostd_raise_open_file_limit: { args: [], returns: "i64_fast" },
   vhostd_connect_unix: { args: ["ptr"], returns: "i32" },
   vhostd_listen_unix: { args: ["ptr", "i32"], returns: "i32" },
@@ -55,6 +57,7 @@ const SYMBOLS = {
   vhostd_send: { args: ["i32", "ptr", "i64_fast", "ptr", "i32"], returns: "i64_fast" },
   vhostd_map: { args: ["i32", "i64_fast", "i64_fast", "i32"], returns: "i64_fast" },
   vhostd_unmap: { args: ["i64_fast", "i64_fast"], returns: "i32" },
+  vhostd_disown: { args: ["i64_fast", "i64_fast"], returns: "i32" },
   vhostd_read8: { args: ["i64_fast"], returns: "i64_fast" },
   vhostd_read16: { args: ["i64_fast"], returns: "i64_fast" },
   vhostd_read32: { args: ["i64_fast"], returns: "i64_fast" },

@@ -117,6 +117,8 @@ export interface FileInfo {
   readonly filesystem: (typeof FILESYSTEMS)[number];
   /** Bytes: the unit in which the file can be mapped. */
   readonly pageSize: number;
+  /** Bytes that it has memory for already. */
+  readonly allocated: number;
 }
 
 /**
@@ -124,17 +126,18 @@ export interface FileInfo {
  * @throws SystemError; VhostdError notSupported for a memory file whose numbers exceed 2^53
  */
 export function fileInfo(fd: number): FileInfo {
-  const values = new BigInt64Array(6);
+  const values = new BigInt64Array(7);
   check(c.vhostd_file_info(checkFd(fd), values), "fstat");
-  const [dev, ino, size, kind, filesystem, pageSize] = Array.from(values, Number) as [
+  const [dev, ino, size, kind, filesystem, pageSize, allocated] = Array.from(values, Number) as [
     number,
     number,
     number,
     0 | 1 | 2 | 3,
     0 | 1 | 2,
     number,
+    number,
   ];
-  const info = { dev, ino, size, kind: KINDS[kind], filesystem: FILESYSTEMS[filesystem], pageSize };
+  const info = { dev, ino, size, kind: KINDS[kind], filesystem: FILESYSTEMS[filesystem], pageSize, allocated };
   // Two files of guest memory must never be taken for one.
   if (info.filesystem !== "other" && !(Number.isSafeInteger(ino) && Number.isSafeInteger(dev))) {
     throw new VhostdError("notSupported", `file has the inode number ${values[1]} on device ${values[0]}, beyond 2^53`);

@@ -1,4 +1,5 @@
 import { expect, test } from "bun:test";
+import { readFileSync } from "node:fs";
 import { Mapping } from "../../../src/native/mmio.ts";
 import { relayKick } from "../../../src/native/relay.ts";
 import { eventfd, memfd, pread, signalEventfd, truncate } from "../../../src/native/sys.ts";
@@ -65,3 +66,19 @@ test("a mapping that the relay uses stays until the relay has let go", async () 
   expect(openFds()).toBe(before);
   expect(await Bun.file("/proc/self/maps").text()).not.toContain("memfd:registers");
 });
+
+test("a mapping is disowned: its pages stay in the file and are not this process's any more", async () => {
+  const size = 32 << 20;
+  using file = memfd("disowned", size);
+  using mapping = Mapping.map(file.number, 0, size, "read-write");
+  for (let at = 0; at < size; at += 4096) mapping.write8(at, 7);
+  const before = shared();
+  await mapping.disownInParts(16 << 20);
+  expect(before - shared()).toBeGreaterThan(24 << 20);
+  expect(mapping.read8(size - 4096)).toBe(7);
+});
+
+/** Bytes of shared memory that count as this process's. */
+function shared(): number {
+  return Number(/^RssShmem:\s*(\d+) kB$/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1]) * 1024;
+}
