@@ -4,7 +4,23 @@ import { VhostdError } from "../base/errors.ts";
 import { type PciAddress, parsePciAddress } from "./address.ts";
 
 /** How a function is reached. */
-export type Transport = { readonly kind: "vfio-user"; readonly socket: string } | { readonly kind: "vfio" };
+export type Transport = { readonly kind: "vfio-user"; readonly socket: string } | KernelTransport;
+export type TransportKind = Transport["kind"];
+
+/** What sysfs says of a function of this machine. */
+export interface KernelTransport {
+  readonly kind: "vfio";
+  /** The driver that has it, which `isVfioDriver` where VFIO can open it; undefined where none has. */
+  readonly driver: string | undefined;
+  /** Its IOMMU group; undefined where no IOMMU keeps it apart. */
+  readonly group: number | undefined;
+  /** The file of its own under /dev/vfio/devices, "vfio0", where the kernel makes such files. */
+  readonly cdev: string | undefined;
+  /** It is a PF that can have VFs, or a VF whose PF is bound to vfio-pci: the kernel takes a vf-token then, and only then. */
+  readonly takesToken: boolean;
+  /** The NUMA node it is nearest to; undefined where the machine has none. */
+  readonly numaNode: number | undefined;
+}
 
 /** One function as its bus directory describes it. */
 export interface BusEntry {
@@ -23,6 +39,20 @@ export interface BusEntry {
 
 /** The socket beside the attributes of a function that is a process. */
 const SOCKET_NAME = "vfio-user.sock";
+/** The driver under which any function can be opened by VFIO. */
+export const VFIO_DRIVER = "vfio-pci";
+/** What the kernel names groups of functions that no IOMMU keeps apart (vfio's unsafe mode without an IOMMU). */
+const NO_IOMMU_GROUP = "vfio-noiommu";
+
+/** Whether the driver is vfio-pci, or one of its variants (mlx5_vfio_pci, virtio_vfio_pci and others). */
+export function isVfioDriver(driver: string): boolean {
+  return /(^|[-_])vfio[-_]pci$/.test(driver);
+}
+
+/** Whether the kernel takes a vf-token for the function. */
+export function takesToken({ transport }: BusEntry): boolean {
+  return transport.kind === "vfio" && transport.takesToken;
+}
 
 /** Functions by address, in directories laid out like /sys/bus/pci/devices. The first directory that has one wins. */
 export class Bus {
@@ -52,8 +82,59 @@ async function readEntry(address: PciAddress, directory: string): Promise<BusEnt
   ]);
   const transport: Transport = software
     ? { kind: "vfio-user", socket: join(directory, SOCKET_NAME) }
-    : { kind: "vfio" };
+    : await readKernelTransport(directory);
   return { address, directory, vendor, device, class: pciClass, physfn, virtfns, transport };
+}
+
+async function readKernelTransport(directory: string): Promise<KernelTransport> {
+  const [driver, group, groupName, cdevs, isPf, pfDriver, node] = await Promise.all([
+    readLinkName(join(directory, "driver")),
+    readLinkName(join(directory, "iommu_group")),
+    readText(join(directory, "iommu_group/name")),
+    readNames(join(directory, "vfio-dev")),
+    exists(join(directory, "sriov_totalvfs")),
+    readLinkName(join(directory, "physfn/driver")),
+    readDecimal(join(directory, "numa_node")),
+  ]);
+  return {
+    kind: "vfio",
+    driver,
+    group: group === undefined || groupName?.trim() === NO_IOMMU_GROUP ? undefined : Number(group),
+    cdev: cdevs.find((name) => name.startsWith("vfio")),
+    takesToken: isPf || (pfDriver !== undefined && isVfioDriver(pfDriver)),
+    numaNode: node === undefined || node < 0 ? undefined : node,
+  };
+}
+
+/** The last part of what a link names, or undefined where it is not there. */
+async function readLinkName(path: string): Promise<string | undefined> {
+  try {
+    return basename(await readlink(path));
+  } catch (error) {
+    if (isMissing(error)) return undefined;
+    throw new VhostdError("probeFailed", `${path} is not a link`, { cause: error });
+  }
+}
+
+async function readNames(directory: string): Promise<string[]> {
+  return await readdir(directory).catch((error) => {
+    if (isMissing(error)) return [];
+    throw new VhostdError("probeFailed", `cannot read ${directory}`, { cause: error });
+  });
+}
+
+/** undefined where there is no such attribute. */
+async function readText(path: string): Promise<string | undefined> {
+  return await readFile(path, "utf8").catch((error) => {
+    if (isMissing(error)) return undefined;
+    throw new VhostdError("probeFailed", `cannot read ${path}`, { cause: error });
+  });
+}
+
+/** undefined where there is no such attribute. */
+async function readDecimal(path: string): Promise<number | undefined> {
+  const text = await readText(path);
+  return text === undefined ? undefined : Number.parseInt(text, 10);
 }
 
 /** Attributes are text: "0x1af4\n". */

@@ -6,6 +6,7 @@ import { duplicate, type OwnedFd } from "../native/fd.ts";
 import { slowClose } from "../native/slow.ts";
 import { fileInfo } from "../native/sys.ts";
 import type { AddressSpace, DmaRange } from "./address-space.ts";
+import type { BusEntry } from "./bus.ts";
 import { parseDomainRecord } from "./dma-record.ts";
 import type { FunctionSnapshot, PciFunction } from "./function.ts";
 import {
@@ -68,6 +69,21 @@ export class DmaDomain {
     this.mapTimeout = options.mapTimeout ?? 30_000;
   }
 
+  /** Opens a function that is to be attached here. @throws VhostdError; nothing is left open then */
+  open(entry: BusEntry, deadline: Deadline): Promise<PciFunction> {
+    return this.space.open(entry, deadline);
+  }
+
+  /**
+   * Goes on with a function as another process left it, attached, without a message to it. Takes the fds.
+   * @throws VhostdError invalid where the record or the fds do not fit
+   */
+  reviveFunction(entry: BusEntry, data: Json, fds: Map<string, OwnedFd>): PciFunction {
+    const fn = this.space.revive(entry, data, fds);
+    this.space.adopt(fn);
+    return fn;
+  }
+
   /** All that is mapped becomes reachable for the function too. @throws VhostdError; the function reaches nothing then */
   attach(fn: PciFunction): Promise<void> {
     return this.operations.run(() => {
@@ -82,11 +98,6 @@ export class DmaDomain {
       const ranges = this.mapped.map(({ range }) => range);
       return this.space.detach(fn, ranges, this.deadline(`unmapping guest memory for ${fn.address}`));
     });
-  }
-
-  /** Takes up a function that is attached already, without a message to it. */
-  adopt(fn: PciFunction): void {
-    this.space.adopt(fn);
   }
 
   /**
@@ -154,9 +165,14 @@ export class DmaDomain {
     });
   }
 
+  /** Claims of the owner that have not ended fail: one that is being mapped before its next piece. Returns at once. */
+  giveUp(owner: string): void {
+    this.cancel((claim) => claim.owner === owner);
+  }
+
   /** @throws VhostdError iommuDomain, where some of the memory stays mapped */
   releaseAll(owner: string): Promise<void> {
-    this.cancel((claim) => claim.owner === owner);
+    this.giveUp(owner);
     return this.operations.run(async () => {
       this.claims.delete(owner);
       await this.unmapUnclaimed();
@@ -166,6 +182,11 @@ export class DmaDomain {
   /** Smallest unit of a mapping, bytes. */
   get pageSize(): number {
     return this.space.pageSize;
+  }
+
+  /** Which of the kernel's interfaces it uses; undefined where there is no choice. */
+  get interface(): AddressSpace["interface"] {
+    return this.space.interface;
   }
 
   /** Who holds guest memory here. */
@@ -208,8 +229,9 @@ export class DmaDomain {
     return domain;
   }
 
-  /** Lets go of everything of this process without an unmap. */
+  /** Lets go of everything of this process without an unmap; what nobody else holds is not mapped any more. */
   abandon(): void {
+    this.space[Symbol.dispose]();
     this.cancel(() => true);
     for (const { fd } of this.mapped) fd[Symbol.dispose]();
     this.mapped = [];
@@ -217,8 +239,10 @@ export class DmaDomain {
   }
 
   /** @returns the mapping of other memory that stands in the way */
-  private async tryClaim({ owner, range, cancelled }: PendingClaim, fd: number): Promise<Mapped | undefined> {
-    if (cancelled) throw new VhostdError("cancelled", `${owner} gave up its claim to ${describe(extentOf(range))}`);
+  private async tryClaim(claim: PendingClaim, fd: number): Promise<Mapped | undefined> {
+    const { owner, range } = claim;
+    if (claim.cancelled)
+      throw new VhostdError("cancelled", `${owner} gave up its claim to ${describe(extentOf(range))}`);
     const extent = extentOf(range);
     const there = this.mapped.filter((mapped) => overlaps(extentOf(mapped.range), extent));
     const conflict = there.find((mapped) => !sameBacking(mapped.range, range));
@@ -226,7 +250,7 @@ export class DmaDomain {
       if (this.isClaimed(conflict.range)) return conflict;
       // Left over from an unmap that failed.
       await this.unmap(conflict);
-      return this.tryClaim({ owner, range, cancelled, wake: () => {} }, fd);
+      return this.tryClaim(claim, fd);
     }
     const gaps = subtract(
       extent,
@@ -236,7 +260,7 @@ export class DmaDomain {
     // Claimed before it is mapped, so that nothing that is mapped is ever without a claim.
     if (!held.some((other) => sameRange(other, range))) this.setClaims(owner, [...held, range]);
     try {
-      for (const gap of gaps) await this.map(slice(range, gap), fd);
+      for (const gap of gaps) await this.map(slice(range, gap), fd, () => claim.cancelled);
     } catch (error) {
       this.setClaims(owner, held);
       await this.unmapUnclaimed().catch((cause) => {
@@ -247,10 +271,11 @@ export class DmaDomain {
     return undefined;
   }
 
-  private async map(range: DmaRange, fd: number): Promise<void> {
+  private async map(range: DmaRange, fd: number, cancelled: () => boolean): Promise<void> {
     using undo = new DisposableStack();
     const own = undo.use(duplicate(fd));
-    await this.space.map(range, own.number, this.deadline(`mapping guest memory ${describe(extentOf(range))}`));
+    const deadline = this.deadline(`mapping guest memory ${describe(extentOf(range))}`);
+    await this.space.map(range, own.number, deadline, cancelled);
     undo.move();
     this.mapped.push({ range, fd: own });
   }
@@ -275,6 +300,8 @@ export class DmaDomain {
     for (const mapped of this.mapped.filter(({ range }) => !this.isClaimed(range))) {
       await this.unmap(mapped).catch((error) => failures.push(error));
     }
+    const settled = this.space.settle?.(this.deadline("unmapping guest memory"));
+    await settled?.catch((error) => failures.push(error));
     for (const claim of this.pending) claim.wake();
     if (failures.length > 0) throw failures[0];
   }

@@ -92,6 +92,17 @@ export interface Doorbell {
    * was signalled before counts. The fd is borrowed for the call. Left out where the function cannot.
    */
   readonly takeKick?: ((kick: number | null) => Promise<void>) | undefined;
-  /** Where a front-end may map the doorbell itself (host notifier), or undefined. Bytes; page-aligned. */
-  share(): { readonly fd: number; readonly offset: number; readonly size: number } | undefined;
+  /** Where a front-end may map the doorbell itself (host notifier), or undefined. */
+  readonly page: DoorbellPage | undefined;
+  /**
+   * The same with its file, for giving it away: who has the fd may be able to do more with the function than to map it, and
+   * the function is prepared for that from now on. The fd is borrowed.
+   */
+  share(): (DoorbellPage & { readonly fd: number }) | undefined;
+}
+
+/** Where in a file a doorbell is mapped. Bytes; page-aligned. */
+export interface DoorbellPage {
+  readonly offset: number;
+  readonly size: number;
 }

@@ -44,6 +44,14 @@ export class FakeDma implements AddressSpace, Disposable {
     this.write(iova, Uint8Array.of(value & 0xff, (value >> 8) & 0xff));
   }
 
+  open(): never {
+    throw new Error("has no functions to open");
+  }
+
+  revive(): never {
+    throw new Error("has no functions to revive");
+  }
+
   async attach(): Promise<void> {}
 
   async detach(): Promise<void> {}

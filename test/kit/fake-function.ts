@@ -28,6 +28,10 @@ export interface FakeFunctionOptions {
   readonly vectors?: number;
   /** Device configuration space. */
   readonly config?: Uint8Array;
+  /** Bytes from one queue's doorbell to the next; 4. */
+  readonly multiplier?: number;
+  /** The pages of doorbells can be given away: by this fd, at the offset in the notification area. */
+  readonly shares?: number;
 }
 
 /** Ways in which the device misbehaves. All may be changed while it is in use. */
@@ -40,6 +44,8 @@ export interface Faults {
   /** The generation counts on with every read. */
   generationSpins: boolean;
   queueEnableIgnored: boolean;
+  /** Nobody answers: the status reads all ones. */
+  silent: boolean;
 }
 
 interface FakeQueue {
@@ -53,9 +59,8 @@ interface FakeQueue {
 
 /** Where things are in BAR 4. */
 const BAR = 4;
-const BAR_SIZE = 0x4000;
 const PLACES = { common: 0x0, isr: 0x1000, device: 0x2000, notify: 0x3000 } as const;
-const MULTIPLIER = 4;
+const PAGE_SIZE = 4096;
 /** Where the capabilities are in configuration space. */
 export const FAKE_CAPS = { msix: 0x40, common: 0x50, notify: 0x60, isr: 0x74, device: 0x84 } as const;
 
@@ -71,7 +76,10 @@ export class FakeFunction implements PciFunction {
     vectorLimit: NO_VECTOR,
     generationSpins: false,
     queueEnableIgnored: false,
+    silent: false,
   };
+  /** Doorbell of each queue, in units of the multiplier. */
+  readonly notifyOff: number[];
   /** PCI configuration space. */
   readonly configBytes: Uint8Array;
   /** Device configuration space. */
@@ -99,6 +107,8 @@ export class FakeFunction implements PciFunction {
   readonly lost: Promise<Error>;
   private readonly bar: RegisterSpace;
   private readonly offered: bigint;
+  private readonly multiplier: number;
+  private readonly shares: number | undefined;
   private readonly limits: Required<Pick<FakeFunctionOptions, "queues" | "queueSize">>;
   private select = { deviceFeature: 0, driverFeature: 0, queue: 0 };
   private resolveLost: (reason: Error) => void = () => {};
@@ -108,7 +118,11 @@ export class FakeFunction implements PciFunction {
     this.offered = features | featureBits(FeatureBit.version1);
     this.limits = { queues, queueSize };
     this.deviceConfig = config;
-    this.configBytes = configSpace(virtioId, config.length);
+    this.multiplier = options.multiplier ?? 4;
+    this.shares = options.shares;
+    this.notifyOff = Array.from({ length: queues }, (_, queue) => queue);
+    const notifySize = Math.max(PAGE_SIZE, queues * this.multiplier);
+    this.configBytes = configSpace(virtioId, config.length, { multiplier: this.multiplier, size: notifySize });
     const vectors = options.vectors ?? queues + 1;
     this.lost = new Promise((resolve) => {
       this.resolveLost = resolve;
@@ -125,7 +139,7 @@ export class FakeFunction implements PciFunction {
       read: (offset, width) => littleEndian(this.configBytes.subarray(offset, offset + width)),
       write: (offset, width, value) => this.configBytes.set(bytesOf(value, width), offset),
     });
-    this.bar = space(BAR_SIZE, {
+    this.bar = space(PLACES.notify + notifySize, {
       read: (offset, width) => this.readBar(offset, width),
       write: (offset, width, value) => this.writeBar(offset, width, value),
     });
@@ -138,14 +152,18 @@ export class FakeFunction implements PciFunction {
   }
 
   doorbell(_bar: number, offset: number): Doorbell {
-    const queue = (offset - PLACES.notify) / MULTIPLIER;
+    const at = offset - PLACES.notify;
+    const queue = this.notifyOff.indexOf(at / this.multiplier);
+    const { shares } = this;
+    const page = shares === undefined ? undefined : { offset: at - (at % PAGE_SIZE), size: PAGE_SIZE };
     return {
       ring: async (value) => this.ring(value),
       connect: () => {
         this.connected.add(queue);
         return { [Symbol.dispose]: () => this.connected.delete(queue) };
       },
-      share: () => undefined,
+      page,
+      share: () => (shares === undefined || page === undefined ? undefined : { fd: shares, ...page }),
     };
   }
 
@@ -208,7 +226,7 @@ export class FakeFunction implements PciFunction {
       case "deviceFeature":
         return word(this.offered, this.select.deviceFeature);
       case "deviceStatus":
-        return this.status;
+        return this.faults.silent ? 0xff : this.status;
       case "numQueues":
         return this.limits.queues;
       case "configVector":
@@ -223,7 +241,7 @@ export class FakeFunction implements PciFunction {
       case "queueEnable":
         return queue?.enable ?? 0;
       case "queueNotifyOff":
-        return this.select.queue;
+        return this.notifyOff[this.select.queue] ?? 0;
       default:
         return 0;
     }
@@ -320,7 +338,7 @@ function space(
   };
 }
 
-function configSpace(virtioId: number, configLength: number): Uint8Array {
+function configSpace(virtioId: number, configLength: number, notify: { multiplier: number; size: number }): Uint8Array {
   const bytes = new Uint8Array(PciConfig.size);
   const put = (at: number, ...values: number[]) => bytes.set(values, at);
   put(PciConfig.vendor, ...bytesOf(VIRTIO_VENDOR, 2), ...bytesOf(VIRTIO_DEVICE_BASE + virtioId, 2));
@@ -328,12 +346,21 @@ function configSpace(virtioId: number, configLength: number): Uint8Array {
   put(PciConfig.capabilities, FAKE_CAPS.msix);
   put(FAKE_CAPS.msix, PciCapability.msix, FAKE_CAPS.common);
   const capability = (at: number, next: number, type: number, offset: number, size: number) => {
-    const value = { id: PciCapability.vendor, next, length: 20, type, bar: BAR, offset, size, multiplier: MULTIPLIER };
+    const value = {
+      id: PciCapability.vendor,
+      next,
+      length: 20,
+      type,
+      bar: BAR,
+      offset,
+      size,
+      multiplier: notify.multiplier,
+    };
     const whole = VIRTIO_NOTIFY_CAP.encode(value);
     bytes.set(type === VirtioCapType.notify ? whole : whole.subarray(0, 16), at);
   };
   capability(FAKE_CAPS.common, FAKE_CAPS.notify, VirtioCapType.common, PLACES.common, 64);
-  capability(FAKE_CAPS.notify, FAKE_CAPS.isr, VirtioCapType.notify, PLACES.notify, 0x1000);
+  capability(FAKE_CAPS.notify, FAKE_CAPS.isr, VirtioCapType.notify, PLACES.notify, notify.size);
   capability(FAKE_CAPS.isr, FAKE_CAPS.device, VirtioCapType.isr, PLACES.isr, 1);
   capability(FAKE_CAPS.device, 0, VirtioCapType.device, PLACES.device, configLength);
   return bytes;

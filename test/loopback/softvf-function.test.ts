@@ -9,7 +9,7 @@ import { parsePciAddress } from "../../src/pci/address.ts";
 import { Bus, type BusEntry } from "../../src/pci/bus.ts";
 import { DmaDomain } from "../../src/pci/dma-domain.ts";
 import type { PciFunction } from "../../src/pci/function.ts";
-import { createAddressSpace, openFunction, reviveFunction } from "../../src/pci/open.ts";
+import { VfioUserAddressSpace } from "../../src/pci/vfio-user/address-space.ts";
 import { DataPath } from "../../src/virtio/data-path.ts";
 import type { DeviceState } from "../../src/virtio/device-state.ts";
 import { BlkStatus, blkResult, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
@@ -107,9 +107,9 @@ interface Parts {
 }
 
 async function attach(): Promise<Parts> {
-  const fn = await openFunction(entry, VF, soon("opening"));
+  const domain = new DmaDomain(new VfioUserAddressSpace());
+  const fn = await domain.open(entry, soon("opening"));
   const path = await DataPath.open(fn, (virtioId) => fakeClass({ virtioId }), soon("probing"));
-  const domain = new DmaDomain(createAddressSpace("vfio-user"));
   await domain.attach(fn);
   const parts = { fn, path, domain };
   undo.push(() => detach(parts));
@@ -199,9 +199,8 @@ describe("a running VF", () => {
     const meanwhile = driver.queues[1]!.request(readable, writable);
 
     const [one, two, three] = [record.get(0)!, record.get(1)!, record.get(2)!];
-    const revived = reviveFunction(entry, VF, one.data, one.fds);
-    const revivedDomain = DmaDomain.revive(createAddressSpace("vfio-user"), three.data, three.fds);
-    revivedDomain.adopt(revived);
+    const revivedDomain = DmaDomain.revive(new VfioUserAddressSpace(), three.data, three.fds);
+    const revived = revivedDomain.reviveFunction(entry, one.data, one.fds);
     const revivedPath = DataPath.revive(revived, two.data, two.fds, (virtioId) => fakeClass({ virtioId }));
     undo.push(() => detach({ fn: revived, path: revivedPath, domain: revivedDomain }));
     expect(blkResult(await soon("the request").race(meanwhile)).status).toBe(BlkStatus.ok);

@@ -1,7 +1,20 @@
 import type { Deadline } from "../../base/deadline.ts";
-import { asError, VhostdError } from "../../base/errors.ts";
+import { asError, SystemError, VhostdError } from "../../base/errors.ts";
+import type { Json } from "../../base/json.ts";
+import type { OwnedFd } from "../../native/fd.ts";
+import type { PciAddress } from "../address.ts";
 import type { AddressSpace, DmaRange } from "../address-space.ts";
+import type { BusEntry, Transport } from "../bus.ts";
 import type { PciFunction } from "../function.ts";
+import { VfioUserFunction } from "./function.ts";
+
+/** What to do where a vfio-user server cannot be reached, by errno. */
+const FIXES: Readonly<Record<number, string>> = {
+  2: "its server has gone away: start it again (vfe-softvf makes the devices directory anew)",
+  13: "let this user open the socket of the function's server",
+  16: "another process uses the function: end it first, or take another function",
+  111: "its server died and left its socket behind: start it again",
+};
 
 /** A function that is told of every range by itself, as each vfio-user server is. */
 export interface DmaListener extends PciFunction {
@@ -23,6 +36,20 @@ export class VfioUserAddressSpace implements AddressSpace {
   /** Addresses are JavaScript numbers; no guest has memory beyond 2^53. */
   readonly ioRanges = [{ start: 0, end: Number.MAX_SAFE_INTEGER }];
   private readonly listeners = new Set<DmaListener>();
+
+  async open({ address, transport }: BusEntry, deadline: Deadline): Promise<PciFunction> {
+    try {
+      return await VfioUserFunction.connect(address, socketOf(address, transport), deadline);
+    } catch (error) {
+      const fix = error instanceof SystemError ? FIXES[error.errno] : undefined;
+      if (!(error instanceof SystemError) || fix === undefined) throw error;
+      throw new SystemError(error.call, error.errno, { fix, cause: error });
+    }
+  }
+
+  revive({ address }: BusEntry, data: Json, fds: Map<string, OwnedFd>): PciFunction {
+    return VfioUserFunction.revive(address, data, fds);
+  }
 
   get pageSize(): number {
     return Math.max(4096, ...[...this.listeners].map((fn) => fn.dmaPageSize));
@@ -78,6 +105,11 @@ export class VfioUserAddressSpace implements AddressSpace {
     this.listeners.add(asListener(fn));
   }
 
+  /** Each server has been told for itself; the connections are the functions' own. */
+  [Symbol.dispose](): void {
+    this.listeners.clear();
+  }
+
   private present(): DmaListener[] {
     return [...this.listeners].filter(({ gone }) => gone === undefined);
   }
@@ -101,6 +133,11 @@ function unwilling(listener: DmaListener, what: string, cause: unknown): VhostdE
 async function settleAll(work: readonly Promise<void>[]): Promise<void> {
   const failed = (await Promise.allSettled(work)).find((result) => result.status === "rejected");
   if (failed !== undefined) throw failed.reason;
+}
+
+function socketOf(address: PciAddress, transport: Transport): string {
+  if (transport.kind === "vfio-user") return transport.socket;
+  throw new VhostdError("invalid", `${address} is not reached over vfio-user and cannot share this address space`);
 }
 
 function asListener(fn: PciFunction): DmaListener {

@@ -3,7 +3,7 @@ import type { OwnedFd } from "../../native/fd.ts";
 import { Mapping } from "../../native/mmio.ts";
 import { relayKick } from "../../native/relay.ts";
 import { signalEventfd } from "../../native/sys.ts";
-import type { Doorbell } from "../function.ts";
+import type { Doorbell, DoorbellPage } from "../function.ts";
 import type { VfioUserRegion } from "./region.ts";
 import type { IoEventfd, RegionInfo } from "./replies.ts";
 
@@ -61,12 +61,18 @@ export class VfioUserDoorbell implements Doorbell {
   }
 
   /** The page around the doorbell, no more: what else can be mapped is not the front-end's. */
-  share(): { readonly fd: number; readonly offset: number; readonly size: number } | undefined {
+  get page(): DoorbellPage | undefined {
     const { mappable, file } = this.paths;
     if (mappable === null || file === undefined) return undefined;
     const page = this.offset - (this.offset % PAGE_SIZE);
     const whole = mappable.areas.some(({ offset, size }) => page >= offset && page + PAGE_SIZE <= offset + size);
-    return whole ? { fd: file.number, offset: mappable.fileOffset + page, size: PAGE_SIZE } : undefined;
+    return whole ? { offset: mappable.fileOffset + page, size: PAGE_SIZE } : undefined;
+  }
+
+  share(): (DoorbellPage & { readonly fd: number }) | undefined {
+    const { page } = this;
+    const { file } = this.paths;
+    return page === undefined || file === undefined ? undefined : { fd: file.number, ...page };
   }
 
   private eventfd(value: number): number | undefined {

@@ -11,6 +11,9 @@ const MiB = 1 << 20;
 
 /** Notes what is done, holds no function, and checks that every file is open as long as it is mapped. */
 class FakeSpace implements AddressSpace {
+  readonly open = unused;
+  readonly revive = unused;
+  readonly [Symbol.dispose] = () => {};
   readonly pageSize = 4096;
   ioRanges = [{ start: 0, end: 2 ** 46 - 1 }];
   readonly mapped = new Map<number, { size: number; ino: number; offset: number; fd: number }>();
@@ -293,4 +296,38 @@ test("a domain made from record and fds goes on without mapping anything", async
   await revived.releaseAll("b");
   await revived.release("a", range(0, 4));
   expect(space.log).toEqual(["map 0+4", "map 4+4", "unmap 4+4", "unmap 0+4"]);
+});
+
+/** The domain under test passes these on; nothing here has functions to open. */
+function unused(): never {
+  throw new Error("opens no functions");
+}
+
+test("a claim that is being mapped ends when it is given up, and a release tries what a failed map has left", async () => {
+  const file = memfd("guest", MiB);
+  files.push(file);
+  const { dev, ino } = fileInfo(file.number);
+  const range: DmaRange = { iova: 0, size: MiB, file: { dev, ino }, offset: 0 };
+  const began = Promise.withResolvers<void>();
+  const space = new FakeSpace();
+  let left = true;
+  const slow: AddressSpace = Object.assign(space, {
+    map: async (_range: DmaRange, _fd: number, _deadline: unknown, cancelled = () => false) => {
+      began.resolve();
+      while (!cancelled()) await Bun.sleep(1);
+      throw new Error("not wanted any more");
+    },
+    settle: async () => {
+      if (left) throw new Error("left of a map");
+    },
+  });
+  const domain = new DmaDomain(slow);
+  domains.push(domain);
+  const claimed = rejection(domain.claim("a", range, file.number));
+  await began.promise;
+  domain.giveUp("a");
+  expect((await claimed).message).toBe("not wanted any more; left of a map");
+  expect((await rejection(domain.releaseAll("a"))).message).toBe("left of a map");
+  left = false;
+  await domain.releaseAll("a");
 });

@@ -1,0 +1,255 @@
+import type { Deadline } from "../../base/deadline.ts";
+import { SystemError, VhostdError } from "../../base/errors.ts";
+import { OwnedFd } from "../../native/fd.ts";
+import { slowClose } from "../../native/slow.ts";
+import type { Iommu, KernelEntry, OpenedDevice } from "./iommu.ts";
+import {
+  DmaMapFlag,
+  Errno,
+  failedWith,
+  GROUP_STATUS,
+  GROUP_VIABLE,
+  request,
+  TYPE1_DMA_MAP,
+  TYPE1_DMA_UNMAP,
+  TYPE1_INFO,
+  VFIO_API_VERSION,
+  VFIO_CHECK_EXTENSION,
+  VFIO_GET_API_VERSION,
+  VFIO_GROUP_GET_DEVICE_FD,
+  VFIO_GROUP_GET_STATUS,
+  VFIO_GROUP_SET_CONTAINER,
+  VFIO_IOMMU_GET_INFO,
+  VFIO_IOMMU_MAP_DMA,
+  VFIO_IOMMU_UNMAP_DMA,
+  VFIO_SET_IOMMU,
+  VFIO_TYPE1V2_IOMMU,
+} from "./iommu-uapi.ts";
+import { type IovaRange, parseType1Info } from "./iova-ranges.ts";
+import { KernelCalls } from "./kernel-calls.ts";
+import { checkUsable, ignore, interruptsError, openFileOf, tokenError, whileBusy } from "./opening.ts";
+
+const CONTAINER_FILE = "/dev/vfio/vfio";
+/** Bytes of the first question for the IOMMU's properties; the kernel tells when its answer is longer. */
+const INFO_SIZE = 4096;
+const INFO_MAX = 1 << 20;
+
+/** A group in the container. */
+interface Group {
+  readonly fd: OwnedFd;
+  /** Functions of it that are open, or being opened. */
+  users: number;
+}
+
+/**
+ * A type 1 (v2) container. Groups join it, and with them all that is in it is reachable for their functions, which the kernel has
+ * reset and keeps from mastering the bus. A container without groups has no IOMMU and loses what is mapped: the last group
+ * stays until nothing is.
+ */
+export class Type1Container implements Iommu {
+  readonly kind = "group";
+  ranges: readonly IovaRange[] = [];
+  pageSize = 4096;
+  /** As the container had it when it was empty: dma_entry_limit of the module vfio_iommu_type1. */
+  mappingLimit: number | undefined;
+  private readonly groups = new Map<number, Group>();
+  private mapped = 0;
+  private joining = false;
+  /** Of groups that have left. */
+  private closing: Promise<void> = Promise.resolve();
+
+  private constructor(
+    private readonly fd: OwnedFd,
+    private readonly calls: KernelCalls,
+  ) {}
+
+  /** @throws VhostdError iommuContainer */
+  static async make(deadline: Deadline): Promise<Type1Container> {
+    const calls = new KernelCalls();
+    await using undo = new AsyncDisposableStack();
+    const fd = await openFileOf(CONTAINER_FILE, calls, deadline);
+    undo.defer(() => slowClose(fd));
+    const ask = (what: typeof VFIO_GET_API_VERSION, argument: number) =>
+      calls.run(deadline, () => request(fd.number, what, argument), ignore);
+    const version = await ask(VFIO_GET_API_VERSION, 0);
+    if (version !== VFIO_API_VERSION) {
+      throw new VhostdError("iommuContainer", `the kernel's VFIO has version ${version}, must be ${VFIO_API_VERSION}`);
+    }
+    if ((await ask(VFIO_CHECK_EXTENSION, VFIO_TYPE1V2_IOMMU)) === 0) {
+      throw new VhostdError("iommuContainer", "the kernel's VFIO knows no type 1 (v2) IOMMU", {
+        fix: "load the kernel module vfio_iommu_type1 (modprobe vfio_iommu_type1)",
+      });
+    }
+    undo.move();
+    return new Type1Container(fd, calls);
+  }
+
+  async open(entry: KernelEntry, token: () => Promise<string>, deadline: Deadline): Promise<OpenedDevice> {
+    const number = checkUsable(entry);
+    const name = entry.transport.takesToken ? `${entry.address} vf_token=${await token()}` : entry.address;
+    const group = await this.join(entry, number, deadline);
+    try {
+      // EAGAIN: somebody else resets it, or a function of its bus.
+      const device = await whileBusy(entry, [Errno.EAGAIN, Errno.EBUSY], deadline, () =>
+        this.calls.run(deadline, () => openDevice(group.fd.number, name), slowClose),
+      );
+      return { device, leave: () => this.leave(group) };
+    } catch (error) {
+      this.leave(group);
+      throw openError(entry, error);
+    }
+  }
+
+  /** It was reachable from the open on; the driver of the function lets it master the bus. */
+  async attach(): Promise<void> {}
+
+  /** Whoever calls this has taken bus mastering from the function. */
+  async detach(): Promise<void> {}
+
+  async map(iova: number, size: number, address: number): Promise<void> {
+    const flags = DmaMapFlag.read | DmaMapFlag.write;
+    const argument = TYPE1_DMA_MAP.encode({ argsz: TYPE1_DMA_MAP.size, flags, vaddr: address, iova, size });
+    await request(this.fd.number, VFIO_IOMMU_MAP_DMA, argument);
+    this.mapped++;
+  }
+
+  async unmap(iova: number, size: number): Promise<number> {
+    const argument = TYPE1_DMA_UNMAP.encode({ argsz: TYPE1_DMA_UNMAP.size, iova, size });
+    await request(this.fd.number, VFIO_IOMMU_UNMAP_DMA, argument);
+    this.mapped--;
+    this.retire();
+    return TYPE1_DMA_UNMAP.read(argument).size;
+  }
+
+  async close(): Promise<void> {
+    await this.calls.idle();
+    for (const { fd } of this.groups.values()) await slowClose(fd);
+    this.groups.clear();
+    await this.closing;
+    await slowClose(this.fd);
+  }
+
+  /** One user more of the group, which is in the container then. Not to be called twice at a time. */
+  private async join(entry: KernelEntry, number: number, deadline: Deadline): Promise<Group> {
+    const there = this.groups.get(number);
+    if (there !== undefined) {
+      there.users++;
+      return there;
+    }
+    // The last group takes the IOMMU along: it has to be known whether there is one.
+    await deadline.race(Promise.all([this.closing, this.calls.idle()]));
+    this.joining = true;
+    try {
+      const fd = await this.addGroup(entry, number, deadline);
+      const group = { fd, users: 1 };
+      this.groups.set(number, group);
+      return group;
+    } finally {
+      this.joining = false;
+      this.retire();
+    }
+  }
+
+  private addGroup(entry: KernelEntry, number: number, deadline: Deadline): Promise<OwnedFd> {
+    const path = `/dev/vfio/${number}`;
+    return whileBusy(entry, [Errno.EBUSY], deadline, async () => {
+      await using undo = new AsyncDisposableStack();
+      const fd = await openFileOf(path, this.calls, deadline);
+      undo.defer(() => slowClose(fd));
+      const status = GROUP_STATUS.encode({ argsz: GROUP_STATUS.size });
+      await this.calls.run(deadline, () => request(fd.number, VFIO_GROUP_GET_STATUS, status), ignore);
+      if ((GROUP_STATUS.read(status).flags & GROUP_VIABLE) === 0) {
+        throw new SystemError(`IOMMU group ${number} is not viable`, Errno.EBUSY);
+      }
+      await this.calls.run(deadline, () => this.setContainer(entry, fd), ignore);
+      await this.calls.run(deadline, () => this.readInfo(), ignore);
+      undo.move();
+      return fd;
+    });
+  }
+
+  private async setContainer(entry: KernelEntry, group: OwnedFd): Promise<void> {
+    const argument = new Uint8Array(4);
+    new DataView(argument.buffer).setInt32(0, this.fd.number, true);
+    try {
+      await request(group.number, VFIO_GROUP_SET_CONTAINER, argument);
+      if (this.groups.size === 0) await request(this.fd.number, VFIO_SET_IOMMU, VFIO_TYPE1V2_IOMMU);
+    } catch (error) {
+      throw joinError(entry, this.groups.size > 0, error);
+    }
+  }
+
+  /** Which addresses can be mapped depends on all groups in the container. */
+  private async readInfo(): Promise<void> {
+    let answer = new Uint8Array(INFO_SIZE);
+    for (;;) {
+      TYPE1_INFO.write(answer, { argsz: answer.length });
+      await request(this.fd.number, VFIO_IOMMU_GET_INFO, answer);
+      const { argsz } = TYPE1_INFO.read(answer);
+      if (argsz <= answer.length || argsz > INFO_MAX) break;
+      answer = new Uint8Array(argsz);
+    }
+    const { pageSize, ranges, available } = parseType1Info(answer);
+    if (ranges === undefined) {
+      throw new VhostdError("iommuContainer", "the kernel does not tell which addresses its IOMMU can map", {
+        fix: "use Linux 5.4 or newer",
+      });
+    }
+    this.ranges = ranges;
+    this.pageSize = Math.max(4096, pageSize ?? 0);
+    if (this.mapped === 0) this.mappingLimit = available;
+  }
+
+  private leave(group: Group): void {
+    group.users--;
+    this.retire();
+  }
+
+  /** Groups without users leave: when the last fd of a group is closed the kernel takes it out of the container. */
+  private retire(): void {
+    if (this.joining) return;
+    for (const [number, { fd, users }] of this.groups) {
+      if (users > 0 || (this.groups.size === 1 && this.mapped > 0)) continue;
+      this.groups.delete(number);
+      this.closing = this.closing.then(() => slowClose(fd)).catch(() => {});
+    }
+  }
+}
+
+async function openDevice(group: number, name: string): Promise<OwnedFd> {
+  return new OwnedFd(await request(group, VFIO_GROUP_GET_DEVICE_FD, new TextEncoder().encode(`${name}\0`)));
+}
+
+function openError(entry: KernelEntry, error: unknown): unknown {
+  if (failedWith(error, Errno.EACCES)) return tokenError(entry, error);
+  if (failedWith(error, Errno.ENODEV)) {
+    return new VhostdError(
+      "iommuGroupBind",
+      `${entry.address} is not in its IOMMU group ${entry.transport.group} any more`,
+      {
+        fix: `bind it: vfe-vhost-cli bind ${entry.address}`,
+        cause: error,
+      },
+    );
+  }
+  if (failedWith(error, Errno.EINVAL)) {
+    return new VhostdError("vfioDeviceFd", `the kernel does not open ${entry.address}`, { cause: error });
+  }
+  return error;
+}
+
+function joinError(entry: KernelEntry, shared: boolean, cause: unknown): unknown {
+  const { address } = entry;
+  if (failedWith(cause, Errno.EPERM)) return interruptsError(entry, cause);
+  if (shared && failedWith(cause, Errno.EINVAL)) {
+    return new VhostdError(
+      "iommuDomain",
+      `the IOMMU of ${address} cannot map what the VM's other functions have mapped`,
+      {
+        fix: `see ${entry.directory}/iommu_group/reserved_regions, and move the guest's memory around them`,
+        cause,
+      },
+    );
+  }
+  return cause;
+}
