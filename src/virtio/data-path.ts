@@ -10,6 +10,7 @@ import type { ConfigValues, DeviceClass } from "../plugin.ts";
 import { type ControlDevice, ControlQueue } from "./control-queue.ts";
 import { parseDataPathRecord } from "./data-path-record.ts";
 import type { DeviceState } from "./device-state.ts";
+import { type DeviceFailure, DeviceWatch } from "./device-watch.ts";
 import { FeatureBit, featureBits, Status } from "./features.ts";
 import { Kicks } from "./kicks.ts";
 import type {
@@ -22,7 +23,7 @@ import type {
   StateMover,
 } from "./mover.ts";
 import { RegistersMover } from "./movers/registers.ts";
-import { describeStatus, ownFeatures, type QueueLimits, VirtioPciDevice } from "./pci-device.ts";
+import { ownFeatures, type QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
 
 /** The vector of configuration changes; that of queue n is n + 1. */
@@ -46,12 +47,6 @@ export interface QueueEventfds {
   readonly call: number | undefined;
 }
 
-/** `gone`: there is no function any more. Otherwise the device works again after a reset. */
-export interface DataPathFailure {
-  readonly gone: boolean;
-  readonly error: Error;
-}
-
 interface ConnectableQueue extends QueueEventfds {
   readonly index: number;
 }
@@ -63,6 +58,7 @@ interface ConnectableQueue extends QueueEventfds {
 export class DataPath {
   private readonly mover: StateMover;
   private readonly watch: Watch;
+  private readonly health: DeviceWatch;
   private readonly kicks = new Kicks((queue) => this.doorbell(queue));
   private readonly doorbells = new Map<number, Doorbell>();
   /** Queues that are set up: their calls are routed. */
@@ -73,7 +69,6 @@ export class DataPath {
   private control: ControlQueue | undefined;
   private configHandler: () => void = () => {};
   private noticeHandler: (text: string) => void = () => {};
-  private failureHandler: (failure: DataPathFailure) => void = () => {};
   private closed = false;
 
   private constructor(
@@ -97,7 +92,7 @@ export class DataPath {
     };
     this.mover = makeMover(host, snapshot);
     this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
-    void device.fn.lost.then((error) => this.fail({ gone: true, error }));
+    this.health = new DeviceWatch(device, () => this.running);
   }
 
   /**
@@ -223,9 +218,20 @@ export class DataPath {
     this.noticeHandler = handler;
   }
 
-  /** Replaces the earlier handler. */
-  onFailure(handler: (failure: DataPathFailure) => void): void {
-    this.failureHandler = handler;
+  /** Replaces the earlier handler, which is told soon where the function is gone already. */
+  onFailure(handler: (failure: DeviceFailure) => void): void {
+    this.health.onFailure(handler);
+  }
+
+  /** The doorbell of a queue could be given away: nothing else is in its page, and the function lets it be mapped. */
+  canShareDoorbell(queue: number): boolean {
+    const { page } = this.doorbell(queue);
+    return page !== undefined && this.device.ownsDoorbellPage(queue, this.limits, page.size);
+  }
+
+  /** The doorbell of a queue, to be given away; undefined where it cannot be. */
+  shareDoorbell(queue: number): ReturnType<Doorbell["share"]> {
+    return this.canShareDoorbell(queue) ? this.doorbell(queue).share() : undefined;
   }
 
   /**
@@ -247,6 +253,7 @@ export class DataPath {
    *   the device did not come to rest
    */
   async start(wanted: DeviceState, eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
+    using _change = this.health.change();
     if (this.running) throw new VhostdError("invalid", `${this.device.fn.address} is running already`);
     const state = this.complete(wanted);
     this.active = new Set(state.queues.map(({ index }) => index));
@@ -254,6 +261,8 @@ export class DataPath {
     const queues = this.enabledWith(eventfds);
     try {
       const calls = [...this.active].map((index) => this.routeCall(index, eventfds.get(index)?.call ?? null));
+      // Who was given the function's file may have routed it elsewhere.
+      calls.push(this.routeConfig());
       // A doorbell is not rung before DRIVER_OK (VIRTIO 1.2, 3.1.1); a function that waits itself knows when to look.
       const waits = ({ index }: { index: number }) => this.doorbell(index).takeKick !== undefined;
       await deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
@@ -285,6 +294,7 @@ export class DataPath {
     memory: RingMemory,
     deadline: Deadline,
   ): Promise<void> {
+    using _change = this.health.change();
     for (const queue of queues) this.checkActive(queue);
     await deadline.race(this.kicks.disconnectAll());
     await this.mover.enable(queues, memory, deadline);
@@ -300,6 +310,7 @@ export class DataPath {
    * @throws VhostdError timedOut where the device does not drain; the kicks stay disconnected
    */
   async stop(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
+    using _change = this.health.change();
     await deadline.race(this.kicks.disconnectAll());
     const state = await this.mover.freeze(memory, mode, deadline);
     await this.disconnectCalls(deadline);
@@ -313,9 +324,23 @@ export class DataPath {
 
   /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
   async reset(deadline: Deadline): Promise<void> {
+    using _change = this.health.change();
     // A function that cannot be told of the kicks cannot be reset either: that failure is the one to know of.
     await Promise.all([this.mover.reset(deadline), this.kicks.disconnectAll()]);
     await this.disconnectCalls(deadline);
+  }
+
+  /** The function reaches no memory any more, whatever state it is in. It has to be reset before it works again. */
+  async cutOff(deadline: Deadline): Promise<void> {
+    await deadline.race(this.device.setBusMaster(false));
+  }
+
+  /** Whether there is still somebody at the function's registers. Never rejects. */
+  answers(deadline: Deadline): Promise<boolean> {
+    return deadline.race(this.device.status()).then(
+      () => true,
+      () => false,
+    );
   }
 
   /**
@@ -357,6 +382,7 @@ export class DataPath {
   abandon(): void {
     if (this.closed) return;
     this.closed = true;
+    this.health[Symbol.dispose]();
     this.watch[Symbol.dispose]();
     this.kicks[Symbol.dispose]();
     this.configInterrupt[Symbol.dispose]();
@@ -433,6 +459,10 @@ export class DataPath {
     return this.device.fn.interrupts.route(queue + 1, call);
   }
 
+  private routeConfig(): Promise<void> {
+    return this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number);
+  }
+
   private async disconnectCalls(deadline: Deadline): Promise<void> {
     const queues = [...this.active];
     this.active = new Set();
@@ -449,22 +479,12 @@ export class DataPath {
     if (this.closed) return;
     try {
       drainEventfd(this.configInterrupt.number);
-      const status = await this.device.status();
-      if ((status & Status.needsReset) === 0) {
-        this.configHandler();
-      } else {
-        const error = new VhostdError("io", `${this.device.fn.address} asks for a reset: ${describeStatus(status)}`);
-        this.fail({ gone: false, error });
-      }
+      if (!this.health.asksForReset(await this.device.status())) this.configHandler();
     } catch (error) {
-      this.fail({ gone: false, error: asError(error) });
+      this.health.report({ gone: false, error: asError(error) });
     }
     // Only now, so that a device that signals without end is answered at the pace of its own registers.
     if (!this.closed) this.watch.rearm();
-  }
-
-  private fail(failure: DataPathFailure): void {
-    if (!this.closed) this.failureHandler(failure);
   }
 }
 

@@ -1,3 +1,4 @@
+import { VhostdError } from "../base/errors.ts";
 import { duplicate, type OwnedFd } from "../native/fd.ts";
 import type { Doorbell } from "../pci/function.ts";
 
@@ -11,6 +12,7 @@ interface ConnectedKick {
 /** The kicks of a front-end, connected to the doorbells of a function. */
 export class Kicks implements Disposable {
   private readonly connected = new Map<number, ConnectedKick>();
+  private closed = false;
 
   /** @param doorbellOf a queue; what it throws, connecting throws */
   constructor(private readonly doorbellOf: (queue: number) => Doorbell) {}
@@ -28,8 +30,10 @@ export class Kicks implements Disposable {
    * In the place of an earlier kick of the queue. Noted before the function is told: a reset that comes meanwhile has it
    * let go again.
    * @param kick borrowed for the call
+   * @throws VhostdError cancelled after the end
    */
   async connect(queue: number, kick: number): Promise<void> {
+    if (this.closed) throw new VhostdError("cancelled", `queue ${queue} takes no kicks any more`);
     using undo = new DisposableStack();
     const fd = undo.use(duplicate(kick));
     this.adopt(queue, fd);
@@ -55,6 +59,7 @@ export class Kicks implements Disposable {
 
   /** Nothing of this process looks at them any more. */
   [Symbol.dispose](): void {
+    this.closed = true;
     for (const queue of [...this.connected.keys()]) this.forget(queue);
   }
 

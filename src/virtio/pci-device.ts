@@ -28,16 +28,25 @@ export type QueueLimits = {
 const RESET_INTERVAL = 1;
 /** Reads of a configuration space that changes all the time. */
 const GENERATION_TRIES = 32;
+/** What a register of one byte reads where nobody answers. */
+const ALL_ONES = 0xff;
 /** Queues looked at; a device that claims more has them unused. */
 const QUEUES_MAX = 1024;
 
 /**
  * A modern virtio PCI device, driver side (VIRTIO 1.2, 3.1 and 4.1). Its accesses are issued together and awaited
  * together where the specification asks for an order only: over a socket that is one round trip instead of many.
+ *
+ * The function reaches memory only while its driver wants it to. In this order: it is opened, and probed, which takes bus
+ * mastering away; status 0 is awaited; it is attached to its DMA domain; its driver gives it bus mastering when it begins to
+ * set it up; status 0 is awaited, or bus mastering taken away, before what it was given is unmapped.
  */
 export class VirtioPciDevice {
   private readonly common: RegisterSpace;
   private readonly deviceConfig: RegisterSpace | undefined;
+  private readonly silent = Promise.withResolvers<Error>();
+  /** Resolves with the reason when the function is gone: its transport says so, or nobody answers at its registers. */
+  readonly gone: Promise<Error>;
 
   /** A device whose layout is known (probed, or from a record). No register is touched. @throws VhostdError barRead */
   constructor(
@@ -46,6 +55,7 @@ export class VirtioPciDevice {
   ) {
     this.common = fn.region(layout.common.bar);
     this.deviceConfig = layout.device === null ? undefined : fn.region(layout.device.bar);
+    this.gone = Promise.race([fn.lost, this.silent.promise]);
   }
 
   /** @throws VhostdError probeFailed where it is no modern virtio device */
@@ -73,21 +83,28 @@ export class VirtioPciDevice {
     return BigInt(low) | (BigInt(high) << 32n);
   }
 
-  status(): Promise<number> {
-    return this.read("deviceStatus");
+  /** @throws VhostdError noDevice where nobody answers; the function is gone then */
+  async status(): Promise<number> {
+    const status = await this.read("deviceStatus");
+    if (status !== ALL_ONES) return status;
+    const error = new VhostdError("noDevice", `${this.name} does not answer any more: its registers read all ones`, {
+      fix: "look at the host's kernel log; plug the device in again, or reset it",
+    });
+    this.silent.resolve(error);
+    throw error;
   }
 
   /**
-   * Status 0, awaited: the device uses no memory and sends no interrupt any more (4.1.4.3.1). Only then the function may
-   * reach memory again, where it was kept from it, be it by an earlier process.
-   * @throws VhostdError resetTimedOut; timedOut where it came to rest, and cannot be told that it may
+   * Status 0, awaited: the device uses no memory and sends no interrupt any more (4.1.4.3.1). Bus mastering stays as it
+   * is. A device that does not answer is waited for: it may be in the middle of a function-level reset.
+   * @throws VhostdError resetTimedOut
    */
   async reset(deadline: Deadline): Promise<void> {
     await deadline.race(this.write("deviceStatus", 0));
     let seen = 0;
     try {
       await deadline.poll(async () => {
-        seen = await deadline.race(this.status());
+        seen = await deadline.race(this.read("deviceStatus"));
         return seen === 0 ? true : undefined;
       }, RESET_INTERVAL);
     } catch (cause) {
@@ -97,7 +114,6 @@ export class VirtioPciDevice {
         cause,
       });
     }
-    await deadline.race(this.setBusMaster(true));
   }
 
   /**
@@ -111,10 +127,12 @@ export class VirtioPciDevice {
   }
 
   /**
-   * From reset to "features accepted" (3.1.1, steps 2 to 6).
+   * From reset to "features accepted" (3.1.1, steps 2 to 6). The function may reach memory from now on; until it was reset
+   * it might still have had the rings of an earlier guest.
    * @throws VhostdError notSupported where the device does not accept the features
    */
   async negotiate(features: bigint): Promise<void> {
+    await this.setBusMaster(true);
     const begun = Status.acknowledge | Status.driver;
     const results = await Promise.all([
       this.write("deviceStatus", Status.acknowledge),
@@ -179,6 +197,27 @@ export class VirtioPciDevice {
       );
     }
     return this.fn.doorbell(bar, offset + at);
+  }
+
+  /**
+   * Whether the page at the doorbell of a queue could be given away: the doorbell is at its begin, it lies wholly in the
+   * notification area, and no other queue has its doorbell there.
+   * @param pageSize bytes
+   */
+  ownsDoorbellPage(queue: number, limits: readonly QueueLimits[], pageSize: number): boolean {
+    const { notify, common, device } = this.layout;
+    const doorbellOf = (one: QueueLimits) => notify.offset + one.notifyOff * notify.multiplier;
+    const limit = limits[queue];
+    if (limit === undefined) return false;
+    const start = doorbellOf(limit);
+    const end = start + pageSize;
+    if (start % pageSize !== 0 || end > notify.offset + notify.size) return false;
+    const isInside = (at: number) => at >= start && at < end;
+    if (limits.some((other, index) => index !== queue && other.sizeMax > 0 && isInside(doorbellOf(other))))
+      return false;
+    // A device may name the same registers twice.
+    const others = [common, ...(device === null ? [] : [device])].filter(({ bar }) => bar === notify.bar);
+    return !others.some(({ offset, size }) => offset < end && offset + size > start);
   }
 
   /**

@@ -33,7 +33,8 @@ const MSIX_ENABLE = 0x8000;
 const MSIX_FUNCTION_MASK = 0x4000;
 
 /**
- * Reads a function's capability list and lets the function decode its registers, master the bus and use MSI-X.
+ * Reads a function's capability list, lets the function decode its registers and use MSI-X, and keeps it from memory:
+ * whatever it was doing before, it masters the bus only once it was reset and its driver sets it up.
  * @throws VhostdError probeFailed, naming what is missing or makes no sense
  */
 export async function probeLayout(fn: PciFunction): Promise<PciLayout> {
@@ -81,7 +82,7 @@ export async function probeLayout(fn: PciFunction): Promise<PciLayout> {
 
   const control = u16(msix + MSIX_CONTROL);
   await Promise.all([
-    fn.config.write(PciConfig.command, 2, u16(PciConfig.command) | PciCommand.memory | PciCommand.busMaster),
+    fn.config.write(PciConfig.command, 2, (u16(PciConfig.command) | PciCommand.memory) & ~PciCommand.busMaster),
     fn.config.write(msix + MSIX_CONTROL, 2, (control | MSIX_ENABLE) & ~MSIX_FUNCTION_MASK),
   ]);
   return layout;

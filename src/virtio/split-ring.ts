@@ -74,6 +74,27 @@ export function usedIndex(memory: RingMemory, queue: { readonly device: number }
 }
 
 function index(memory: RingMemory, ring: number): number {
-  const [low = 0, high = 0] = memory.read(ring + RING.index, 2);
+  return readSteady16(memory, ring + RING.index);
+}
+
+/** A hostile guest can keep an index from standing still for as long as it likes. */
+const MOST_LOOKS = 16;
+
+/**
+ * A number that the other side changes meanwhile. The kernel may copy it byte by byte (seen in a VM that is emulated), and
+ * between two bytes 0x00ff becomes 0x0100: only what is read twice was ever there.
+ */
+export function readSteady16(memory: RingMemory, gpa: number): number {
+  let seen = read16(memory, gpa);
+  for (let looks = 1; looks < MOST_LOOKS; looks++) {
+    const again = read16(memory, gpa);
+    if (again === seen) break;
+    seen = again;
+  }
+  return seen;
+}
+
+function read16(memory: RingMemory, gpa: number): number {
+  const [low = 0, high = 0] = memory.read(gpa, 2);
   return low | (high << 8);
 }

@@ -114,7 +114,7 @@ export class AdminQueue implements AsyncDisposable {
     this.slots = Array.from({ length: memory.slots + 1 }, () => FREE);
     this.doorbell = device.doorbell(place.queue, place.notifyOff);
     this.watch = interrupt && watch(interrupt.number, "in", () => this.onInterrupt(interrupt));
-    void device.fn.lost.then((error) => this.die(`the function is gone: ${error.message}`));
+    void device.gone.then((error) => this.die(`the function is gone: ${error.message}`));
   }
 
   /**

@@ -46,11 +46,9 @@ export class RegistersMover implements StateMover {
     if (frozen === undefined) {
       await this.reset(deadline);
       for (const queue of wanted.queues) this.checkBase(queue);
-    } else {
-      await deadline.race(this.device.setBusMaster(true));
     }
     try {
-      if (frozen === undefined) await deadline.race(this.program(wanted));
+      await deadline.race(frozen === undefined ? this.program(wanted) : this.goOn());
       if (frozen === undefined || !sameEnabled(frozen, wanted)) await this.sendCommands(wanted, deadline);
     } catch (error) {
       await this.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
@@ -111,7 +109,25 @@ export class RegistersMover implements StateMover {
     const seen = withEnabled({ ...state, config: wanted.config, queues }, new Set(enabledQueues(wanted)));
     if (compare(seen, wanted).length > 0) return undefined;
     if ((await this.unserved(state, wanted, deadline)) !== undefined) return undefined;
-    return (await deadline.race(this.device.status())) === wanted.status ? state : undefined;
+    return (await deadline.race(this.stands(wanted))) ? state : undefined;
+  }
+
+  /**
+   * Whether the device is as it was left. One that loses bus mastering may take DRIVER_OK back (QEMU's do): as long as it
+   * has its features and its queues it was not reset, and only a reset clears the indices of rings (2.4).
+   */
+  private async stands(wanted: DeviceState): Promise<boolean> {
+    const status = await this.device.status();
+    if (status === wanted.status) return true;
+    if (status !== (wanted.status & ~Status.driverOk)) return false;
+    for (const index of enabledQueues(wanted)) if (!(await this.device.isEnabled(index))) return false;
+    return true;
+  }
+
+  /** The device may reach memory again. */
+  private async goOn(): Promise<void> {
+    await this.device.setBusMaster(true);
+    if (((await this.device.status()) & Status.driverOk) === 0) await this.device.run();
   }
 
   /** VIRTIO 1.2, 3.1.1, steps 2 to 8. A queue that is disabled is set up like the others. */

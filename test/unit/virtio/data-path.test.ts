@@ -4,8 +4,9 @@ import type { Json } from "../../../src/base/json.ts";
 import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
 import { drainEventfd, eventfd } from "../../../src/native/sys.ts";
 import type { DeviceClass } from "../../../src/plugin.ts";
-import { DataPath, type DataPathFailure } from "../../../src/virtio/data-path.ts";
+import { DataPath } from "../../../src/virtio/data-path.ts";
 import { withEnabled } from "../../../src/virtio/device-state.ts";
+import type { DeviceFailure } from "../../../src/virtio/device-watch.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import { fakeClass } from "../../kit/fake-class.ts";
 import { FakeControl } from "../../kit/fake-control.ts";
@@ -252,7 +253,7 @@ describe("the configuration interrupt", () => {
     const { fn, path, eventfds } = await open();
     await path.start(wantedState(2), eventfds, soon());
     let changes = 0;
-    const failures: DataPathFailure[] = [];
+    const failures: DeviceFailure[] = [];
     path.onConfigChange(() => changes++);
     path.onFailure((failure) => failures.push(failure));
     fn.interruptConfig();
@@ -268,7 +269,7 @@ describe("the configuration interrupt", () => {
 
   test("a lost function is a failure for good", async () => {
     const { fn, path } = await open();
-    const failures: DataPathFailure[] = [];
+    const failures: DeviceFailure[] = [];
     path.onFailure((failure) => failures.push(failure));
     fn.lose(new Error("unplugged"));
     await until(() => failures.length === 1);

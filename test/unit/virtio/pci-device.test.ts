@@ -2,6 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import { VirtioPciDevice } from "../../../src/virtio/pci-device.ts";
+import { PciCommand, PciConfig } from "../../../src/virtio/registers.ts";
 import { FAKE_CAPS, FakeFunction } from "../../kit/fake-function.ts";
 import { rejection } from "../../kit/rejection.ts";
 
@@ -19,11 +20,47 @@ describe("probing", () => {
     expect(fn.rung).toEqual([2]);
   });
 
-  test("lets the function master the bus and use MSI-X", async () => {
+  test("lets the function decode its registers and use MSI-X, and keeps it from memory until it is set up", async () => {
     const fn = new FakeFunction();
-    await probe(fn);
-    expect(fn.configBytes[0x04]! & 0x6).toBe(0x6);
+    fn.configBytes[PciConfig.command] = PciCommand.busMaster;
+    const device = await probe(fn);
+    expect(fn.configBytes[PciConfig.command]! & 0x6).toBe(PciCommand.memory);
     expect(fn.configBytes[FAKE_CAPS.msix + 3]! & 0x80).toBe(0x80);
+    await device.reset(soon());
+    expect(fn.configBytes[PciConfig.command]! & PciCommand.busMaster).toBe(0);
+    await device.negotiate(featureBits(FeatureBit.version1));
+    expect(fn.configBytes[PciConfig.command]! & PciCommand.busMaster).toBe(PciCommand.busMaster);
+  });
+
+  test("a doorbell's page is its own where nothing else is in it", async () => {
+    const owns = async (queue: number, change: (fn: FakeFunction) => void, multiplier = 4096) => {
+      const fn = new FakeFunction({ queues: 2, multiplier });
+      change(fn);
+      const device = await probe(fn);
+      return device.ownsDoorbellPage(queue, await device.queueLimits(), 4096);
+    };
+    const same = () => {};
+    expect(await owns(0, same)).toBe(true);
+    expect(await owns(1, same)).toBe(true);
+    expect(await owns(2, same)).toBe(false);
+    expect(await owns(0, same, 4)).toBe(false); // the other queue's is in it
+    expect(await owns(0, same, 8192)).toBe(true);
+    expect(await owns(0, (fn) => fn.notifyOff.fill(1))).toBe(false); // the same doorbell
+    expect(await owns(1, (fn) => (fn.notifyOff[1] = 2))).toBe(false); // beyond the area
+    expect(await owns(1, (fn) => (fn.notifyOff[1] = 1), 2048)).toBe(false); // not at its begin
+    // The device configuration, at 0x2000, is named in the middle of the notification area.
+    const overlap = (fn: FakeFunction) => fn.configBytes.set([0, 0x40], FAKE_CAPS.device + 8);
+    expect(await owns(1, overlap)).toBe(false);
+    expect(await owns(0, overlap)).toBe(true);
+  });
+
+  test("a device at which nobody answers is gone, unless it is being reset", async () => {
+    const fn = new FakeFunction();
+    const device = await probe(fn);
+    fn.faults.silent = true;
+    expect(await rejection(device.reset(soon(5)))).toMatchObject({ code: "resetTimedOut" });
+    expect(await rejection(device.status())).toMatchObject({ code: "noDevice" });
+    expect((await device.gone).message).toMatch(/all ones/);
   });
 
   const bent: [string, (bytes: Uint8Array) => void, RegExp][] = [

@@ -5,6 +5,7 @@ import type { DeviceClass } from "../../../src/plugin.ts";
 import { ControlQueue } from "../../../src/virtio/control-queue.ts";
 import { type DeviceState, withEnabled } from "../../../src/virtio/device-state.ts";
 import { encodeDeviceState } from "../../../src/virtio/device-state-codec.ts";
+import { Status } from "../../../src/virtio/features.ts";
 import type { MoverHost } from "../../../src/virtio/mover.ts";
 import { RegistersMover } from "../../../src/virtio/movers/registers.ts";
 import { PciCommand, PciConfig } from "../../../src/virtio/registers.ts";
@@ -191,7 +192,7 @@ describe("receive queues", () => {
     expect(fn.rung).toEqual([1]);
   });
 
-  test("keep a stopped device from memory, until it goes on or is reset", async () => {
+  test("keep a stopped device from memory, until it goes on or is set up anew", async () => {
     const isMaster = (configBytes: Uint8Array) => (configBytes[PciConfig.command]! & PciCommand.busMaster) !== 0;
     const { fn, mover, state } = await frozen();
     expect(isMaster(fn.configBytes)).toBe(false);
@@ -200,7 +201,26 @@ describe("receive queues", () => {
     const other = await frozen();
     expect(isMaster(other.fn.configBytes)).toBe(false);
     await other.mover.reset(soon());
+    expect(isMaster(other.fn.configBytes)).toBe(false);
+    await other.mover.configure(wantedState(2), soon());
     expect(isMaster(other.fn.configBytes)).toBe(true);
+  });
+
+  test("go on with a device that took DRIVER_OK back when it was kept from memory, if it still has its queues", async () => {
+    const { fn, mover, state } = await frozen();
+    // As QEMU's devices do.
+    fn.status &= ~Status.driverOk;
+    await mover.configure(state, soon());
+    expect(fn.statusWrites).toEqual([state.status]);
+    expect(fn.status).toBe(state.status);
+
+    for (const forget of [(one: typeof fn) => (one.queues[1]!.enable = 0), (one: typeof fn) => (one.status = 0x3)]) {
+      const other = await frozen();
+      other.fn.status &= ~Status.driverOk;
+      forget(other.fn);
+      expect((await rejection(other.mover.configure(other.state, soon()))).message).toMatch(/resume at index/);
+      expect(other.fn.statusWrites).toEqual([0]);
+    }
   });
 
   test("keep no later guest from memory, where a stop fails or the process dies that began it", async () => {
@@ -219,8 +239,8 @@ describe("receive queues", () => {
       expect((await rejection(mover.freeze(shrunk, "drained", soon()))).message).toMatch(/memory ends/);
       expect(isMaster()).toBe(false);
       await next.reset(soon());
+      await next.configure(wantedState(2), soon());
       expect(isMaster()).toBe(true);
-      await mover.configure(wantedState(2), soon());
     }
   });
 
