@@ -19,6 +19,7 @@ export class BackChannel implements Disposable {
   private readonly requests = new OperationQueue();
   private answered: ((value: bigint) => void) | undefined;
   private changeWaits = false;
+  private pagesRefused = false;
   private open = true;
 
   /** @param replyAck a reply was negotiated (REPLY_ACK) and is asked for */
@@ -45,10 +46,21 @@ export class BackChannel implements Disposable {
     });
   }
 
-  /** VRING_HOST_NOTIFIER_MSG: the front-end may map the queue's doorbell itself. */
+  /**
+   * VRING_HOST_NOTIFIER_MSG: the front-end may map the queue's doorbell itself. One that does not has been given the function
+   * all the same: its kicks go a way on which nobody can be kept waiting, and which is slower.
+   */
   hostNotifier(queue: number, { fd, offset, size }: DoorbellShare): void {
     const area = VRING_AREA.encode({ queue: BigInt(queue), size, offset });
-    this.enqueue(() => this.ask(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]));
+    this.enqueue(async () => {
+      try {
+        await this.ask(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]);
+      } catch (error) {
+        if (!(error instanceof VhostdError && error.code === "notSupported")) throw error;
+        if (!this.pagesRefused) this.log.warn("the front-end maps no doorbells", slowKicks(error));
+        this.pagesRefused = true;
+      }
+    });
   }
 
   /** Closes the fd. The stream does not end where a successor of this process holds a duplicate. */
@@ -92,4 +104,11 @@ export class BackChannel implements Disposable {
     this.open = false;
     this.answered?.(0n);
   }
+}
+
+function slowKicks(cause: VhostdError): VhostdError {
+  return new VhostdError("notSupported", "its kicks take the slow way, through this daemon", {
+    fix: "start the VMM's device with page-per-vq=on, or add the VF with --no-host-notifier",
+    cause,
+  });
 }

@@ -41,6 +41,8 @@ export class Backend {
   readonly offeredProtocol: bigint;
   readonly memory: GuestMemory;
   readonly rings: readonly Ring[];
+  /** Why memory of the guest was refused, where the function has not run since. */
+  refusedMemory: Error | undefined;
   private statusByte: number;
   /** What the function keeps of a ring between a stop and the start that follows at once, by queue. */
   private readonly inFlight = new Map<number, readonly number[]>();
@@ -210,6 +212,7 @@ export class Backend {
       eventfdsOf(started),
     );
     this.state = next;
+    this.refusedMemory = undefined;
     const used = enabled.length === started.length ? "" : `, ${enabled.length} of them enabled`;
     this.log.info(
       `running with ${started.length} of ${this.rings.length} queues${used}, features 0x${features.toString(16)}`,

@@ -5,7 +5,7 @@ import { fileInfo, pread } from "../native/sys.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 import type { MEMORY_REGION, PayloadOf } from "./messages.ts";
-import { Refusal } from "./refusal.ts";
+import { MemoryRefusal } from "./refusal.ts";
 
 /** A region as the front-end describes it. Bytes; `userAddress` is in the front-end's own address space. */
 export type RegionDescription = PayloadOf<typeof MEMORY_REGION>;
@@ -205,7 +205,7 @@ export class GuestMemory implements RingMemory {
       await this.mapper.mapMemory(region.range, region.fd.number);
     } catch (error) {
       const { iova, size } = region.range;
-      throw new Refusal(`guest memory ${hex(iova)}+${hex(size)} cannot be mapped: ${asError(error).message}`, {
+      throw new MemoryRefusal(`guest memory ${hex(iova)}+${hex(size)} cannot be mapped: ${asError(error).message}`, {
         cause: error,
         ...(error instanceof VhostdError && error.fix !== undefined ? { fix: error.fix } : {}),
       });

@@ -12,6 +12,14 @@ export class Refusal extends VhostdError {
   }
 }
 
+/** Guest memory that cannot be mapped. Setting up needs it: a front-end that is told so gives up, and does not say why. */
+export class MemoryRefusal extends Refusal {
+  constructor(message: string, details: ErrorDetails = {}) {
+    super(message, details);
+    this.name = "MemoryRefusal";
+  }
+}
+
 /** Nothing else that the front-end sets up depends on the message: where it cannot be told, only the log is. */
 export class MinorRefusal extends Refusal {
   constructor(message: string, details: ErrorDetails = {}) {

@@ -8,7 +8,7 @@ import { Backend, FRESH_RECORD } from "./backend.ts";
 import { Connection, type Incoming } from "./connection.ts";
 import { ProtocolFeature, U64 } from "./messages.ts";
 import { parseSessionRecord, type SessionRecord } from "./record.ts";
-import { MinorRefusal, Refusal } from "./refusal.ts";
+import { MemoryRefusal, MinorRefusal, Refusal } from "./refusal.ts";
 import { type Answer, checkMessage, type RequestTable, requestTable, rowOf } from "./requests.ts";
 import { featuresOf, type StateKind } from "./state.ts";
 import type { SessionTarget } from "./target.ts";
@@ -24,7 +24,10 @@ export interface SessionOptions {
   readonly handlerTimeout?: number;
 }
 
-/** Why a session ended. `error` is missing where the front-end hung up or `close` was called. */
+/**
+ * Why a session ended. `error` is missing where the front-end hung up or `close` was called, but for a front-end that hung
+ * up because its memory was refused.
+ */
 export interface SessionEnd {
   readonly reason: string;
   readonly error?: Error;
@@ -172,6 +175,11 @@ export class Session {
     return this.backend.isBehind;
   }
 
+  /** Why memory of the guest was refused, where the function has not run since. */
+  get refusedMemory(): Error | undefined {
+    return this.backend.refusedMemory;
+  }
+
   /** The front-end is told of changes of the configuration space. */
   get hearsOfChanges(): boolean {
     return this.backend.canTellChanges;
@@ -195,13 +203,19 @@ export class Session {
     try {
       for (;;) {
         using message = await this.connection.receive();
-        if (message === undefined) return { reason: "the front-end closed the connection" };
+        if (message === undefined) return this.hungUp();
         await this.operations.run(() => this.handle(message));
         this.awaitQuiet();
       }
     } catch (error) {
-      return failure(error);
+      const isHangUp = error instanceof VhostdError && error.code === "connectionLost";
+      return failure((isHangUp ? this.refusedMemory : undefined) ?? error);
     }
+  }
+
+  private hungUp(): SessionEnd {
+    if (this.refusedMemory !== undefined) return failure(this.refusedMemory);
+    return { reason: "the front-end closed the connection" };
   }
 
   /** The record is written before the answer: whoever comes after us finds what the front-end was told. */
@@ -216,6 +230,9 @@ export class Session {
       const told = this.awaitsReply(message);
       if (!(error instanceof Refusal) || !(told || error instanceof MinorRefusal)) throw error;
       this.backend.chatter.warn(`${row.name} was refused: ${sentence(error)}`);
+      // A guest that runs does without memory that it is given now.
+      const isNeeded = error instanceof MemoryRefusal && this.backend.state.kind !== "running";
+      if (isNeeded) this.backend.refusedMemory = error;
       answer = told ? REFUSED : undefined;
       // Nothing has changed.
       if (error instanceof MinorRefusal) return await this.answer(message, answer);

@@ -361,6 +361,43 @@ test("VRING_HOST_NOTIFIER_MSG carries queue, place and fd of each doorbell", asy
   expect(fileInfo(message!.fds[0]!.number).ino).toBe(fileInfo(doorbell.number).ino);
 });
 
+test("doorbells are given again after each start, and a front-end that maps none is told of once", async () => {
+  using doorbell = memfd("doorbell", 4096);
+  await using pair = connect({ doorbellShare: async () => ({ fd: doorbell.number, offset: 0, size: 4096 }) });
+  const { frontend } = pair;
+  await frontend.negotiate();
+  await frontend.setupMemory(REGIONS);
+  frontend.backendRequests!.reply = 1n;
+  await frontend.startQueues(2, { size: 64 });
+  await frontend.backendRequests!.wait(2);
+  const bases = await frontend.stop({ order: "new" });
+  await frontend.resumeQueues(bases);
+  await frontend.backendRequests!.wait(4);
+  // Answered one after the other.
+  frontend.backendRequests!.reply = 0n;
+  await frontend.stop({ order: "new" });
+  expect(pair.lines.filter((line) => line.includes("maps no doorbells"))).toHaveLength(1);
+  expect(pair.lines.filter((line) => line.includes("could not be told"))).toEqual([]);
+});
+
+test("nothing is given to a front-end that has not negotiated it", async () => {
+  using doorbell = memfd("doorbell", 4096);
+  let asked = 0;
+  await using pair = connect({
+    doorbellShare: async () => {
+      asked++;
+      return { fd: doorbell.number, offset: 0, size: 4096 };
+    },
+  });
+  const { frontend } = pair;
+  const { HOST_NOTIFIER } = ProtocolFeature;
+  await frontend.negotiate({ protocolFeatures: ~featureBits(HOST_NOTIFIER) });
+  await frontend.setupMemory(REGIONS);
+  await frontend.startQueues(1, { size: 64 });
+  expect(frontend.has(HOST_NOTIFIER)).toBe(false);
+  expect(asked).toBe(0);
+});
+
 describe("replies and records", () => {
   test("the record is written before the answer, and not for questions", async () => {
     await using pair = connect();
