@@ -14,13 +14,20 @@ export interface Option {
   readonly help: string;
 }
 
+/** An argument that is no option. The last one of a command may be given several times. */
+export interface Positional {
+  readonly name: string;
+  readonly help: string;
+  readonly multiple?: boolean;
+}
+
 /** A program or one of its commands: what parsing and help are made from. */
 export interface CommandLine<O extends Readonly<Record<string, Option>>> {
   /** As typed: `vfe-vhost-cli vf`. */
   readonly name: string;
   readonly summary: string;
   readonly options: O;
-  readonly positionals?: readonly { readonly name: string; readonly help: string }[];
+  readonly positionals?: readonly Positional[];
   /** Listed in the help; which of them is meant is for the program to find. */
   readonly commands?: readonly { readonly name: string; readonly help: string }[];
   /** Further text of the help. */
@@ -82,7 +89,7 @@ export function parseCommandLine<const O extends Readonly<Record<string, Option>
     throw new UsageError(asError(error).message.split(/\.? To specify|\n/)[0]!, commandLine);
   }
   if ("help" in parsed.values) throw new HelpRequest(formatHelp(commandLine));
-  const taken = commandLine.positionals?.length ?? 0;
+  const taken = commandLine.positionals?.at(-1)?.multiple === true ? Infinity : (commandLine.positionals?.length ?? 0);
   if (parsed.positionals.length > taken) {
     throw new UsageError(`unexpected argument "${parsed.positionals[taken]}"`, commandLine);
   }
@@ -101,7 +108,7 @@ function formatUsage({ name, options, positionals = [], commands }: AnyCommandLi
     ...(exclusive.length === 0 ? [] : [`[${exclusive.join(" | ")}]`]),
     ...others.map((entry) => `[${formatFlag(entry)}]${entry[1].multiple === true ? "…" : ""}`),
     ...(commands === undefined ? [] : ["COMMAND …"]),
-    ...positionals.map((positional) => `[${positional.name}]`),
+    ...positionals.map(({ name: each, multiple }) => `[${each}]${multiple === true ? "…" : ""}`),
   ].join(" ");
 }
 

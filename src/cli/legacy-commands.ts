@@ -51,6 +51,11 @@ const VF_OPTIONS = {
   socket: { type: "string", short: "v", value: "VHOST_SOCKET", help: "of -a: vhost-user socket (/tmp/vf-ADDRESS)" },
   uuid: { type: "string", short: "u", value: "VM_UUID", help: "of -a: the VM; its VFs share one view of its memory" },
   server: { type: "boolean", help: "of -a: listen at the socket instead of connecting to it" },
+  unmanaged: {
+    type: "boolean",
+    help: "of -a: without a PF, by its own registers, not for migration; of -l without DEVICE: those added so",
+  },
+  "no-host-notifier": { type: "boolean", help: "of -a: no front-end is given the function's doorbells to map" },
   ...DAEMON_OPTIONS,
 } as const satisfies Record<string, Option>;
 
@@ -78,7 +83,7 @@ export async function runVf(args: readonly string[]): Promise<number> {
   const [device] = positionals;
   const params = {
     [operation]: true,
-    ...(operation === "list" ? { mgmtpf: device } : { vfdev: device }),
+    ...(operation === "list" ? { mgmtpf: device, unmanaged: values.unmanaged } : { vfdev: device }),
     ...(operation === "add" ? addParams(values) : {}),
     ...(operation === "debug" ? { test_operation: values.operation, size_mode: values["size-mode"] } : {}),
   };
@@ -91,6 +96,8 @@ function addParams(values: OptionValues<typeof VF_OPTIONS>) {
     socket_file: values.socket === undefined || values.socket === "" ? values.socket : resolve(values.socket),
     uuid: values.uuid,
     server: values.server,
+    unmanaged: values.unmanaged,
+    host_notifier: values["no-host-notifier"] === true ? false : undefined,
   };
 }
 

@@ -3,11 +3,12 @@ import Type, { type Static } from "typebox";
 import { asError, errnoText, VhostdError } from "../base/errors.ts";
 import { LOG_LEVELS, type LogLevel } from "../base/log.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import type { VfioInterface } from "../pci/vfio/address-space.ts";
 import { findMismatch } from "../rpc/mismatch.ts";
 import { type LoopbackAddress, parseLoopbackAddress } from "../rpc/tcp-address.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { defaultSocket } from "./default-socket.ts";
-import { parseVmUuid } from "./uuid.ts";
+import { parseVfToken, parseVmUuid } from "./uuid.ts";
 
 /** What the daemon runs with. Paths are absolute. */
 export interface DaemonConfig {
@@ -22,6 +23,12 @@ export interface DaemonConfig {
   readonly plugins: readonly string[];
   /** Where npm names of plugins are resolved from. */
   readonly pluginDirectory: string | undefined;
+  /** What outlives a reboot: the generated vf-token. */
+  readonly stateDirectory: string;
+  /** By which of the kernel's interfaces functions of this machine are opened. */
+  readonly vfioInterface: VfioInterface;
+  /** The secret that PFs and their VFs are opened with; undefined: one that the daemon makes itself. */
+  readonly vfToken: string | undefined;
   /** Added when the daemon starts, PFs first. */
   readonly pfs: readonly PciAddress[];
   readonly vfs: readonly ConfiguredVf[];
@@ -32,8 +39,12 @@ interface ConfiguredVf {
   readonly socket: string;
   readonly mode: "client" | "server";
   readonly uuid?: string;
+  readonly unmanaged?: true;
+  readonly hostNotifier?: false;
 }
 
+export const DEFAULT_STATE_DIRECTORY = "/var/lib/vfe-vhostd";
+export const VFIO_INTERFACES: readonly VfioInterface[] = ["auto", "group", "iommufd"];
 export const DEFAULT_BUS_DIRECTORIES: readonly string[] = ["/sys/bus/pci/devices", "/run/vfe-softvf/devices"];
 
 const exact = { additionalProperties: false } as const;
@@ -49,6 +60,9 @@ const ConfigFile = Type.Object(
     "log-level": Type.Optional(Type.Enum(Object.keys(LOG_LEVELS) as LogLevel[])),
     plugins: Type.Optional(Type.Array(Type.String({ minLength: 1, description: "path or npm name" }))),
     "plugin-directory": Type.Optional(Path),
+    "state-dir": Type.Optional(Path),
+    vfio: Type.Optional(Type.Enum([...VFIO_INTERFACES])),
+    "vf-token": Type.Optional(Type.String({ description: "UUID" })),
     pf: Type.Optional(Type.Array(Type.Object({ device: Device }, exact))),
     vf: Type.Optional(
       Type.Array(
@@ -58,6 +72,8 @@ const ConfigFile = Type.Object(
             socket: Type.Optional(Path),
             uuid: Type.Optional(Type.String({ description: "VM UUID" })),
             mode: Type.Optional(Type.Union([Type.Literal("client"), Type.Literal("server")])),
+            unmanaged: Type.Optional(Type.Boolean()),
+            "host-notifier": Type.Optional(Type.Boolean()),
           },
           exact,
         ),
@@ -74,6 +90,8 @@ export interface ConfigOverrides {
   readonly busDirectories?: readonly string[] | undefined;
   readonly rpcTcp?: string | undefined;
   readonly logLevel?: string | undefined;
+  readonly stateDirectory?: string | undefined;
+  readonly vfio?: string | undefined;
 }
 
 /**
@@ -92,12 +110,16 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
   return {
     runtimeDirectory: resolve(overrides.runtimeDirectory ?? inFile(read["runtime-dir"] ?? DEFAULT_RUNTIME_DIRECTORY)),
     busDirectories: buses.map((path) => resolve(path)),
-    rpcTcp: rpcTcp === undefined ? undefined : parseRpcTcp(rpcTcp),
+    rpcTcp: rpcTcp === undefined ? undefined : atKey("rpc-tcp", overrides.rpcTcp, () => parseLoopbackAddress(rpcTcp)),
     logLevel: overrides.logLevel === undefined ? (read["log-level"] ?? "info") : parseLogLevel(overrides.logLevel),
     plugins: (read.plugins ?? []).map((plugin) => (isPath(plugin) ? inFile(plugin) : plugin)),
     pluginDirectory: read["plugin-directory"] === undefined ? undefined : inFile(read["plugin-directory"]),
+    stateDirectory: resolve(overrides.stateDirectory ?? inFile(read["state-dir"] ?? DEFAULT_STATE_DIRECTORY)),
+    vfioInterface: overrides.vfio === undefined ? (read.vfio ?? "auto") : parseVfioInterface(overrides.vfio),
+    vfToken: atKey("vf-token", undefined, () => parseVfToken(read["vf-token"])),
     pfs: entries("pf", read.pf ?? [], ({ device }) => parsePciAddress(device)),
-    vfs: entries("vf", read.vf ?? [], ({ device, socket, uuid, mode = "client" }) => {
+    vfs: entries("vf", read.vf ?? [], (entry) => {
+      const { device, socket, uuid, mode = "client" } = entry;
       const address = parsePciAddress(device);
       const vm = parseVmUuid(uuid);
       return {
@@ -105,18 +127,21 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
         socket: socket === undefined ? defaultSocket(address) : inFile(socket),
         mode,
         ...(vm === undefined ? {} : { uuid: vm }),
+        ...(entry.unmanaged === true ? { unmanaged: true } : {}),
+        ...(entry["host-notifier"] === false ? { hostNotifier: false } : {}),
       };
     }),
   };
 
-  function parseRpcTcp(address: string): LoopbackAddress {
+  /** What is wrong with a key of the file is said with its place. */
+  function atKey<T>(key: string, override: string | undefined, parse: () => T): T {
     try {
-      return parseLoopbackAddress(address);
+      return parse();
     } catch (error) {
-      if (file === undefined || overrides.rpcTcp !== undefined || !(error instanceof VhostdError)) throw error;
-      const where = place(file, lineOf(text, "rpc-tcp"));
+      if (file === undefined || override !== undefined || !(error instanceof VhostdError)) throw error;
+      const where = place(file, lineOf(text, key));
       const fix = error.fix === undefined ? {} : { fix: error.fix };
-      throw new VhostdError("badArguments", `${where}: key "rpc-tcp": ${error.message}`, { cause: error, ...fix });
+      throw new VhostdError("badArguments", `${where}: key "${key}": ${error.message}`, { cause: error, ...fix });
     }
   }
 
@@ -173,6 +198,14 @@ function parseLogLevel(text: string): LogLevel {
   if (Object.hasOwn(LOG_LEVELS, text)) return text as LogLevel;
   throw new VhostdError("badArguments", `"${text}" is not a log level`, {
     fix: `use one of: ${Object.keys(LOG_LEVELS).join(", ")}`,
+  });
+}
+
+function parseVfioInterface(text: string): VfioInterface {
+  const found = VFIO_INTERFACES.find((name) => name === text);
+  if (found !== undefined) return found;
+  throw new VhostdError("badArguments", `"${text}" is not an interface of VFIO`, {
+    fix: `use one of: ${VFIO_INTERFACES.join(", ")}`,
   });
 }
 

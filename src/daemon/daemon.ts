@@ -4,14 +4,17 @@ import { SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { connectUnix, lockDirectory, peerCredentials, raiseOpenFileLimit } from "../native/sys.ts";
 import { Bus } from "../pci/bus.ts";
+import { addressSpaces } from "../pci/open.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
 import { makeRuntimeDirectory, rpcSocket } from "../runtime-directory.ts";
 import type { DaemonConfig } from "./config.ts";
+import { addConfigured } from "./configured.ts";
 import type { Deadlines } from "./deadlines.ts";
 import { nullKeeper } from "./keeper.ts";
 import { createMethods } from "./methods.ts";
 import { DeviceRegistry } from "./registry.ts";
+import { vfTokenSource } from "./vf-token.ts";
 
 /** Owner and group: whoever may control the daemon. */
 const RPC_SOCKET_MODE = 0o660;
@@ -54,7 +57,12 @@ export class Daemon {
     const directory = config.pluginDirectory;
     const plugins = await PluginRegistry.load(directory === undefined ? sources : { ...sources, directory }, log);
     const bus = new Bus([...config.busDirectories]);
-    const registry = new DeviceRegistry({ bus, plugins, keeper: nullKeeper, log, deadlines: this.deadlines });
+    const spaces = addressSpaces({
+      interface: config.vfioInterface,
+      token: vfTokenSource(config.vfToken, config.stateDirectory),
+      log: log.child("vfio"),
+    });
+    const registry = new DeviceRegistry({ bus, plugins, keeper: nullKeeper, log, spaces, deadlines: this.deadlines });
     this.running.defer(() => this.closeDevices(registry));
 
     const server = new RpcServer(createMethods(registry, log.child("rpc")), {
@@ -67,24 +75,12 @@ export class Daemon {
       const port = await server.listenTcp(config.rpcTcp);
       log.warn(`every local user can control this daemon through TCP ${config.rpcTcp.host}:${port}`);
     }
-    this.configured = this.addConfigured(registry);
+    this.configured = addConfigured(config, bus, registry, log);
   }
 
   /** Serves no more requests, lets go of all functions. Bounded in time; never rejects. */
   async stop(): Promise<void> {
     await this.running.disposeAsync();
-  }
-
-  private async addConfigured(registry: DeviceRegistry): Promise<void> {
-    const each = async (what: string, adding: Promise<unknown>) => {
-      try {
-        await adding;
-      } catch (error) {
-        this.log.error(`${what} of the configuration could not be added`, error);
-      }
-    };
-    await Promise.all(this.config.pfs.map((address) => each(`PF ${address}`, registry.addPf(address))));
-    await Promise.all(this.config.vfs.map((vf) => each(`VF ${vf.address}`, registry.addVf(vf))));
   }
 
   private async closeDevices(registry: DeviceRegistry): Promise<void> {

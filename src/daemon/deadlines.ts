@@ -6,6 +6,8 @@ export const DEADLINES = {
   admin: 10_000,
   /** Reset and close when a function is removed. */
   detach: 3_000,
+  /** A kernel that closes a function resets it, and waits a minute and more for one that does not answer. */
+  close: 10_000,
   /** Features, queues and DRIVER_OK. */
   start: 5_000,
   /** A device gives back what it has taken: its slowest request bounds this. */
@@ -16,6 +18,8 @@ export const DEADLINES = {
   stats: 1_000,
   /** As drain, where the VF is being removed and an operator waits, or where it has been tried before. */
   lastDrain: 5_000,
+  /** Between two attempts to open a function again that was given away. */
+  renew: 5_000,
   /** Status 0 after a session. */
   reset: 5_000,
   /** After a connection that never got to run the next one is taken up later and later: from, and up to. */

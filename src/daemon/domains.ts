@@ -1,18 +1,16 @@
 import type { Json } from "../base/json.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import type { BusEntry } from "../pci/bus.ts";
+import type { TransportKind } from "../pci/bus.ts";
 import { DmaDomain } from "../pci/dma-domain.ts";
-import { createAddressSpace } from "../pci/open.ts";
+import type { AddressSpaces } from "../pci/open.ts";
 import type { Keeper } from "./keeper.ts";
 import { closing, type DomainRecord, parseDomainRecord, RECORD_VERSION } from "./record.ts";
-
-type Transport = BusEntry["transport"]["kind"];
 
 interface Entry {
   readonly domain: DmaDomain;
   users: number;
   readonly vm: string;
-  readonly transport: Transport;
+  readonly transport: TransportKind;
 }
 
 /**
@@ -22,26 +20,29 @@ interface Entry {
 export class DomainTable {
   private readonly domains = new Map<string, Entry>();
 
-  constructor(private readonly keeper: Keeper) {}
+  constructor(
+    private readonly keeper: Keeper,
+    private readonly spaces: AddressSpaces,
+  ) {}
 
   /** The domain's name, for its record. */
-  private static key(vm: string, transport: Transport): string {
+  private static key(vm: string, transport: TransportKind): string {
     return `${transport}/${vm}`;
   }
 
   /** Each acquire is answered by one release. */
-  acquire(vm: string, transport: Transport): DmaDomain {
+  acquire(vm: string, transport: TransportKind): DmaDomain {
     const key = DomainTable.key(vm, transport);
     let entry = this.domains.get(key);
     if (entry === undefined) {
-      entry = { domain: new DmaDomain(createAddressSpace(transport)), users: 0, vm, transport };
+      entry = { domain: new DmaDomain(this.spaces(transport, vm)), users: 0, vm, transport };
       this.domains.set(key, entry);
     }
     entry.users++;
     return entry.domain;
   }
 
-  async release(vm: string, transport: Transport): Promise<void> {
+  async release(vm: string, transport: TransportKind): Promise<void> {
     const key = DomainTable.key(vm, transport);
     const entry = this.domains.get(key);
     if (entry === undefined || --entry.users > 0) return;
@@ -49,7 +50,7 @@ export class DomainTable {
   }
 
   /** Writes the domain's record to the keeper: what is mapped, with the files. One without any needs none. */
-  async checkpoint(vm: string, transport: Transport): Promise<void> {
+  async checkpoint(vm: string, transport: TransportKind): Promise<void> {
     const key = DomainTable.key(vm, transport);
     const domain = this.domains.get(key)?.domain;
     if (domain === undefined) return;
@@ -68,7 +69,7 @@ export class DomainTable {
   revive(value: Json, fds: Map<string, OwnedFd>): void {
     using unused = closing(fds);
     const { vm, transport, domain } = parseDomainRecord(value);
-    const space = createAddressSpace(transport);
+    const space = this.spaces(transport, vm);
     unused.move();
     const revived = DmaDomain.revive(space, domain, fds);
     this.domains.set(DomainTable.key(vm, transport), { domain: revived, users: 0, vm, transport });

@@ -6,8 +6,9 @@ import { defineMethod, type Method } from "../rpc/method.ts";
 import { InternalStatus } from "../virtio/admin/vendor.ts";
 import { FEATURE_NAMES, hasFeature } from "../virtio/features.ts";
 import { defaultSocket } from "./default-socket.ts";
+import type { VfInfo } from "./device-info.ts";
 import { type Devices, queueResults } from "./methods.ts";
-import type { ManualOperation, VfInfo } from "./registry.ts";
+import type { ManualOperation } from "./registry.ts";
 
 /**
  * The methods of the existing stack's clients, answer for answer: `errno` and `errstr` stand inside the result, also
@@ -49,6 +50,8 @@ const VfRequest = Type.Object(
     socket_file: Type.Optional(Type.String({ description: "vhost-user socket" })),
     uuid: Type.Optional(Type.String({ description: "VM UUID" })),
     server: Flag("listen at the socket instead of connecting to it"),
+    unmanaged: Flag("of add: without a PF; of list: all that were added so, where no `mgmtpf` is named"),
+    host_notifier: Flag("of add: false where no front-end may map its doorbells"),
     test_operation: Type.Optional(
       Type.Union([Type.Integer(), Type.String()], {
         description: "of debug: 1 run, 2 quiesce, 3 freeze, 6 status; 4 and 5, logging, are not served",
@@ -108,16 +111,17 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
   switch (operationOf(request, ["add", "remove", "list", "info", "debug"])) {
     case "add": {
       const address = vfAddress(request.vfdev);
-      const { socket_file: socket = defaultSocket(address), uuid, server = false } = request;
-      const options = { address, socket, mode: server ? "server" : "client" } as const;
-      await devices.addVf(uuid === undefined ? options : { ...options, uuid });
+      const { socket_file: socket = defaultSocket(address), uuid = "", server = false } = request;
+      const place = { address, socket, mode: server ? "server" : "client" } as const;
+      const { unmanaged = false, host_notifier: hostNotifier = true } = request;
+      await devices.addVf({ ...place, uuid, unmanaged, hostNotifier });
       return {};
     }
     case "remove":
       await devices.removeVf(vfAddress(request.vfdev));
       return {};
     case "list":
-      return { devices: devices.listVfs(pfAddress(request.mgmtpf)).map(describeVf) };
+      return { devices: listed(devices, request).map(describeVf) };
     case "info":
       return { device: await describeOneVf(devices, vfAddress(request.vfdev)) };
     case "debug": {
@@ -126,6 +130,15 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       return { device: { vf: address, lm_status: String(InternalStatus[status]) } };
     }
   }
+}
+
+function listed(devices: Devices, { mgmtpf, unmanaged = false }: Static<typeof VfRequest>): VfInfo[] {
+  const all = devices.listVfs(
+    unmanaged && mgmtpf === undefined
+      ? undefined
+      : pfAddress(mgmtpf, "give its PCI address, or --unmanaged for those that were added without a PF"),
+  );
+  return unmanaged ? all.filter((vf) => vf.unmanaged) : all;
 }
 
 /** By the numbers of the existing stack. */
@@ -164,8 +177,8 @@ function operationOf<const O extends string>(
   return operation;
 }
 
-function pfAddress(text: string | undefined): PciAddress {
-  if (text === undefined) throw new VhostdError("noPfName", "no PF is named", { fix: "give its PCI address" });
+function pfAddress(text: string | undefined, fix = "give its PCI address"): PciAddress {
+  if (text === undefined) throw new VhostdError("noPfName", "no PF is named", { fix });
   return parsePciAddress(text);
 }
 

@@ -4,7 +4,13 @@ import { type CommandLine, type Option, parseCommandLine } from "../command-line
 import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { VERSION } from "../version.ts";
-import { type DaemonConfig, DEFAULT_BUS_DIRECTORIES, loadConfig } from "./config.ts";
+import {
+  type DaemonConfig,
+  DEFAULT_BUS_DIRECTORIES,
+  DEFAULT_STATE_DIRECTORY,
+  loadConfig,
+  VFIO_INTERFACES,
+} from "./config.ts";
 import type { Deadlines } from "./deadlines.ts";
 
 const OPTIONS = {
@@ -18,6 +24,12 @@ const OPTIONS = {
   },
   "rpc-tcp": { type: "string", value: "HOST:PORT", help: "serve the control interface on loopback TCP too (off)" },
   "log-level": { type: "string", value: "LEVEL", help: `${Object.keys(LOG_LEVELS).join(", ")} (info)` },
+  "state-dir": { type: "string", value: "DIR", help: `what outlives a reboot (${DEFAULT_STATE_DIRECTORY})` },
+  vfio: {
+    type: "string",
+    value: "KIND",
+    help: `how functions of this machine are opened: ${VFIO_INTERFACES.join(", ")} (auto)`,
+  },
   version: { type: "boolean", help: "print the version and exit" },
 } as const satisfies Record<string, Option>;
 
@@ -47,6 +59,8 @@ export async function runDaemon(args: readonly string[], deadlines: Partial<Dead
       busDirectories: values.bus,
       rpcTcp: values["rpc-tcp"],
       logLevel: values["log-level"],
+      stateDirectory: values["state-dir"],
+      vfio: values.vfio,
     });
   } catch (error) {
     process.stderr.write(`${COMMAND_LINE.name}: ${sentence(asError(error))}\n`);

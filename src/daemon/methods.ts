@@ -1,13 +1,14 @@
 import { readdirSync } from "node:fs";
 import Type, { type Static } from "typebox";
-import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import { parsePciAddress } from "../pci/address.ts";
 import type { QueueStats } from "../pci/function.ts";
 import { withDiscovery } from "../rpc/discover.ts";
 import { type Call, defineMethod, type Method } from "../rpc/method.ts";
 import { BUILD_TIME, VERSION } from "../version.ts";
 import { defaultSocket } from "./default-socket.ts";
+import type { PfInfo, VfInfo } from "./device-info.ts";
 import { legacyMethods } from "./legacy-methods.ts";
-import { type DeviceRegistry, MANUAL_OPERATIONS, type PfInfo, type VfInfo } from "./registry.ts";
+import { type DeviceRegistry, MANUAL_OPERATIONS } from "./registry.ts";
 
 /** What the control interface needs of the registry. */
 export type Devices = Pick<
@@ -63,6 +64,15 @@ const Vf = Type.Object({
   mover: Type.Enum(["registers", "vendor", "standard"], { description: "how its state is moved" }),
   managed: Type.Boolean({ description: "its PF can freeze, save and restore it" }),
   unmanaged_reason: Type.Union([Type.String(), Type.Null()], { description: "why it is not managed" }),
+  unmanaged: Type.Boolean({ description: "it was added without a PF" }),
+  host_notifier: Type.Boolean({ description: "a front-end may map its doorbells" }),
+  interface: Type.Union([Type.Enum(["vfio-user", "group", "iommufd"]), Type.Null()], {
+    description: "how the function is reached; group and iommufd are the kernel's",
+  }),
+  iommu_group: Type.Union([Type.Integer(), Type.Null()], { description: "of a function of this machine" }),
+  numa_node: Type.Union([Type.Integer(), Type.Null()], {
+    description: "that it is nearest to, where the machine has some",
+  }),
 });
 
 const Count = (description: string) => Type.Integer({ description });
@@ -135,14 +145,20 @@ function deviceMethods(devices: Devices): Method[] {
           ),
           mode: Type.Optional(Mode),
           uuid: Type.Optional(Type.String({ description: "VM UUID; VFs of one VM share a DMA domain" })),
+          unmanaged: Type.Optional(
+            Type.Boolean({ description: "by its own registers only; it need not be a VF, nor its PF in service" }),
+          ),
+          host_notifier: Type.Optional(
+            Type.Boolean({ description: "false: no front-end is given its doorbells to map; true if not given" }),
+          ),
         },
         exact,
       ),
       result: Vf,
-      async handler({ device, socket, mode = "client", uuid }) {
+      async handler({ device, socket, mode = "client", uuid = "", unmanaged = false, host_notifier = true }) {
         const address = parsePciAddress(device);
-        const options = { address, socket: socket ?? defaultSocket(address), mode };
-        return vfResult(await devices.addVf(uuid === undefined ? options : { ...options, uuid }));
+        const place = { address, socket: socket ?? defaultSocket(address), mode };
+        return vfResult(await devices.addVf({ ...place, uuid, unmanaged, hostNotifier: host_notifier }));
       },
     }),
     defineMethod({
@@ -150,10 +166,17 @@ function deviceMethods(devices: Devices): Method[] {
       changes: () => true,
       summary: "Ends the session of a virtual function and lets go of it.",
       params: DeviceOnly,
-      result: Nothing,
+      result: Type.Object(
+        {
+          warning: Type.Optional(
+            Type.String({ description: "a front-end was given its doorbells, and can go on using it: who that is" }),
+          ),
+        },
+        exact,
+      ),
       async handler({ device }) {
-        await devices.removeVf(parsePciAddress(device));
-        return {};
+        const warning = await devices.removeVf(parsePciAddress(device));
+        return warning === undefined ? {} : { warning };
       },
     }),
     defineMethod({
@@ -162,7 +185,7 @@ function deviceMethods(devices: Devices): Method[] {
       params: Type.Object({ pf: Type.Optional(Device) }, exact),
       result: Type.Object({ vfs: Type.Array(Vf) }),
       handler: ({ pf }) => ({
-        vfs: (pf === undefined ? allVfs(devices) : devices.listVfs(parsePciAddress(pf))).map(vfResult),
+        vfs: devices.listVfs(pf === undefined ? undefined : parsePciAddress(pf)).map(vfResult),
       }),
     }),
     defineMethod({
@@ -244,7 +267,7 @@ function processMethods(devices: Devices): Method[] {
       }),
       async handler({ device }) {
         const queues = device === undefined ? undefined : await devices.vfStats(parsePciAddress(device));
-        const vfs = allVfs(devices);
+        const vfs = devices.listVfs();
         return {
           pfs: devices.listPfs().length,
           vfs: vfs.length,
@@ -271,10 +294,6 @@ function processMethods(devices: Devices): Method[] {
       },
     }),
   ];
-}
-
-function allVfs(devices: Devices): VfInfo[] {
-  return devices.listPfs().flatMap(({ pf }) => devices.listVfs(pf as PciAddress));
 }
 
 function pfResult(info: PfInfo): Static<typeof Pf> {

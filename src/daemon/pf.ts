@@ -1,5 +1,5 @@
 import { Deadline } from "../base/deadline.ts";
-import { VhostdError } from "../base/errors.ts";
+import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
@@ -7,7 +7,7 @@ import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { BusEntry } from "../pci/bus.ts";
 import { DmaDomain } from "../pci/dma-domain.ts";
 import type { PciFunction } from "../pci/function.ts";
-import { createAddressSpace, openFunction, reviveFunction } from "../pci/open.ts";
+import type { AddressSpaces } from "../pci/open.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import { AdminQueue, type AdminQueueState } from "../virtio/admin/admin-queue.ts";
@@ -19,14 +19,18 @@ import { VirtioPciDevice } from "../virtio/pci-device.ts";
 import type { Deadlines } from "./deadlines.ts";
 import { closing, joinFds, type PfRecord, RECORD_VERSION, type Snapshot, takeFds } from "./record.ts";
 import { LOAD_PLUGIN, type VfMover } from "./vf-parts.ts";
+import { whileThere } from "./while-there.ts";
 
 /** What a PF needs of the daemon around it. */
 export interface PfSurroundings {
   readonly plugins: PluginRegistry;
+  readonly spaces: AddressSpaces;
   readonly log: Logger;
   readonly deadlines: Deadlines;
   /** Something has changed for the worse, once and for all. */
   readonly onTrouble: (address: PciAddress, state: "gone" | "admin queue dead", reason: string) => void;
+  /** The function is closed next because it is gone; nothing of it is to be kept. */
+  readonly onGone: (address: PciAddress) => Promise<void>;
 }
 
 /** What a PF can do for its VFs. */
@@ -56,21 +60,34 @@ export class Pf implements AsyncDisposable {
   private closed = false;
   /** Why the function is gone, or null. */
   private lost: string | null = null;
+  private closing: Promise<void> | undefined;
+  /** It was disposed of, and the kernel is still closing it: until this resolves. */
+  late: Promise<void> | undefined;
+  /** Milliseconds. */
+  private readonly closeTimeout: number;
+  private readonly log: Logger;
 
   private constructor(
     readonly address: PciAddress,
     readonly entry: BusEntry,
     private readonly parts: PfParts,
-    { log, onTrouble }: PfSurroundings,
+    { log, onTrouble, onGone, deadlines }: PfSurroundings,
   ) {
-    const { fn, admin } = parts;
+    this.closeTimeout = deadlines.close;
+    const { device, admin } = parts;
     this.deviceClass = parts.deviceClass;
     const own = log.child(`pf ${address}`);
-    void fn.lost.then((reason) => {
+    this.log = own;
+    void device.gone.then((reason) => {
       if (this.closed) return;
       this.lost = reason.message;
       own.error("gone (remove it and add it again)", reason);
       onTrouble(address, "gone", reason.message);
+      // One that is still there is left open until its VFs are gone: closing it resets them.
+      if (reason instanceof VhostdError && reason.code === "io") return;
+      // The kernel that wants it back waits for that, and for whoever else has its fds.
+      const closed = onGone(address).finally(() => this.close());
+      closed.catch((error) => own.warn("not all of it could be let go of", asError(error)));
     });
     if (admin.kind === "none") {
       own.info(`holds its VFs unmanaged: ${admin.reason}`);
@@ -96,8 +113,10 @@ export class Pf implements AsyncDisposable {
     }
     const deadline = Deadline.after(around.deadlines.attach, `attaching ${address}`);
     await using undo = new AsyncDisposableStack();
-    const fn = undo.use(await openFunction(entry, address, deadline));
-    const device = await VirtioPciDevice.probe(fn, deadline);
+    const domain = new DmaDomain(around.spaces(entry.transport.kind, address));
+    undo.defer(() => domain.abandon());
+    const fn = undo.use(await domain.open(entry, deadline));
+    const device = await whileThere(fn, deadline, () => VirtioPciDevice.probe(fn, deadline));
     const deviceClass = around.plugins.deviceClassById(device.virtioId);
     if (deviceClass === undefined) {
       throw new VhostdError(
@@ -108,12 +127,12 @@ export class Pf implements AsyncDisposable {
         },
       );
     }
-    const domain = new DmaDomain(createAddressSpace(entry.transport.kind));
-    undo.defer(() => domain.abandon());
-    await domain.attach(fn);
-    undo.defer(() => domain.detach(fn));
     const answer = Deadline.after(around.deadlines.admin, `the admin queue of ${address}`);
-    const admin = await openAdmin(device, domain, deviceClass, answer);
+    const admin = await whileThere(fn, answer, async () => {
+      await domain.attach(fn);
+      undo.defer(() => domain.detach(fn));
+      return await openAdmin(device, domain, deviceClass, answer);
+    });
     undo.move();
     return new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
   }
@@ -130,12 +149,11 @@ export class Pf implements AsyncDisposable {
     if (deviceClass === undefined) {
       throw new VhostdError("pfDeviceId", `no plugin serves virtio device id ${record.layout.virtioId} any more`);
     }
-    const fn = reviveFunction(entry, address, record.function, takeFds(fds, "function"));
-    undo.defer(() => fn.abandon());
-    const space = createAddressSpace(entry.transport.kind);
+    const space = around.spaces(entry.transport.kind, address);
     const domain = DmaDomain.revive(space, record.domain, takeFds(fds, "domain"));
     undo.defer(() => domain.abandon());
-    domain.adopt(fn);
+    const fn = domain.reviveFunction(entry, record.function, takeFds(fds, "function"));
+    undo.defer(() => fn.abandon());
     const device = new VirtioPciDevice(fn, record.layout);
     const admin = reviveAdmin(device, record.admin, takeFds(fds, "admin"));
     undo.move();
@@ -208,6 +226,21 @@ export class Pf implements AsyncDisposable {
   /** Closes the admin queue and the function. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.closed = true;
+    try {
+      await Deadline.after(this.closeTimeout, `closing ${this.address}`).race(this.close());
+    } catch (error) {
+      if (!(error instanceof VhostdError && error.code === "timedOut")) throw error;
+      this.log.warn("the kernel is still closing it; until then it cannot be opened again", error);
+      this.late = this.close().catch((cause) => this.log.warn("not all of it could be let go of", asError(cause)));
+    }
+  }
+
+  private close(): Promise<void> {
+    this.closing ??= this.closeParts();
+    return this.closing;
+  }
+
+  private async closeParts(): Promise<void> {
     const { fn, domain, admin } = this.parts;
     await using steps = new AsyncDisposableStack();
     steps.defer(() => domain.abandon());

@@ -42,6 +42,8 @@ export type VfRecord = {
     readonly socket: string;
     readonly mode: "client" | "server";
     readonly uuid?: string;
+    readonly unmanaged?: true;
+    readonly hostNotifier?: false;
   };
   readonly function: Json;
   readonly dataPath: Json;
@@ -80,6 +82,8 @@ const VfSchema = Type.Object({
     socket: Type.String(),
     mode: Type.Union([Type.Literal("client"), Type.Literal("server")]),
     uuid: Type.Optional(Type.String()),
+    unmanaged: Type.Optional(Type.Literal(true)),
+    hostNotifier: Type.Optional(Type.Literal(false)),
   }),
   function: Type.Unknown(),
   dataPath: Type.Unknown(),
@@ -105,8 +109,15 @@ export function parseVfRecord(value: Json): VfRecord {
 
 /** What the operator said when the VF was added. */
 export function optionsOf(record: VfRecord): VfOptions {
-  const { address, socket, mode, uuid } = record.options;
-  return { address: parsePciAddress(address), socket, mode, ...(uuid === undefined ? {} : { uuid }) };
+  const { address, socket, mode, uuid, unmanaged, hostNotifier } = record.options;
+  return {
+    address: parsePciAddress(address),
+    socket,
+    mode,
+    ...(uuid === undefined ? {} : { uuid }),
+    ...(unmanaged === undefined ? {} : { unmanaged }),
+    ...(hostNotifier === undefined ? {} : { hostNotifier }),
+  };
 }
 
 /** A part of a live object's state: plain data beside named fds that are borrowed from it. */

@@ -1,5 +1,3 @@
-import { lstatSync } from "node:fs";
-import { isAbsolute, resolve } from "node:path";
 import { VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
@@ -7,61 +5,36 @@ import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { Bus, BusEntry } from "../pci/bus.ts";
 import type { QueueStats } from "../pci/function.ts";
+import { type AddressSpaces, addressSpaces } from "../pci/open.ts";
+import { stillHeld } from "../pci/vfio/still-held.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { DEADLINES, type Deadlines } from "./deadlines.ts";
+import { type PfInfo, pfInfo, type VfInfo, vfInfo } from "./device-info.ts";
 import { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
 import type { OpenRings } from "./open-rings.ts";
-import { Pf, type PfManagement, type PfSurroundings } from "./pf.ts";
-import { closing, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
+import { Pf, type PfSurroundings } from "./pf.ts";
+import { parentMissing, pfMissing, type Slot, stillClosing, vfExists, vfMissing } from "./presence.ts";
+import { closing, optionsOf, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
+import { Renewal } from "./renewal.ts";
+import { checkSocketPath } from "./socket-path.ts";
 import { parseVmUuid } from "./uuid.ts";
-import { Vf, type VfManagement } from "./vf.ts";
-import { controlOwner, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
+import { Vf } from "./vf.ts";
+import { controlOwner, type VfMover, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;
-/** sun_path of unix(7), without the closing zero. */
-const LONGEST_SOCKET_PATH = 107;
-
-export interface PfInfo extends PfManagement {
-  readonly pf: PciAddress;
-  readonly class: string;
-  readonly vfs: number;
-  readonly kind: "software" | "vfio";
-}
-
-export interface VfInfo extends VfManagement {
-  readonly vf: PciAddress;
-  /** False while it waits to be taken up again after a restart. */
-  readonly probed: boolean;
-  readonly class: string;
-  readonly pf: PciAddress | null;
-  readonly msix_num: number;
-  readonly queue_num: number;
-  /** Entries. */
-  readonly queue_size: number;
-  readonly device_feature: bigint;
-  readonly driver_feature: bigint | null;
-  /** Bit to name, of the class's own features. */
-  readonly class_feature_names: Readonly<Record<number, string>>;
-  readonly config: Readonly<Record<string, string>>;
-  readonly vm_uuid: string;
-  readonly socket_file: string;
-  readonly mode: "client" | "server";
-  /** A front-end is connected, or what it left is being undone. */
-  readonly connected: boolean;
-  /** The guest's driver has set DRIVER_OK. */
-  readonly configured: boolean;
-  readonly state: string;
-  readonly reason: string | null;
-}
 
 export interface AddVf {
   readonly address: PciAddress;
   readonly socket: string;
   readonly mode: "client" | "server";
   readonly uuid?: string;
+  /** By its own registers only; it need not be a VF, nor its PF in service. */
+  readonly unmanaged?: boolean;
+  /** A front-end may map its doorbells, where the function lets it. */
+  readonly hostNotifier?: boolean;
 }
 
 /** What an operator may do to the internal status of a managed VF. */
@@ -74,17 +47,26 @@ export interface RegistryEvent {
   readonly [key: string]: Json;
 }
 
-/** A slot is taken as soon as an add begins, so that two adds of one address cannot meet. */
-type Slot<T> = { readonly live: T } | "adding" | "removing";
+/** How a VF without a PF is moved. */
+const UNMANAGED: VfMover = { make: undefined, unmanagedReason: () => "it was added with --unmanaged" };
+
+interface VfSlot {
+  slot: Slot<Vf>;
+  readonly socket: string;
+  /** The PF that it is a VF of; undefined for a function that is none. */
+  readonly pf: PciAddress | undefined;
+}
 
 /** The PFs and VFs of this daemon. Operations on different functions run side by side. */
 export class DeviceRegistry {
   private readonly pfs = new Map<PciAddress, Slot<Pf>>();
-  private readonly vfs = new Map<PciAddress, { slot: Slot<Vf>; readonly socket: string; readonly pf: PciAddress }>();
+  private readonly vfs = new Map<PciAddress, VfSlot>();
   /** Of VFs that were removed, with their VM: a guest that comes back to rings which cannot go on is told so. */
   private readonly lostRings = new Map<PciAddress, { readonly vm: string; readonly rings: OpenRings }>();
   /** Adds that are under way. */
   private readonly adding = new Set<Promise<unknown>>();
+  /** Of VFs whose functions were given away. */
+  private readonly renewals = new Map<PciAddress, Renewal<Vf>>();
   private readonly domains: DomainTable;
   private readonly handlers = new Set<(event: RegistryEvent) => void>();
   private readonly around: VfSurroundings;
@@ -96,11 +78,16 @@ export class DeviceRegistry {
       readonly plugins: PluginRegistry;
       readonly keeper: Keeper;
       readonly log: Logger;
+      /** Those of both transports unless said. */
+      readonly spaces?: AddressSpaces;
       /** Others than the usual ones. */
       readonly deadlines?: Partial<Deadlines>;
+      /** Another way than the usual one to find out who has a function open. */
+      readonly stillHeld?: VfSurroundings["stillHeld"];
     },
   ) {
-    this.domains = new DomainTable(options.keeper);
+    const spaces = options.spaces ?? addressSpaces();
+    this.domains = new DomainTable(options.keeper, spaces);
     const deadlines = { ...DEADLINES, ...options.deadlines };
     this.around = {
       deadlines,
@@ -108,13 +95,22 @@ export class DeviceRegistry {
       keeper: options.keeper,
       log: options.log,
       domains: this.domains,
+      renew: (address) => this.renew(address),
+      stillHeld: async (entry, deadline) => {
+        // The kernel would name this process.
+        if (this.usesGroupOf(entry)) return undefined;
+        return await (options.stillHeld ?? stillHeld)(entry, deadline);
+      },
       onState: ({ address, state, reason }) => this.emit({ type: "vf", vf: address, state: state.name, reason }),
     };
     this.pfSurroundings = {
       deadlines,
+      spaces,
       plugins: options.plugins,
       log: options.log,
       onTrouble: (address, state, reason) => this.emit({ type: "pf", pf: address, state, reason }),
+      // As long as the keeper has its fds, the kernel waits for somebody to let go of it.
+      onGone: (address) => options.keeper.delete(`pf/${address}`),
     };
   }
 
@@ -139,7 +135,7 @@ export class DeviceRegistry {
       throw error;
     }
     this.emit({ type: "pf", pf: address, state: "added" });
-    return this.pfInfo(this.livePf(address));
+    return this.infoOfPf(this.livePf(address));
   }
 
   /** @throws VhostdError pfHasVfs, pfNotFound */
@@ -160,13 +156,15 @@ export class DeviceRegistry {
       await pf[Symbol.asyncDispose]();
       await this.options.keeper.delete(`pf/${address}`);
     } finally {
-      this.pfs.delete(address);
+      // Opened again meanwhile it would not be a fresh one.
+      if (pf.late === undefined) this.pfs.delete(address);
+      else void pf.late.then(() => this.pfs.delete(address));
     }
     this.emit({ type: "pf", pf: address, state: "removed" });
   }
 
   listPfs(): PfInfo[] {
-    return [...this.pfs.values()].flatMap((slot) => (typeof slot === "string" ? [] : [this.pfInfo(slot.live)]));
+    return [...this.pfs.values()].flatMap((slot) => (typeof slot === "string" ? [] : [this.infoOfPf(slot.live)]));
   }
 
   /** @throws VhostdError vfExists, socketInUse, socketPath, limitExceeded, vfNotFound, pfNotFound, or what attaching throws */
@@ -176,49 +174,58 @@ export class DeviceRegistry {
 
   private async attachVf(wanted: AddVf): Promise<VfInfo> {
     const { address } = wanted;
-    if (this.vfs.has(address)) throw this.vfExists(address);
+    if (this.vfs.has(address)) throw vfExists(address, this.vfs.get(address)?.slot);
     const uuid = parseVmUuid(wanted.uuid);
     const options: VfOptions = {
       address,
       socket: this.checkSocket(wanted.socket),
       mode: wanted.mode,
       ...(uuid === undefined ? {} : { uuid }),
+      ...(wanted.unmanaged === true ? { unmanaged: true } : {}),
+      ...(wanted.hostNotifier === false ? { hostNotifier: false } : {}),
     };
     if (this.vfs.size >= MOST_VFS)
       throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
     const entry = await this.find(address, "vfNotFound");
-    const pf = this.checkParent(address, entry);
-    const parent = await this.find(pf, "pfNotFound");
+    const parent = await this.parentOf(options, entry);
     // Looked up while others may have run: the slot is taken without a wait in between.
-    if (this.vfs.has(address)) throw this.vfExists(address);
+    if (this.vfs.has(address)) throw vfExists(address, this.vfs.get(address)?.slot);
     this.checkSocket(options.socket);
-    this.livePf(pf);
-    this.vfs.set(address, { slot: "adding", socket: options.socket, pf });
+    if (options.unmanaged === true) this.checkUnmanaged(address, entry);
+    const mover = this.moverOf(options, parent);
+    const place = { socket: options.socket, pf: entry.physfn };
+    this.vfs.set(address, { slot: "adding", ...place });
     let vf: Vf;
     try {
-      const mover = this.livePf(pf).moverFor(address, parent);
       const lost = this.lostRings.get(address);
       // Another VM has rings of its own.
       const rings = lost?.vm === guestOf(options) ? lost.rings : undefined;
-      vf = await Vf.attach(options, entry, mover, this.around, rings);
+      vf = await Vf.attach(options, entry, mover, this.around, { rings });
     } catch (error) {
       this.vfs.delete(address);
       throw error;
     }
     this.lostRings.delete(address);
-    this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf });
-    return this.infoOf(vf);
+    this.vfs.set(address, { slot: { live: vf }, ...place });
+    return vfInfo(vf);
   }
 
-  /** @throws VhostdError vfNotFound */
-  async removeVf(address: PciAddress): Promise<void> {
+  /**
+   * @returns a warning, where its function was given away and somebody can go on using it
+   * @throws VhostdError vfNotFound, busy
+   */
+  async removeVf(address: PciAddress): Promise<string | undefined> {
+    await this.renewals.get(address)?.end();
+    this.renewals.delete(address);
     const vf = this.liveVf(address);
     const entry = this.vfs.get(address);
     if (entry !== undefined) entry.slot = "removing";
     try {
-      await vf.remove();
+      return await vf.remove();
     } finally {
-      this.vfs.delete(address);
+      // Opened again meanwhile it would not be a fresh one.
+      if (vf.closing === undefined) this.vfs.delete(address);
+      else void vf.closing.then(() => this.vfs.delete(address));
       if (vf.rings.trouble !== undefined) this.lostRings.set(address, { vm: guestOf(vf.options), rings: vf.rings });
     }
   }
@@ -231,18 +238,16 @@ export class DeviceRegistry {
     return await this.liveVf(address).move(operation === "status" ? undefined : MANUAL_STATUS[operation]);
   }
 
-  /** The VFs of one PF. @throws VhostdError pfNotFound */
-  listVfs(pf: PciAddress): VfInfo[] {
-    this.livePf(pf);
-    return this.addressesOf(pf).flatMap((address) => {
-      const slot = this.vfs.get(address)?.slot;
-      return slot === undefined || typeof slot === "string" ? [] : [this.infoOf(slot.live)];
-    });
+  /** The VFs of one PF, or all of them. @throws VhostdError pfNotFound */
+  listVfs(pf?: PciAddress): VfInfo[] {
+    if (pf !== undefined) this.livePf(pf);
+    const vfs = [...this.vfs.values()].filter((vf) => pf === undefined || vf.pf === pf);
+    return vfs.flatMap(({ slot }) => (typeof slot === "string" ? [] : [vfInfo(slot.live)]));
   }
 
   /** @throws VhostdError vfNotFound */
   vfInfo(address: PciAddress): VfInfo {
-    return this.infoOf(this.liveVf(address));
+    return vfInfo(this.liveVf(address));
   }
 
   /**
@@ -292,6 +297,7 @@ export class DeviceRegistry {
 
   /** Drops every live object without a word to any function: what the death of the process does. */
   async abandon(): Promise<void> {
+    await Promise.all([...this.renewals.values()].map((renewal) => renewal.end()));
     for (const { slot } of this.vfs.values()) if (typeof slot !== "string") await slot.live.abandon();
     for (const slot of this.pfs.values()) if (typeof slot !== "string") slot.live.abandon();
     this.domains.abandon();
@@ -313,10 +319,49 @@ export class DeviceRegistry {
   private async reviveVf(record: VfRecord, fds: Map<string, OwnedFd>): Promise<void> {
     const address = parsePciAddress(record.options.address);
     const entry = await this.find(address, "vfNotFound");
-    const pf = this.checkParent(address, entry);
-    const parent = await this.find(pf, "pfNotFound");
-    const vf = await Vf.revive(entry, record, fds, this.livePf(pf).moverFor(address, parent), this.around);
-    this.vfs.set(address, { slot: { live: vf }, socket: record.options.socket, pf });
+    const options = optionsOf(record);
+    const parent = await this.parentOf(options, entry);
+    const vf = await Vf.revive(entry, record, fds, this.moverOf(options, parent), this.around);
+    this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf: entry.physfn });
+  }
+
+  /** Opens the function of a VF again, which serves nobody any more, until it is open or the VF is removed. */
+  private renew(address: PciAddress): void {
+    const entry = this.vfs.get(address);
+    // Who removes it closes it.
+    if (entry === undefined || typeof entry.slot === "string") return;
+    const old = entry.slot.live;
+    const renewal = new Renewal({
+      old,
+      open: () => this.openAgain(old),
+      onOpened: (live) => {
+        this.renewals.delete(address);
+        entry.slot = { live };
+      },
+      log: this.options.log.child(`vf ${address}`),
+      interval: this.around.deadlines.renew,
+    });
+    this.renewals.set(address, renewal);
+  }
+
+  private async openAgain({ address, options, before }: Vf): Promise<Vf> {
+    const entry = await this.find(address, "vfNotFound");
+    const mover = this.moverOf(options, await this.parentOf(options, entry));
+    // Who removes it waits for an attempt.
+    const deadlines = { ...this.around.deadlines, attach: this.around.deadlines.close };
+    return await Vf.attach(options, entry, mover, { ...this.around, deadlines }, before);
+  }
+
+  private usesGroupOf({ address, transport }: BusEntry): boolean {
+    const live = [...this.vfs.values(), ...[...this.pfs.values()].map((slot) => ({ slot }))];
+    const entries = live.flatMap(({ slot }) => (typeof slot === "string" ? [] : [slot.live.entry]));
+    return entries.some(
+      (other) =>
+        other.address !== address &&
+        transport.kind === "vfio" &&
+        other.transport.kind === "vfio" &&
+        other.transport.group === transport.group,
+    );
   }
 
   private emit(event: RegistryEvent): void {
@@ -343,8 +388,20 @@ export class DeviceRegistry {
   }
 
   private checkNewPf(address: PciAddress): void {
+    if (this.vfs.has(address)) {
+      throw new VhostdError("pfExists", `${address} serves a guest itself, added with "vf -a … --unmanaged"`, {
+        fix: `remove it there first: vfe-vhost-cli vf -r ${address}`,
+      });
+    }
+    const [vf] = this.addressesOf(address);
+    if (vf !== undefined && !this.pfs.has(address)) {
+      throw new VhostdError("busy", `VF ${vf} of ${address} is in service: opening the PF would reset it`, {
+        fix: `remove its VFs first (vfe-vhost-cli vf -r ${vf}), and add them after the PF`,
+      });
+    }
     const slot = this.pfs.get(address);
     if (slot === undefined) return;
+    if (slot === "removing") throw stillClosing(`PF ${address}`);
     const gone = typeof slot === "string" ? null : slot.live.reason;
     throw new VhostdError(
       "pfExists",
@@ -355,44 +412,48 @@ export class DeviceRegistry {
     );
   }
 
-  private vfExists(address: PciAddress): VhostdError {
-    return new VhostdError("vfExists", `VF ${address} has been added already`, {
-      fix: `nothing is to be done, or remove it first: vfe-vhost-cli vf -r ${address}`,
+  /**
+   * The PF by which a VF is managed; undefined for one that is added unmanaged.
+   * @throws VhostdError vfNotFound where it is no VF, pfNotFound, busy
+   */
+  private async parentOf({ address, unmanaged }: VfOptions, entry: BusEntry): Promise<BusEntry | undefined> {
+    const { physfn } = entry;
+    if (this.pfs.has(address)) {
+      throw new VhostdError("vfNotFound", `${address} is in service as a PF`, {
+        fix: `remove it there first: vfe-vhost-cli mgmtpf -r ${address}`,
+      });
+    }
+    if (unmanaged === true) return undefined;
+    if (physfn === undefined) {
+      throw new VhostdError("vfNotFound", `${address} is not a virtual function`, {
+        fix: 'PFs are added with "mgmtpf -a"; a function that serves a guest itself with "vf -a … --unmanaged"',
+      });
+    }
+    if (!this.pfs.has(physfn)) throw parentMissing(entry, physfn);
+    return await this.find(physfn, "pfNotFound");
+  }
+
+  /**
+   * The kernel resets a PF that is opened or closed, and its VFs with it; who has a PF can reset it at any time.
+   * @throws VhostdError busy
+   */
+  private checkUnmanaged(address: PciAddress, { physfn, virtfns }: BusEntry): void {
+    if (physfn !== undefined && typeof this.pfs.get(physfn) === "string") this.livePf(physfn);
+    if (virtfns.size === 0) return;
+    throw new VhostdError("busy", `${address} has ${virtfns.size} VFs: a guest that has it could reset them`, {
+      fix: `take its VFs away first (vfe-vhost-cli sriov ${address} 0), or serve those`,
     });
   }
 
-  private checkParent(address: PciAddress, entry: BusEntry): PciAddress {
-    if (entry.physfn === undefined) {
-      throw new VhostdError("vfNotFound", `${address} is not a virtual function`, {
-        fix: 'PFs are added with "mgmtpf -a"',
-      });
-    }
-    this.livePf(entry.physfn);
-    return entry.physfn;
+  /** @throws VhostdError pfNotFound, vfIndex, busy */
+  private moverOf({ address }: VfOptions, parent: BusEntry | undefined): VfMover {
+    if (parent === undefined) return UNMANAGED;
+    return this.livePf(parent.address).moverFor(address, parent);
   }
 
   /** The path in its shortest form. @throws VhostdError badArguments, socketPath, socketInUse */
   private checkSocket(path: string): string {
-    if (!isAbsolute(path)) {
-      throw new VhostdError("badArguments", `the socket path ${JSON.stringify(path)} is not absolute`, {
-        fix: "give the whole path: the working directory of the daemon is its own matter",
-      });
-    }
-    const socket = resolve(path);
-    const there = lstatSync(socket, { throwIfNoEntry: false });
-    if (there !== undefined && !there.isSocket()) {
-      throw new VhostdError("socketPath", `${socket} is there and is no socket`, { fix: "give another path" });
-    }
-    const length = Buffer.byteLength(socket);
-    if (length > LONGEST_SOCKET_PATH) {
-      throw new VhostdError(
-        "socketPath",
-        `the socket path has ${length} bytes, a unix socket takes ${LONGEST_SOCKET_PATH}`,
-        {
-          fix: "use a shorter path",
-        },
-      );
-    }
+    const socket = checkSocketPath(path);
     for (const [address, vf] of this.vfs) {
       if (vf.socket !== socket) continue;
       throw new VhostdError("socketInUse", `${socket} is the socket of VF ${address} already`, {
@@ -402,6 +463,10 @@ export class DeviceRegistry {
     return socket;
   }
 
+  private infoOfPf(pf: Pf): PfInfo {
+    return pfInfo(pf, this.addressesOf(pf.address).length);
+  }
+
   private addressesOf(pf: PciAddress): PciAddress[] {
     return [...this.vfs].filter(([, vf]) => vf.pf === pf).map(([address]) => address);
   }
@@ -409,13 +474,9 @@ export class DeviceRegistry {
   private livePf(address: PciAddress): Pf {
     const slot = this.pfs.get(address);
     if (slot === undefined) {
-      const parent = this.vfs.get(address)?.pf;
-      if (parent !== undefined) {
-        throw new VhostdError("pfNotFound", `${address} is a VF of PF ${parent}`, { fix: `name the PF, ${parent}` });
-      }
-      throw new VhostdError("pfNotFound", `PF ${address} has not been added`, {
-        fix: `vfe-vhost-cli mgmtpf -a ${address}`,
-      });
+      const vf = this.vfs.get(address);
+      const parent = vf?.pf !== undefined && this.pfs.has(vf.pf) ? vf.pf : undefined;
+      throw pfMissing(address, parent, vf === undefined ? this.addressesOf(address)[0] : address);
     }
     if (typeof slot === "string")
       throw new VhostdError("busy", `PF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
@@ -424,49 +485,10 @@ export class DeviceRegistry {
 
   private liveVf(address: PciAddress): Vf {
     const slot = this.vfs.get(address)?.slot;
-    if (slot === undefined) {
-      throw new VhostdError("vfNotFound", `VF ${address} has not been added`, {
-        fix: `add it with "vfe-vhost-cli vf -a ${address}"; "vf -l" lists those of a PF`,
-      });
-    }
+    if (slot === undefined) throw vfMissing(address);
     if (typeof slot === "string")
       throw new VhostdError("busy", `VF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
     return slot.live;
-  }
-
-  private pfInfo(pf: Pf): PfInfo {
-    return {
-      pf: pf.address,
-      class: pf.deviceClass.name,
-      vfs: this.addressesOf(pf.address).length,
-      kind: pf.entry.transport.kind === "vfio-user" ? "software" : "vfio",
-      ...pf.management,
-    };
-  }
-
-  private infoOf(vf: Vf): VfInfo {
-    const { state, options } = vf;
-    return {
-      vf: vf.address,
-      probed: state.name !== "adopting",
-      class: vf.deviceClass.name,
-      pf: vf.pf ?? null,
-      msix_num: vf.vectors,
-      queue_num: vf.queues,
-      queue_size: vf.queueSizeMax(0),
-      device_feature: vf.deviceFeatures,
-      driver_feature: vf.driverFeatures,
-      class_feature_names: vf.deviceClass.features.names,
-      config: vf.columns,
-      vm_uuid: options.uuid ?? "",
-      socket_file: options.socket,
-      mode: options.mode,
-      connected: vf.connected,
-      configured: state.name === "running",
-      state: state.name,
-      reason: vf.reason,
-      ...vf.management,
-    };
   }
 }
 

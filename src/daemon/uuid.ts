@@ -16,3 +16,17 @@ export function parseVmUuid(text: string | undefined): string | undefined {
     fix: "give the UUID of the VM as libvirt shows it, 8-4-4-4-12 hexadecimal digits, or leave it out",
   });
 }
+
+/**
+ * A vf-token in its canonical form.
+ * @returns undefined where none was given
+ * @throws VhostdError badArguments
+ */
+export function parseVfToken(text: string | undefined): string | undefined {
+  const token = text?.toLowerCase();
+  if (token === undefined || UUID.test(token)) return token;
+  // Not the text itself: it is a secret, if a misspelt one.
+  throw new VhostdError("badArguments", "the vf-token is not a UUID", {
+    fix: "give 8-4-4-4-12 hexadecimal digits (uuidgen makes one), or leave it out",
+  });
+}

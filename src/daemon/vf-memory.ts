@@ -25,6 +25,11 @@ export class VfMemory {
     await this.checkpoint();
   }
 
+  /** A map that is under way ends before its next piece: nobody wants the rest. */
+  giveUp(): void {
+    this.domain.giveUp(this.owner);
+  }
+
   /** Whatever is left of it. */
   async clear(): Promise<void> {
     await this.domain.releaseAll(this.owner);

@@ -6,7 +6,6 @@ import type { PciAddress } from "../pci/address.ts";
 import type { BusEntry } from "../pci/bus.ts";
 import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { PciFunction } from "../pci/function.ts";
-import { openFunction, reviveFunction } from "../pci/open.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import type { Endpoint } from "../vhost-user/endpoint.ts";
@@ -18,6 +17,7 @@ import type { DomainTable } from "./domains.ts";
 import type { Keeper } from "./keeper.ts";
 import { takeFds, type VfRecord } from "./record.ts";
 import type { VfState } from "./vf-state.ts";
+import { whileThere } from "./while-there.ts";
 
 const EADDRINUSE = 98;
 
@@ -34,6 +34,10 @@ export interface VfSurroundings {
     readonly state: VfState;
     readonly reason: string | null;
   }) => void;
+  /** A VF whose function was given away serves nobody any more, and is to be opened again. */
+  readonly renew: (vf: PciAddress) => void;
+  /** Who else has a function open that was closed here, in words; undefined where nobody is known. Never rejects. */
+  readonly stillHeld: (entry: BusEntry, deadline: Deadline) => Promise<string | undefined>;
 }
 
 export interface VfOptions {
@@ -44,6 +48,10 @@ export interface VfOptions {
   readonly mode: "client" | "server";
   /** UUID of the VM: VFs with the same one share guest memory. */
   readonly uuid?: string;
+  /** It is moved by its own registers only, and has no PF in service. */
+  readonly unmanaged?: true;
+  /** Where false no front-end is given its doorbells. */
+  readonly hostNotifier?: false;
 }
 
 /** How a VF's PF lets its state be moved. */
@@ -80,20 +88,24 @@ export async function openParts(
   undo: AsyncDisposableStack,
   deadline: Deadline,
 ): Promise<VfParts> {
-  const fn = undo.use(await openFunction(entry, options.address, deadline));
-  const dataPath = await DataPath.open(fn, classLookup(options, around), deadline, mover.make);
-  undo.defer(() => dataPath.abandon());
-  logNotices(dataPath, options, around);
-  const { deviceClass } = dataPath;
-  const config = await readConfig(dataPath);
   const domain = acquireDomain(options, entry, around, undo);
-  const releaseControl = controlRelease(options, entry, domain, around);
-  undo.defer(releaseControl);
-  await domain.attach(fn);
-  undo.defer(() => domain.detach(fn));
-  await dataPath.openControl(domain, controlOwner(options.address), configValues(deviceClass.configSpace, config));
-  if (dataPath.controlQueue !== undefined) await around.domains.checkpoint(vmOf(options), entry.transport.kind);
-  return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
+  const fn = undo.use(await domain.open(entry, deadline));
+  return await whileThere(fn, deadline, async () => {
+    const dataPath = await DataPath.open(fn, classLookup(options, around), deadline, mover.make);
+    undo.defer(() => dataPath.abandon());
+    logNotices(dataPath, options, around);
+    const { deviceClass } = dataPath;
+    const config = await deadline.race(readConfig(dataPath));
+    const releaseControl = controlRelease(options, entry, domain, around);
+    undo.defer(releaseControl);
+    deadline.check();
+    await domain.attach(fn);
+    undo.defer(() => domain.detach(fn));
+    deadline.check();
+    await dataPath.openControl(domain, controlOwner(options.address), configValues(deviceClass.configSpace, config));
+    if (dataPath.controlQueue !== undefined) await around.domains.checkpoint(vmOf(options), entry.transport.kind);
+    return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
+  });
 }
 
 /**
@@ -110,7 +122,8 @@ export async function reviveParts(
   around: VfSurroundings,
   undo: AsyncDisposableStack,
 ): Promise<VfParts> {
-  const fn = reviveFunction(entry, options.address, record.function, takeFds(fds, "function"));
+  const domain = acquireDomain(options, entry, around, undo);
+  const fn = domain.reviveFunction(entry, record.function, takeFds(fds, "function"));
   undo.defer(() => fn.abandon());
   const own = takeFds(fds, "dataPath");
   const dataPath = DataPath.revive(fn, record.dataPath, own, classLookup(options, around), mover.make);
@@ -118,10 +131,32 @@ export async function reviveParts(
   logNotices(dataPath, options, around);
   const { deviceClass } = dataPath;
   const config = await readConfig(dataPath);
-  const domain = acquireDomain(options, entry, around, undo);
-  domain.adopt(fn);
   const releaseControl = controlRelease(options, entry, domain, around);
   return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
+}
+
+/**
+ * Lets go of all of it, in this order: it reaches no memory any more, the daemon's own memory is unmapped, the function is
+ * closed, its domain is released (and with it what its kernel has mapped, where it was the last). All steps are taken,
+ * also where one fails.
+ * @param reset taken first
+ * @throws VhostdError what could not be done
+ */
+export async function closeParts(
+  options: VfOptions,
+  { entry, fn, dataPath, domain, releaseControl }: VfParts,
+  { domains, keeper }: VfSurroundings,
+  reset: () => Promise<void>,
+): Promise<void> {
+  await using steps = new AsyncDisposableStack();
+  steps.defer(() => domains.release(vmOf(options), entry.transport.kind));
+  steps.use(fn);
+  // Not after it: closing may take long, and as long as the keeper has its fds it is not closed.
+  steps.defer(() => keeper.delete(vfKey(options.address)));
+  steps.defer(releaseControl);
+  steps.defer(() => domain.detach(fn));
+  steps.defer(reset);
+  steps.defer(() => dataPath.abandon());
 }
 
 /** What to do about a device that no plugin serves. */
@@ -176,6 +211,11 @@ function acquireDomain(
   const domain = domains.acquire(vm, transport);
   undo.defer(() => domains.release(vm, transport));
   return domain;
+}
+
+/** The name of a VF's record. */
+export function vfKey(address: PciAddress): string {
+  return `vf/${address}`;
 }
 
 /** The name of the VM whose memory this VF may reach. */

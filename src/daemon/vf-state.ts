@@ -15,15 +15,15 @@ export type VfState =
 
 type Name = VfState["name"];
 
-/** What may follow what. `failed` is left by removing the VF only. */
+/** What may follow what. `failed` is left by removing the VF only; `attaching` again while it is opened again. */
 const NEXT: Readonly<Record<Name, readonly Name[]>> = {
-  attaching: ["idle", "failed", "absent"],
+  attaching: ["idle", "detaching", "failed", "absent"],
   adopting: ["idle", "running", "failed", "absent"],
-  idle: ["configuring", "detaching", "failed"],
+  idle: ["configuring", "attaching", "detaching", "failed"],
   configuring: ["running", "stopping", "failed"],
   running: ["stopping", "failed"],
   stopping: ["idle", "failed"],
-  failed: ["detaching"],
+  failed: ["detaching", "absent"],
   detaching: ["absent"],
   absent: [],
 };

@@ -4,17 +4,13 @@ import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import type { PciAddress } from "../pci/address.ts";
-import type { DmaRange } from "../pci/address-space.ts";
 import type { BusEntry } from "../pci/bus.ts";
+import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { QueueStats } from "../pci/function.ts";
-import type { DeviceClass } from "../plugin.ts";
 import type { SessionEnd } from "../vhost-user/session.ts";
-import type { RingEventfds, SessionTarget } from "../vhost-user/target.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
-import type { DataPathFailure } from "../virtio/data-path.ts";
-import type { DeviceState } from "../virtio/device-state.ts";
-import type { FreezeMode, StateMover } from "../virtio/mover.ts";
-import type { RingMemory } from "../virtio/split-ring.ts";
+import type { DeviceFailure } from "../virtio/device-watch.ts";
+import type { StateMover } from "../virtio/mover.ts";
 import { configColumns } from "./config-columns.ts";
 import { FrontEnds } from "./front-ends.ts";
 import { Link, type LinkBefore } from "./link.ts";
@@ -23,18 +19,21 @@ import { OpenRings } from "./open-rings.ts";
 import { Patience } from "./patience.ts";
 import { askQueueStats } from "./queue-statistics.ts";
 import { closing, joinFds, optionsOf, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
+import type { VfBefore } from "./renewal.ts";
 import { VfMemory } from "./vf-memory.ts";
 import {
+  closeParts,
   openParts,
   reviveParts,
-  usableQueues,
   type VfMover,
   type VfOptions,
   type VfParts,
   type VfSurroundings,
+  vfKey,
   vmOf,
 } from "./vf-parts.ts";
 import { checkTransition, type VfState } from "./vf-state.ts";
+import { VfTarget } from "./vf-target.ts";
 
 export interface VfManagement {
   readonly mover: StateMover["kind"];
@@ -43,12 +42,13 @@ export interface VfManagement {
   readonly unmanaged_reason: string | null;
 }
 
-/** One virtual function in the daemon's hands: its life cycle, and what a session may do with it. */
-export class Vf implements SessionTarget {
+/** One virtual function in the daemon's hands: its life cycle. */
+export class Vf {
   private current: VfState;
   /** Why the device asks for a reset, or why the last front-end was turned away; undefined where all is well. */
   private trouble: string | undefined;
-  private configHandler: () => void = () => {};
+  /** Why its function is not open again yet. */
+  private hindrance: string | undefined;
   private readonly operations = new OperationQueue();
   private readonly log: Logger;
   private readonly frontEnds: FrontEnds;
@@ -56,11 +56,11 @@ export class Vf implements SessionTarget {
   private readonly manual: ManualStatus;
   private readonly memory: VfMemory;
   private readonly link: Link;
-
-  readonly deviceClass: DeviceClass;
-  readonly deviceFeatures: bigint;
-  readonly queues: number;
-  readonly dirtyTracking = false;
+  private lettingGo: Promise<void> | undefined;
+  /** After `remove`: settles when the function is closed, where that goes on still. */
+  closing: Promise<void> | undefined;
+  /** What a session may do with it. */
+  readonly target: VfTarget;
 
   private constructor(
     readonly options: VfOptions,
@@ -73,26 +73,24 @@ export class Vf implements SessionTarget {
   ) {
     this.current = state;
     this.log = around.log.child(`vf ${options.address}`);
-    this.deviceClass = parts.deviceClass;
-    this.deviceFeatures = parts.dataPath.features;
-    this.queues = usableQueues(parts);
     this.patience = new Patience(around.deadlines.lastDrain);
     this.manual = this.makeManual();
     this.memory = new VfMemory(options.address, parts.domain, () =>
       around.domains.checkpoint(vmOf(options), parts.entry.transport.kind),
     );
+    this.target = this.makeTarget();
     this.link = this.makeLink(link);
     this.frontEnds = new FrontEnds({
       place: options,
       deadlines: around.deadlines,
       log: this.log,
-      target: this,
+      target: this.target,
       welcomes: (pid) => this.link.welcomes(pid),
       onEnd: (end) => this.onSessionEnd(end),
       onFailure: (error) => this.onSessionFailure(error),
     });
     parts.dataPath.onConfigChange(() => {
-      this.configHandler();
+      this.target.configChanged();
       void this.link.look();
     });
     parts.dataPath.onFailure((reason) => this.onFailure(reason));
@@ -100,7 +98,7 @@ export class Vf implements SessionTarget {
 
   /**
    * Opens the function, resets it and begins to look for the front-end.
-   * @param rings what is known of the rings that it ran when it was here before
+   * @param before what is known of it where it was here before
    * @throws VhostdError; nothing is left behind then
    */
   static async attach(
@@ -108,18 +106,23 @@ export class Vf implements SessionTarget {
     entry: BusEntry,
     mover: VfMover,
     around: VfSurroundings,
-    rings?: OpenRings,
+    before: VfBefore = {},
   ): Promise<Vf> {
     const deadline = Deadline.after(around.deadlines.attach, `attaching ${options.address}`);
     await using undo = new AsyncDisposableStack();
     const parts = await openParts(options, entry, mover, around, undo, deadline);
-    const own = rings ?? new OpenRings(parts.deviceClass);
-    const vf = new Vf(options, parts, around, { name: "attaching" }, own, parts);
+    const rings = before.rings ?? new OpenRings(parts.deviceClass);
+    const link = before.link === undefined ? parts : { record: before.link };
+    const vf = new Vf(options, parts, around, { name: "attaching" }, rings, link);
+    vf.trouble = before.trouble;
     undo.defer(() => around.keeper.delete(vf.key));
     undo.defer(() => vf.vanish());
     await vf.checkpoint();
+    // It may have got lost meanwhile.
+    vf.checkUsable();
     vf.frontEnds.start();
     vf.become({ name: "idle" });
+    if (before.link !== undefined) void vf.link.look();
     undo.move();
     return vf;
   }
@@ -168,8 +171,10 @@ export class Vf implements SessionTarget {
 
   /** What is wrong with the function or was with its last front-end, or null. */
   get reason(): string | null {
+    if (this.hindrance !== undefined) return this.hindrance;
     if (this.current.name === "failed") return this.current.reason;
-    const trouble = this.trouble ?? this.link.trouble;
+    const refused = this.frontEnds.session?.refusedMemory;
+    const trouble = this.trouble ?? (refused === undefined ? this.link.trouble : sentence(refused));
     if (trouble !== undefined) return trouble;
     // A guest that runs may do without the queues that were lost.
     return (this.current.name === "running" ? undefined : this.rings.trouble) ?? null;
@@ -179,9 +184,14 @@ export class Vf implements SessionTarget {
     return this.parts.fn.interrupts.count;
   }
 
-  /** The physical function that this VF belongs to. */
-  get pf(): PciAddress | undefined {
-    return this.parts.entry.physfn;
+  /** As its bus described it when it was added. */
+  get entry(): BusEntry {
+    return this.parts.entry;
+  }
+
+  /** Which of the kernel's interfaces it is reached by; undefined where there is no choice. */
+  get interface(): DmaDomain["interface"] {
+    return this.parts.domain.interface;
   }
 
   /** Driver features of the front-end that runs now, or null. */
@@ -191,7 +201,8 @@ export class Vf implements SessionTarget {
 
   /** What the class shows of the configuration space. */
   get columns(): Readonly<Record<string, string>> {
-    return configColumns(this.deviceClass, this.parts.config, this.deviceFeatures, this.log);
+    const { deviceClass, deviceFeatures } = this.target;
+    return configColumns(deviceClass, this.parts.config, deviceFeatures, this.log);
   }
 
   /** How its state is moved, and why not better. */
@@ -211,32 +222,61 @@ export class Vf implements SessionTarget {
    * configuration is read, too: where no driver runs it, it tells nobody of changes.
    */
   async queueStats(): Promise<readonly QueueStats[] | null> {
+    if (this.current.name === "failed" || this.lettingGo !== undefined) return null;
     const time = this.around.deadlines.stats;
-    const config = Deadline.after(time, `the configuration of ${this.address}`).race(this.readConfig());
+    const config = Deadline.after(time, `the configuration of ${this.address}`).race(this.target.readConfig());
     const [all] = await Promise.all([askQueueStats(this.parts.fn, time, this.log), config.catch(() => {})]);
-    return all?.slice(0, this.queues) ?? null;
+    return all?.slice(0, this.target.queues) ?? null;
   }
 
-  /** Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards. */
-  async remove(): Promise<void> {
+  /** What a VF that takes its place has to know. */
+  get before(): VfBefore {
+    return { rings: this.rings, link: this.link.snapshot(), trouble: this.trouble };
+  }
+
+  /** After its last session: closes the function, which a VF that takes its place opens again. */
+  async retire(): Promise<void> {
+    this.lookNoMore();
+    if (this.current.name === "idle") this.become({ name: "attaching" });
+    await this.frontEnds.close("the function is opened again");
+    // Who removes it meanwhile does not wait behind a kernel that takes its time.
+    const closed = await this.operations.run(async () => [this.letGo()]);
+    await Promise.all(closed);
+  }
+
+  /** The VF that is to take its place cannot open the function yet. */
+  hindered(reason: string): void {
+    if (reason === this.hindrance) return;
+    this.hindrance = reason;
+    this.around.onState(this);
+  }
+
+  /**
+   * Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards, but for a kernel that
+   * takes its time: see `closing`.
+   * @returns a warning, where the function was given away and somebody can go on using it
+   */
+  async remove(): Promise<string | undefined> {
     this.patience.hurry();
     this.link[Symbol.dispose]();
+    this.memory.giveUp();
     await this.frontEnds.close("the VF is being removed");
     await this.operations.run(async () => {
+      const hasFailed = this.current.name === "failed";
       this.become({ name: "detaching" });
-      const { entry, fn, dataPath, domain, releaseControl } = this.parts;
-      await using steps = new AsyncDisposableStack();
-      steps.defer(() => this.become({ name: "absent" }));
-      steps.defer(() => this.around.keeper.delete(this.key));
-      steps.defer(() => this.around.domains.release(vmOf(this.options), entry.transport.kind));
-      steps.defer(releaseControl);
-      steps.use(fn);
-      steps.defer(() => domain.detach(fn));
-      steps.defer(() => dataPath.abandon());
-      await dataPath.reset(Deadline.after(this.around.deadlines.detach, `reset of ${this.address}`)).catch((error) => {
-        this.log.warn("the last reset failed; the function is closed all the same", error);
-      });
+      try {
+        if (!hasFailed && this.lettingGo === undefined) await this.lastReset();
+        const what = `closing ${this.address}`;
+        await Deadline.after(this.around.deadlines.close, what).race(this.letGo());
+      } catch (error) {
+        if (!(error instanceof VhostdError && error.code === "timedOut")) throw error;
+        this.log.warn("the kernel is still closing it; until then it cannot be added again", error);
+        this.closing = this.letGo().catch((cause) => this.log.warn("not all of it could be let go of", asError(cause)));
+      } finally {
+        this.become({ name: "absent" });
+      }
     });
+    return await this.warnOfHolder();
   }
 
   /** Drops every live object without a word to the function or the front-end: what a crash does, in order. */
@@ -268,140 +308,8 @@ export class Vf implements SessionTarget {
     };
   }
 
-  // What a session may do (SessionTarget).
-
-  queueSizeMax(index: number): number {
-    return this.parts.dataPath.queueSizeMax(index);
-  }
-
-  async readConfig(): Promise<Uint8Array> {
-    const config = await this.parts.dataPath.readConfig(this.parts.config.length);
-    this.parts.config.set(config);
-    this.link.seen(config);
-    return config;
-  }
-
-  writeConfig(offset: number, bytes: Uint8Array): Promise<void> {
-    return this.parts.dataPath.writeConfig(offset, bytes);
-  }
-
-  mapMemory(range: DmaRange, fd: number): Promise<void> {
-    return this.memory.map(range, fd);
-  }
-
-  unmapMemory(range: DmaRange): Promise<void> {
-    return this.memory.unmap(range);
-  }
-
-  start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
-    return this.operations.run(async () => {
-      this.checkUsable();
-      this.rings.begin(wanted);
-      this.become({ name: "configuring" });
-      try {
-        await this.parts.dataPath.start(
-          wanted,
-          eventfds,
-          Deadline.after(this.around.deadlines.start, `start of ${this.address}`),
-        );
-        this.become({ name: "running" });
-        this.frontEnds.ranWell();
-        this.trouble = undefined;
-        await this.link.begin();
-      } catch (error) {
-        this.checkUsable();
-        this.become({ name: "stopping" });
-        this.become({ name: "idle" });
-        throw error;
-      }
-    });
-  }
-
-  stop(memory: RingMemory, mode: FreezeMode): Promise<DeviceState> {
-    return this.operations.run(async () => {
-      this.checkUsable();
-      this.become({ name: "stopping" });
-      const state = await this.drain((deadline) => this.parts.dataPath.stop(memory, mode, deadline));
-      this.rings.stopped(state);
-      this.checkUsable();
-      this.become({ name: "idle" });
-      return state;
-    });
-  }
-
-  reset(): Promise<void> {
-    return this.operations.run(async () => {
-      await this.comeToRest();
-      this.rings.givenUp();
-    });
-  }
-
-  release(memory: RingMemory): Promise<void> {
-    return this.operations.run(async () => {
-      const { dataPath } = this.parts;
-      const { name } = this.current;
-      // From "stopping" where a stop has failed: the device may have come to its senses.
-      if ((name === "running" || name === "stopping") && dataPath.moverKind !== "registers") {
-        if (name === "running") this.become({ name: "stopping" });
-        try {
-          await this.drain((deadline) => this.giveBack(memory, deadline), name === "stopping");
-        } catch (error) {
-          this.log.warn("what the function had taken is not all given back", asError(error));
-        }
-      }
-      await this.comeToRest();
-      this.rings.reset(memory);
-    });
-  }
-
-  enable(queues: ReadonlySet<number>, eventfds: ReadonlyMap<number, RingEventfds>, memory: RingMemory): Promise<void> {
-    return this.operations.run(async () => {
-      this.checkUsable();
-      await this.drain((deadline) => this.parts.dataPath.enable(queues, eventfds, memory, deadline));
-    });
-  }
-
-  setKick(queue: number, fd: number | null): Promise<void> {
-    return this.parts.dataPath.setKick(queue, fd);
-  }
-
-  setCall(queue: number, fd: number | null): Promise<void> {
-    return this.parts.dataPath.setCall(queue, fd);
-  }
-
-  onConfigChange(handler: () => void): void {
-    this.configHandler = handler;
-  }
-
   async checkpoint(): Promise<void> {
     await this.around.keeper.put(this.key, () => this.snapshot());
-  }
-
-  /** @param again it has been tried before: there is as little time as at the last */
-  private drain<T>(work: (deadline: Deadline) => Promise<T>, again = false): Promise<T> {
-    const { drain, lastDrain } = this.around.deadlines;
-    const time = again ? Math.min(drain, lastDrain) : drain;
-    return this.patience.during(`${this.address} giving back what it has taken`, time, work);
-  }
-
-  private async giveBack(memory: RingMemory, deadline: Deadline): Promise<void> {
-    const { dataPath } = this.parts;
-    // A device that can only be drained, not frozen, comes to no end while its guest goes on.
-    if (!dataPath.capabilities.resumeAnywhere) await dataPath.mute(deadline);
-    this.rings.stopped(await dataPath.stop(memory, "drained", deadline));
-  }
-
-  private async comeToRest(): Promise<void> {
-    if (this.current.name === "failed") return;
-    if (this.current.name === "running") this.become({ name: "stopping" });
-    try {
-      await this.parts.dataPath.reset(Deadline.after(this.around.deadlines.reset, `reset of ${this.address}`));
-    } catch (error) {
-      this.fail(asError(error));
-      throw error;
-    }
-    this.trouble = undefined;
-    if (this.current.name === "stopping") this.become({ name: "idle" });
   }
 
   /** @throws VhostdError noDevice where the function failed, with the reason of that */
@@ -412,8 +320,40 @@ export class Vf implements SessionTarget {
     });
   }
 
+  private async warnOfHolder(): Promise<string | undefined> {
+    if (!this.target.hasShared || this.closing !== undefined) return undefined;
+    const deadline = Deadline.after(this.around.deadlines.detach, `finding out who holds ${this.address}`);
+    const holder = await this.around.stillHeld(this.entry, deadline);
+    if (holder === undefined) return undefined;
+    const warning = `${holder}; until that ends it can be used with the memory that is mapped for its VM`;
+    this.log.warn(warning);
+    return warning;
+  }
+
+  private async lastReset(): Promise<void> {
+    const deadline = Deadline.after(this.around.deadlines.detach, `reset of ${this.address}`);
+    await this.parts.dataPath.reset(deadline).catch((error) => {
+      this.log.warn("the last reset failed; the function is closed all the same", error);
+    });
+  }
+
+  /** Closes the function, once; nothing of it is left in this process, nor with the keeper. */
+  private letGo(): Promise<void> {
+    this.lettingGo ??= closeParts(this.options, this.parts, this.around, async () => {
+      // As long as a front-end maps a doorbell, the kernel has the function open and does not reset it by itself.
+      if (!this.target.hasShared) return;
+      const deadline = Deadline.after(this.around.deadlines.detach, `function-level reset of ${this.address}`);
+      // The kernel would wait for it, and hold it open meanwhile.
+      if (!(await this.parts.dataPath.answers(deadline))) return;
+      await this.parts.fn.reset(deadline).catch((error) => {
+        this.log.warn("the kernel could not reset it; it stays at status 0, kept from memory", error);
+      });
+    });
+    return this.lettingGo;
+  }
+
   private get key(): string {
-    return `vf/${this.address}`;
+    return vfKey(this.address);
   }
 
   private become(next: VfState): void {
@@ -442,11 +382,32 @@ export class Vf implements SessionTarget {
     });
   }
 
+  private makeTarget(): VfTarget {
+    const { options, parts, log, rings, memory, patience, operations } = this;
+    return new VfTarget({
+      ...{ options, parts, log, rings, memory, patience, operations, deadlines: this.around.deadlines },
+      state: () => this.current,
+      become: (next) => this.become(next),
+      checkUsable: () => this.checkUsable(),
+      fail: (error) => this.fail(error),
+      onRunning: async () => {
+        this.frontEnds.ranWell();
+        this.trouble = undefined;
+        await this.link.begin();
+      },
+      onReset: () => {
+        this.trouble = undefined;
+      },
+      onConfig: (config) => this.link.seen(config),
+      checkpoint: () => this.checkpoint(),
+    });
+  }
+
   private makeLink(before: LinkBefore): Link {
-    const { deviceClass, deviceFeatures, log } = this;
+    const { deviceClass, deviceFeatures } = this.target;
     const options = {
-      ...{ deviceClass, deviceFeatures, log },
-      readConfig: () => this.readConfig(),
+      ...{ deviceClass, deviceFeatures, log: this.log },
+      readConfig: () => this.target.readConfig(),
       guest: () => (this.current.name === "running" ? this.frontEnds.session : undefined),
       canReconnect: () => this.parts.dataPath.capabilities.resumeAnywhere,
       onChange: () => this.around.onState(this),
@@ -462,38 +423,54 @@ export class Vf implements SessionTarget {
   }
 
   private async onSessionEnd({ reason, error }: SessionEnd): Promise<void> {
-    this.configHandler = () => {};
+    this.target.onConfigChange(() => {});
     this.link.forget();
     this.trouble = error === undefined ? undefined : `the last session ended: ${sentence(error)}`;
     if (this.current.name === "failed") return await this.around.keeper.delete(this.key);
     if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${reason}`);
     this.around.onState(this);
-    await this.checkpoint();
+    if (this.target.hasShared) this.around.renew(this.address);
+    else await this.checkpoint();
   }
 
   private async onSessionFailure(error: Error): Promise<void> {
-    await this.reset().catch(() => {});
+    await this.target.reset().catch(() => {});
     await this.memory.clear().catch((cause) => this.log.error("guest memory stays mapped", cause));
     this.fail(error);
-    await this.around.keeper.delete(this.key);
   }
 
   /** The device asks for a reset, which is its driver's to do, or it is gone. */
-  private onFailure({ gone, error }: DataPathFailure): void {
-    if (gone) {
-      this.fail(error);
-      this.frontEnds.session?.close(error.message);
-    } else {
+  private onFailure({ gone, error }: DeviceFailure): void {
+    if (gone) this.fail(error);
+    else {
       this.trouble = error.message;
+      this.around.onState(this);
       this.frontEnds.session?.needsReset(error.message);
     }
   }
 
   private fail(error: Error): void {
-    if (this.current.name === "failed" || this.current.name === "detaching" || this.current.name === "absent") return;
+    const { name } = this.current;
+    if (name === "failed" || name === "detaching" || name === "absent") return;
     this.log.error("failed (remove it and add it again)", error);
     this.become({ name: "failed", reason: error.message });
     this.lookNoMore();
+    this.memory.giveUp();
+    this.patience.hurry();
     this.parts.dataPath.abandon();
+    // While it is being attached, who does that undoes it.
+    if (name !== "attaching" && name !== "adopting") void this.giveUp(error.message);
+  }
+
+  /** Nothing of a function that has failed is held: a kernel that wants it back waits for that. Never rejects. */
+  private async giveUp(reason: string): Promise<void> {
+    try {
+      await this.frontEnds.close(reason);
+      // An operator who removes it meanwhile does not wait behind a kernel that takes its time.
+      const closed = await this.operations.run(async () => [this.letGo()]);
+      await Promise.all(closed);
+    } catch (error) {
+      this.log.warn("not all of it could be let go of", asError(error));
+    }
   }
 }

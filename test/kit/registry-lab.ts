@@ -8,6 +8,7 @@ import { DeviceRegistry } from "../../src/daemon/registry.ts";
 import { type PciAddress, parsePciAddress } from "../../src/pci/address.ts";
 import { Bus } from "../../src/pci/bus.ts";
 import type { QueueStats } from "../../src/pci/function.ts";
+import type { AddressSpaces } from "../../src/pci/open.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../../src/plugin-host.ts";
 import { RpcClient } from "../../src/rpc/client.ts";
 import { controlSocket } from "../../src/softvf/config.ts";
@@ -41,6 +42,7 @@ export interface RegistryLabOptions {
   readonly diskSize?: number;
   /** Of the registry, where they are not the usual ones. */
   readonly deadlines?: Partial<Deadlines>;
+  readonly spaces?: AddressSpaces;
 }
 
 /** vfe-softvf in a process of its own, and the daemon's device registry in this one. */
@@ -57,13 +59,13 @@ export class RegistryLab implements AsyncDisposable {
     readonly directory: string,
     readonly softvf: Child,
     private readonly plugins: PluginRegistry,
-    private readonly deadlines: Partial<Deadlines>,
+    private readonly ofRegistry: Pick<RegistryLabOptions, "deadlines" | "spaces">,
   ) {
     this.registry = this.newRegistry();
   }
 
   static async create(options: RegistryLabOptions = {}): Promise<RegistryLab> {
-    const { migration = "vendor", vfs = 4, plugins = [], softvf = [], deadlines = {} } = options;
+    const { migration = "vendor", vfs = 4, plugins = [], softvf = [] } = options;
     const directory = await mkdtemp(join(tmpdir(), "registry-"));
     await using undo = new AsyncDisposableStack();
     undo.defer(() => rm(directory, { recursive: true, force: true }));
@@ -80,14 +82,16 @@ export class RegistryLab implements AsyncDisposable {
     await child.line(/^ready /m, START_TIMEOUT);
     const registry = await PluginRegistry.load({ builtIn: BUILT_IN_PLUGINS, plugins }, silentLogger);
     undo.move();
-    return new RegistryLab(directory, child, registry, deadlines);
+    return new RegistryLab(directory, child, registry, options);
   }
 
   /** A registry with nothing in it, over the same bus and keeper: what a restarted daemon begins with. */
   newRegistry(keeper = this.keeper): DeviceRegistry {
     const bus = new Bus([join(this.directory, "softvf/devices")]);
-    const { plugins, deadlines } = this;
-    return new DeviceRegistry({ bus, plugins, keeper, deadlines, log: recording(log, "", this.warnings) });
+    const { plugins, ofRegistry } = this;
+    const { deadlines = {}, spaces } = ofRegistry;
+    const own = spaces === undefined ? {} : { spaces };
+    return new DeviceRegistry({ bus, plugins, keeper, deadlines, ...own, log: recording(log, "", this.warnings) });
   }
 
   /** @param index from 0 */

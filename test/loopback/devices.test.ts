@@ -13,6 +13,7 @@ import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import { FrontendListener } from "../kit/frontend/frontend.ts";
 import { MOVERS } from "../kit/movers.ts";
 import { RegistryLab } from "../kit/registry-lab.ts";
+import { rejection } from "../kit/rejection.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
 
 /** The number of the error that `action` ends in. */
@@ -205,4 +206,37 @@ test("VFs of a class that cannot describe them are added and listed all the same
   expect(listed).toEqual([lab.vf, lab.vf2].map((vf) => ({ vf, state: "idle", config: {} })));
   await lab.registry.removeVf(lab.vf);
   await lab.serve(lab.vf);
+}, 30_000);
+
+test("VFs whose PF is not in service serve guests unmanaged, before, beside and after it", async () => {
+  await using lab = await RegistryLab.create();
+  const { registry, pf, vf, vf2 } = lab;
+  const refused = await rejection(lab.serve());
+  expect(refused).toMatchObject({ number: 1001, fix: expect.stringContaining("--unmanaged") });
+  const place = { address: vf, socket: lab.socket(`${vf}.sock`), mode: "server" } as const;
+  expect(await registry.addVf({ ...place, unmanaged: true })).toMatchObject({ pf, managed: false, mover: "registers" });
+  expect(
+    await registry.addVf({ address: vf2, socket: lab.socket("2"), mode: "server", unmanaged: true }),
+  ).toBeDefined();
+  {
+    using frontend = lab.dial();
+    await lab.run(frontend);
+    const disk = new VerifiedDisk();
+    await disk.steps(frontend.queues[0]!.driver, 20);
+    const bases = await frontend.stop({ order: "old" });
+    await frontend.resumeQueues(bases);
+    await disk.steps(frontend.queues[0]!.driver, 20);
+  }
+  await lab.idle();
+  expect(registry.vfInfo(vf)).toMatchObject({ interface: "vfio-user", iommu_group: null, host_notifier: false });
+
+  await registry.removeVf(vf2);
+  expect(registry.listVfs().map((one) => one.vf)).toEqual([vf]);
+  expect(await failure(registry.addPf(vf))).toBe(1008);
+  await registry.removeVf(vf);
+  await registry.addPf(pf);
+  expect(await registry.addVf({ ...place, unmanaged: true })).toMatchObject({ managed: false });
+  expect(await failure(registry.removePf(pf))).toBe(1013);
+  await registry.removeVf(vf);
+  await registry.removePf(pf);
 }, 30_000);

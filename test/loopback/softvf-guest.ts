@@ -3,7 +3,7 @@ import { fileInfo, signalEventfd } from "../../src/native/sys.ts";
 import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
 import { encodeState, type VendorState } from "../../src/virtio/admin/state-blob.ts";
 import { VirtioPciDevice } from "../../src/virtio/pci-device.ts";
-import { NO_VECTOR, PciCommand, PciConfig } from "../../src/virtio/registers.ts";
+import { NO_VECTOR } from "../../src/virtio/registers.ts";
 import { usedIndex } from "../../src/virtio/split-ring.ts";
 import { DriverQueue } from "../kit/driver-queue.ts";
 import { DriverRing } from "../kit/driver-ring.ts";
@@ -44,8 +44,9 @@ export class MovedGuest implements AsyncDisposable {
   async plug(vf: Reachable): Promise<void> {
     const deadline = soon("plugging");
     const fn = await VfioUserFunction.connect(vf.address, vf.server.path, deadline);
-    await fn.config.write(PciConfig.command, 2, PciCommand.memory | PciCommand.busMaster);
     this.device = await VirtioPciDevice.probe(fn, deadline);
+    // A restored device has nobody who negotiates with it.
+    await this.device.setBusMaster(true);
     const { dev, ino } = fileInfo(this.memory.file.number);
     const range = { iova: GUEST_BASE, size: this.memory.size, offset: 0, file: { dev, ino } };
     await fn.dmaMap(range, this.memory.file.number, deadline);

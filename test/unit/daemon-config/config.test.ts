@@ -23,6 +23,9 @@ test("without a file there are the places of the system", async () => {
     logLevel: "info",
     plugins: [],
     pluginDirectory: undefined,
+    stateDirectory: "/var/lib/vfe-vhostd",
+    vfioInterface: "auto",
+    vfToken: undefined,
     pfs: [],
     vfs: [],
   });
@@ -35,6 +38,9 @@ rpc-tcp = "127.0.0.1:12190"
 log-level = "debug"
 plugins = ["./rng/index.ts", "vfe-plugin-rng"]
 plugin-directory = "packages"
+state-dir = "state"
+vfio = "group"
+vf-token = "D3B07384-1B4D-4C2B-9F0E-0A1B2C3D4E5F"
 
 [[pf]]
 device = "5a:00.0"
@@ -47,6 +53,8 @@ device = "5a:00.2"
 socket = "/tmp/vm2"
 mode = "server"
 uuid = "ee8b6429-eb1e-45e7-9dab-aff843b99075"
+unmanaged = true
+host-notifier = false
 `;
 
 test("every option; relative paths start at the file", async () => {
@@ -58,10 +66,20 @@ test("every option; relative paths start at the file", async () => {
     logLevel: "debug",
     plugins: [join(directory, "rng/index.ts"), "vfe-plugin-rng"],
     pluginDirectory: join(directory, "packages"),
+    stateDirectory: join(directory, "state"),
+    vfioInterface: "group",
+    vfToken: "d3b07384-1b4d-4c2b-9f0e-0a1b2c3d4e5f",
     pfs: ["0000:5a:00.0"],
     vfs: [
       { address: "0000:5a:00.1", socket: "/tmp/vf-0000:5a:00.1", mode: "client" },
-      { address: "0000:5a:00.2", socket: "/tmp/vm2", mode: "server", uuid: "ee8b6429-eb1e-45e7-9dab-aff843b99075" },
+      {
+        address: "0000:5a:00.2",
+        socket: "/tmp/vm2",
+        mode: "server",
+        uuid: "ee8b6429-eb1e-45e7-9dab-aff843b99075",
+        unmanaged: true,
+        hostNotifier: false,
+      },
     ] as never,
   } as never);
 });

@@ -1,6 +1,7 @@
 import { VhostdError } from "../../../src/base/errors.ts";
+import type { PfInfo, VfInfo } from "../../../src/daemon/device-info.ts";
 import type { Devices } from "../../../src/daemon/methods.ts";
-import type { AddVf, ManualOperation, PfInfo, RegistryEvent, VfInfo } from "../../../src/daemon/registry.ts";
+import type { AddVf, ManualOperation, RegistryEvent } from "../../../src/daemon/registry.ts";
 import type { PciAddress } from "../../../src/pci/address.ts";
 import type { QueueStats } from "../../../src/pci/function.ts";
 import type { InternalStatusName } from "../../../src/virtio/admin/vendor.ts";
@@ -39,22 +40,23 @@ export class FakeDevices implements Devices {
     return [...this.pfs.values()];
   }
 
-  async addVf({ address, socket, mode, uuid = "" }: AddVf): Promise<VfInfo> {
+  async addVf({ address, socket, mode, uuid = "", unmanaged = false, hostNotifier }: AddVf): Promise<VfInfo> {
     await this.gate;
-    const pf = this.pf(`${address.slice(0, 8)}00.0` as PciAddress).pf;
-    const info = vfInfo(address, pf, { socket_file: socket, mode, vm_uuid: uuid });
+    const pf = unmanaged ? null : this.pf(`${address.slice(0, 8)}00.0` as PciAddress).pf;
+    const more = { unmanaged, host_notifier: hostNotifier !== false };
+    const info = vfInfo(address, pf, { socket_file: socket, mode, vm_uuid: uuid, ...more });
     this.vfs.set(address, info);
     return info;
   }
 
-  async removeVf(vf: PciAddress): Promise<void> {
+  async removeVf(vf: PciAddress): Promise<undefined> {
     this.vfInfo(vf);
     this.vfs.delete(vf);
   }
 
-  listVfs(pf: PciAddress): VfInfo[] {
-    this.pf(pf);
-    return [...this.vfs.values()].filter((info) => info.pf === pf);
+  listVfs(pf?: PciAddress): VfInfo[] {
+    if (pf !== undefined) this.pf(pf);
+    return [...this.vfs.values()].filter((info) => pf === undefined || info.pf === pf);
   }
 
   vfInfo(vf: PciAddress): VfInfo {
@@ -93,7 +95,7 @@ export class FakeDevices implements Devices {
   }
 }
 
-export function vfInfo(vf: PciAddress, pf: PciAddress, more: Partial<VfInfo> = {}): VfInfo {
+export function vfInfo(vf: PciAddress, pf: PciAddress | null, more: Partial<VfInfo> = {}): VfInfo {
   return {
     vf,
     probed: true,
@@ -116,6 +118,11 @@ export function vfInfo(vf: PciAddress, pf: PciAddress, more: Partial<VfInfo> = {
     mover: "vendor",
     managed: true,
     unmanaged_reason: null,
+    unmanaged: false,
+    host_notifier: false,
+    interface: "vfio-user",
+    iommu_group: null,
+    numa_node: null,
     ...more,
   };
 }

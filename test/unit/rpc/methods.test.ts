@@ -202,6 +202,22 @@ describe("methods of old clients", () => {
     expect(devices.vfInfo(VF)).toMatchObject({ mode: "server", socket_file: "/tmp/vf-0000:5a:00.1" });
   });
 
+  test("without a PF, and without host notifier", async () => {
+    expect(await invoke("vf", { add: true, vfdev: "5a:00.1", unmanaged: true, host_notifier: false })).toMatchObject({
+      errno: 0,
+    });
+    expect(devices.vfInfo(VF)).toMatchObject({ pf: null, unmanaged: true, host_notifier: false });
+    await invoke("mgmtpf", { add: true, dev: PF });
+    await invoke("vf", { add: true, vfdev: "5a:00.2" });
+    expect(await invoke("vf", { list: true, mgmtpf: PF })).toMatchObject({ devices: [{ vf: "0000:5a:00.2" }] });
+    expect(await invoke("vf", { list: true, unmanaged: true })).toMatchObject({ devices: [{ vf: VF }] });
+    expect(await invoke("vf", { list: true })).toMatchObject({
+      errstr: "no PF is named",
+      fix: expect.stringContaining("--unmanaged"),
+    });
+    expect(await invoke("vf.list", {})).toMatchObject({ vfs: [{ vf: VF }, { vf: "0000:5a:00.2" }] });
+  });
+
   const failures: [string, string, unknown, number][] = [
     ["no PF named", "mgmtpf", { add: true }, -1000],
     ["a PF that does not exist", "mgmtpf", { add: true, dev: "af:00.0" }, -1001],
@@ -230,7 +246,7 @@ test("rpc.discover names every method with its parameters", async () => {
   const { methods } = (await invoke("rpc.discover", {})) as { methods: { name: string; params: { name: string }[] }[] };
   const byName = Object.fromEntries(methods.map(({ name, params }) => [name, params.map((param) => param.name)]));
   expect(byName).toMatchObject({
-    "vf.add": ["device", "socket", "mode", "uuid"],
+    "vf.add": ["device", "socket", "mode", "uuid", "unmanaged", "host_notifier"],
     "rpc.discover": [],
     stats: ["device"],
   });

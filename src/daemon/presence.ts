@@ -1,0 +1,67 @@
+import { VhostdError } from "../base/errors.ts";
+import type { PciAddress } from "../pci/address.ts";
+import { type BusEntry, takesToken } from "../pci/bus.ts";
+import type { Vf } from "./vf.ts";
+
+/** A slot is taken as soon as an add begins, so that two adds of one address cannot meet. */
+export type Slot<T> = { readonly live: T } | "adding" | "removing";
+
+/** Why a function cannot be added: it is not closed yet. @param what "VF 0000:5a:00.1" */
+export function stillClosing(what: string): VhostdError {
+  return new VhostdError("busy", `${what} is still being removed: its kernel resets and closes it`, {
+    fix: "try again later; a function that does not answer keeps the kernel busy for a minute or two",
+  });
+}
+
+/** Why a VF cannot be added: it is there. */
+export function vfExists(address: PciAddress, slot: Slot<Vf> | undefined): VhostdError {
+  if (slot === "removing") return stillClosing(`VF ${address}`);
+  if (typeof slot === "object" && slot.live.state.name === "failed") {
+    return new VhostdError("vfExists", `VF ${address} has been added already, and has failed: ${slot.live.reason}`, {
+      fix: `remove it, then add it again: vfe-vhost-cli vf -r ${address}`,
+    });
+  }
+  return new VhostdError("vfExists", `VF ${address} has been added already`, {
+    fix: `nothing is to be done, or remove it first: vfe-vhost-cli vf -r ${address}`,
+  });
+}
+
+/** Why there is no such VF. */
+export function vfMissing(address: PciAddress): VhostdError {
+  return new VhostdError("vfNotFound", `VF ${address} has not been added`, {
+    fix: `add it with "vfe-vhost-cli vf -a ${address}"; "vf -l" lists those of a PF`,
+  });
+}
+
+/** Why a VF cannot be added: its PF is not there. */
+export function parentMissing(vf: BusEntry, pf: PciAddress): VhostdError {
+  // vfio-pci gives a PF that nobody has opened yet a random token: its VFs cannot be opened before it.
+  const more = takesToken(vf)
+    ? " first (it may be removed again afterwards)"
+    : "; or add the VF without its PF, with --unmanaged";
+  return new VhostdError("pfNotFound", `PF ${pf} has not been added`, { fix: `vfe-vhost-cli mgmtpf -a ${pf}${more}` });
+}
+
+/**
+ * Why there is no such PF.
+ * @param parent where it is a VF: its PF, which is in service
+ * @param served without a PF: the function itself, or a VF of it
+ */
+export function pfMissing(
+  address: PciAddress,
+  parent: PciAddress | undefined,
+  served: PciAddress | undefined,
+): VhostdError {
+  if (parent !== undefined) {
+    return new VhostdError("pfNotFound", `${address} is a VF of PF ${parent}`, { fix: `name the PF, ${parent}` });
+  }
+  if (served !== undefined) {
+    const who = served === address ? address : `VF ${served} of ${address}`;
+    return new VhostdError("pfNotFound", `${who} is served without a PF`, {
+      fix: `vfe-vhost-cli vf -i ${served}, or vf -l --unmanaged`,
+    });
+  }
+  return new VhostdError("pfNotFound", `PF ${address} has not been added`, {
+    fix: `vfe-vhost-cli mgmtpf -a ${address}`,
+  });
+}
