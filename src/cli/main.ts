@@ -27,6 +27,22 @@ const COMMANDS: Readonly<Record<string, { readonly help: string; readonly load: 
     help: "add, remove, list or describe VFs",
     load: async () => (await import("./legacy-commands.ts")).runVf,
   },
+  bind: {
+    help: "give functions of this machine to vfio-pci",
+    load: async () => (await import("./bind.ts")).runBind,
+  },
+  unbind: {
+    help: "give functions back to the driver that they would have by themselves",
+    load: async () => (await import("./bind.ts")).runUnbind,
+  },
+  sriov: {
+    help: "set the number of VFs of a PF that vfio-pci has",
+    load: async () => (await import("./sriov.ts")).runSriov,
+  },
+  doctor: {
+    help: "check this machine, a guest's QEMU and the daemon, and tell what to do",
+    load: async () => (await import("./doctor.ts")).runDoctor,
+  },
   call: {
     help: "call any method of the control interface",
     load: async () => (await import("./raw-commands.ts")).runCall,

@@ -13,7 +13,8 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   virtio: ["pci", "native", "base"],
   "vhost-user": ["virtio", "pci", "native", "base"],
   rpc: ["base"],
-  cli: ["rpc", "base"],
+  machine: ["pci", "base"],
+  cli: ["machine", "pci", "rpc", "base"],
   daemon: ["vhost-user", "virtio", "pci", "rpc", "native", "base"],
   softvf: ["virtio", "pci", "vfio-user", "rpc", "native", "base"],
 };
@@ -44,6 +45,16 @@ test("arrows between the folders of src/ point downwards only", () => {
       if (!allowed && !atTop) wrong.push(`${path} imports ${target}`);
     }
   }
+  expect(wrong).toEqual([]);
+});
+
+test("what works without a daemon takes of src/pci/ only what reads /sys and /proc", () => {
+  const light = ["address.ts", "bus.ts", "vfio/group-neighbours.ts", "vfio/holders.ts"].map(
+    (name) => `src/pci/${name}`,
+  );
+  const wrong = [...sources("src/machine"), ...sources("src/cli")].flatMap((path) =>
+    imports(path).filter((target) => target.startsWith("src/pci/") && !light.includes(target)),
+  );
   expect(wrong).toEqual([]);
 });
 

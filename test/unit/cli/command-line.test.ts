@@ -28,6 +28,12 @@ test("options in any order, repeated, attached to their letter", () => {
   expect(positionals).toEqual(["5a:00.1"]);
 });
 
+test("a last argument that may be given several times", () => {
+  const line = { ...LINE, positionals: [{ name: "DEVICE", help: "which", multiple: true }] };
+  expect(parseCommandLine(line, ["a", "-l", "b", "c"]).positionals).toEqual(["a", "b", "c"]);
+  expect(formatHelp(line)).toContain(" [DEVICE]…\n");
+});
+
 describe("a usage error", () => {
   for (const [args, message] of [
     [["--nope"], "Unknown option '--nope'"],
