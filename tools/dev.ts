@@ -7,6 +7,7 @@ await runTask(
     demo: () => import("./demo.ts").then((module) => module.default),
     test: () => import("./test.ts").then((module) => module.default),
     bench: () => import("./bench.ts").then((module) => module.default),
+    machine: () => import("./machine.ts").then((module) => module.default),
     fuzz: () => import("./fuzz.ts").then((module) => module.default),
     fmt: () => import("./fmt.ts").then((module) => module.default),
     lint: () => import("./lint.ts").then((module) => module.default),

@@ -31,7 +31,7 @@ export async function installPackages(): Promise<void> {
   const names = missing.map(([, program]) => program.package);
   const install = ["apt-get", "install", "-y", "--no-install-recommends", ...names];
   const reasons = missing.map(([, program]) => `  ${program.package.padEnd(16)} ${program.why}`).join("\n");
-  if (!Bun.which("apt-get")) throw new Failure(`these Debian packages, or what your system has for them:\n${reasons}`);
+  if (!hasApt()) throw new Failure(`these Debian packages, or what your system has for them:\n${reasons}`);
   if (process.getuid?.() !== 0) {
     throw new Failure(`missing packages:\n${reasons}\ninstall them with\n  sudo ${install.join(" ")}`);
   }
@@ -46,8 +46,13 @@ function isPresent(wanted: string): boolean {
   return wanted.startsWith("/") ? existsSync(wanted) : Bun.which(wanted, { PATH: SEARCH_PATH }) !== null;
 }
 
-/** Refreshes apt's lists, where we may. A mirror that fails once is asked again. */
+function hasApt(): boolean {
+  return Bun.which("apt-get", { PATH: process.env["PATH"] ?? "" }) !== null;
+}
+
+/** Refreshes apt's lists, where we may. A mirror that fails once is asked again. @throws Failure */
 export async function updatePackageLists(): Promise<void> {
+  if (!hasApt()) throw new Failure("Debian packages cannot be had: this machine has no apt-get");
   if (process.getuid?.() !== 0) return;
   await withRetries(() => runQuietly(["apt-get", "update", "-q", "-o", "DPkg::Lock::Timeout=120"]));
 }

@@ -1,5 +1,5 @@
 import { findAccelerator } from "../test/kit/guest/accelerator.ts";
-import { buildGuestImage, findGuestImage } from "../test/kit/guest/image.ts";
+import { buildGuestImage, findGuestImage, type GuestImage } from "../test/kit/guest/image.ts";
 import { Failure, runQuietly } from "./command.ts";
 import { installPackages, updatePackageLists } from "./packages.ts";
 
@@ -13,14 +13,17 @@ export async function prepare(...parts: readonly Part[]): Promise<void> {
   if (parts.includes("guest")) await prepareGuest();
 }
 
-async function prepareGuest(): Promise<void> {
-  let image = await findGuestImage();
-  if (!image) {
-    console.error("building the Linux guest of the demo and the tests (downloads about 75 MB)");
+/** The Linux guest of the demo and the tests, and how it is run. @throws Failure when it cannot be had */
+export async function prepareGuest(): Promise<void> {
+  await findAccelerator((await findGuestImage()) ?? (await makeGuest()));
+}
+
+async function makeGuest(): Promise<GuestImage> {
+  console.error("building the Linux guest of the demo and the tests (downloads about 75 MB)");
+  try {
     await updatePackageLists();
-    image = await buildGuestImage().catch((error: Error) => {
-      throw new Failure(`the guest could not be built: ${error.message}`);
-    });
+    return await buildGuestImage();
+  } catch (error) {
+    throw new Failure(`the guest could not be built: ${error instanceof Error ? error.message : error}`);
   }
-  await findAccelerator(image);
 }

@@ -20,6 +20,8 @@ export interface TestFileOptions {
   readonly environment: Readonly<Record<string, string>>;
   /** Milliseconds after which the process is ended. */
   readonly timeout: number;
+  /** Milliseconds that each test has, where it does not say so itself; Bun's default unless given. */
+  readonly testTimeout?: number;
 }
 
 /**
@@ -38,7 +40,9 @@ export async function runTestFile(file: string, options: TestFileOptions): Promi
   // A file, not a pipe: a process that the tests leave behind would keep a pipe open.
   const log = join(scratch, "output");
   const output = openSync(log, "a");
-  const child = Bun.spawn([process.execPath, "test", "--reporter=junit", `--reporter-outfile=${report}`, `./${file}`], {
+  const flags = ["--reporter=junit", `--reporter-outfile=${report}`];
+  if (options.testTimeout !== undefined) flags.push(`--timeout=${options.testTimeout}`);
+  const child = Bun.spawn([process.execPath, "test", ...flags, `./${file}`], {
     cwd: ROOT,
     // CI makes bun refuse test.only, which would silently leave out the rest of the file.
     env: { ...process.env, ...environment, CI: "1", TMPDIR: temporary, [RUN_MARK]: mark },
@@ -76,7 +80,16 @@ function unexplainedSkips(cases: readonly TestCase[]): string[] {
   return skipped.map((test) => `skipped without a reason: ${test.name}`);
 }
 
+/** What the person has to know: failures, problems, and skips, whose reason is in their name; a line each. */
+export function notesOf({ file, cases, problems }: FileResult): string[] {
+  const tests = cases.filter(({ outcome }) => outcome !== "passed");
+  return [
+    ...tests.map(({ outcome, name }) => `${outcome}: ${file}: ${name}`),
+    ...problems.map((problem) => `failed: ${file}: ${problem}`),
+  ];
+}
+
 /** The reason in the name of a skipped test. */
-export function skipReason(name: string): string | undefined {
+function skipReason(name: string): string | undefined {
   return /\[skip: ([^\]]+)\]/.exec(name)?.[1];
 }

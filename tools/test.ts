@@ -3,9 +3,10 @@ import { mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { defineTask, ROOT, UsageError } from "./command.ts";
+import { runMachineTier } from "./machine-tier.ts";
 import { runNativeTests } from "./native-tests.ts";
 import { type Part, prepare } from "./preparation.ts";
-import { type FileResult, runTestFile, skipReason } from "./test-file.ts";
+import { type FileResult, notesOf, runTestFile } from "./test-file.ts";
 
 interface Tier {
   readonly description: string;
@@ -19,6 +20,8 @@ const TIERS = {
   loopback: { description: "our own front-end against the daemon", needs: ["native"] },
   native: { description: "native/ under the sanitizers", needs: ["native"] },
   guest: { description: "Linux guests in QEMU", needs: ["native", "guest"] },
+  // It brings its guest itself: where it cannot, it is skipped.
+  vfio: { description: "in a VM with an IOMMU", needs: ["native"] },
 } as const satisfies Record<string, Tier>;
 type TierName = keyof typeof TIERS;
 
@@ -36,12 +39,15 @@ interface RunOptions {
   readonly scratch: string;
   readonly environment: Readonly<Record<string, string>>;
   readonly timeout: number;
+  readonly iommufd: boolean;
 }
 
 /** What is run: files of these tiers that have one of the filters in their names; all of them where there is no filter. */
 interface Selection {
   readonly tiers: readonly TierName[];
   readonly filters: readonly string[];
+  /** The vfio tier also with the kernel that has iommufd, which is built where it was not. */
+  readonly iommufd?: boolean;
 }
 
 interface Totals {
@@ -56,24 +62,28 @@ export default defineTask({
     .map(([name, tier]) => `${name} (${tier.description})`)
     .join(", ")}`,
   args: {
+    iommufd: {
+      type: "boolean",
+      description: "vfio also with a kernel that has iommufd, which takes minutes to build once",
+    },
     tiers: {
       type: "positional",
       required: false,
       description: "Tiers to run, or parts of file names; all tiers unless given",
     },
   },
-  run: ({ _: words }) => runTests(understand(words)),
+  run: ({ _: words, iommufd = false }) => runTests({ ...understand(words), iommufd }),
 });
 
 /**
  * Runs tests and prints what they came to; the last line is "N passed, N failed, N skipped".
  * @param environment for the test processes
  * @param timeout milliseconds for each file
- * @returns the exit code
+ * @returns the exit code: a skip is no failure, a run without any test is one
  * @throws UsageError where a part of a file name is in none
  */
 export async function runTests(
-  { tiers, filters }: Selection,
+  { tiers, filters, iommufd = false }: Selection,
   environment: Readonly<Record<string, string>> = {},
   timeout = FILE_TIMEOUT,
 ): Promise<number> {
@@ -88,7 +98,9 @@ export async function runTests(
     for (const tier of tiers) {
       const started = performance.now();
       const results =
-        tier === "native" ? await runNativeTests() : await runFolder(tier, filters, { scratch, environment, timeout });
+        tier === "native"
+          ? await runNativeTests()
+          : await runFolder(tier, filters, { scratch, environment, timeout, iommufd });
       for (const result of results) count(result, totals, notes);
       console.log(`${tier}: ${results.length} files in ${((performance.now() - started) / 1000).toFixed(1)} s`);
     }
@@ -97,7 +109,7 @@ export async function runTests(
   }
   for (const note of notes) console.log(note);
   console.log(`${totals.passed} passed, ${totals.failed} failed, ${totals.skipped} skipped`);
-  return totals.failed === 0 && totals.passed > 0 ? 0 : 1;
+  return totals.failed === 0 && totals.passed + totals.skipped > 0 ? 0 : 1;
 }
 
 /** Splits the command line into names of tiers and parts of file names. Native tests are a tier, never a file. */
@@ -125,6 +137,7 @@ async function runFolder(tier: TierName, filters: readonly string[], options: Ru
   const present = await filesOf(tier);
   if (present.length === 0) return [noTests(join("test", tier))];
   const files = present.filter((file) => filters.length === 0 || filters.some((part) => file.includes(part))).sort();
+  if (tier === "vfio") return runMachineTier(files, { timeout: options.timeout, iommufd: options.iommufd, show });
   const results: FileResult[] = [];
   const queue = files.entries();
   const worker = async () => {
@@ -156,12 +169,7 @@ function show(result: FileResult): void {
 }
 
 function count(result: FileResult, totals: Totals, notes: string[]): void {
-  for (const test of result.cases) {
-    totals[test.outcome]++;
-    if (test.outcome === "failed") notes.push(`failed: ${result.file}: ${test.name}`);
-    if (test.outcome === "skipped")
-      notes.push(`skipped: ${result.file}: ${test.name} (${skipReason(test.name) ?? "no reason given"})`);
-  }
+  for (const test of result.cases) totals[test.outcome]++;
   totals.failed += result.problems.length;
-  for (const problem of result.problems) notes.push(`failed: ${result.file}: ${problem}`);
+  notes.push(...notesOf(result));
 }

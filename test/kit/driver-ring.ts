@@ -1,5 +1,12 @@
 import { FeatureBit, hasFeature } from "../../src/virtio/features.ts";
-import { DescriptorFlag, descSize, deviceSize, driverSize, RING_ALIGNMENT } from "../../src/virtio/split-ring.ts";
+import {
+  DescriptorFlag,
+  descSize,
+  deviceSize,
+  driverSize,
+  RING_ALIGNMENT,
+  readSteady16,
+} from "../../src/virtio/split-ring.ts";
 import { Arena } from "./arena.ts";
 import type { DriverMemory } from "./guest-memory-file.ts";
 
@@ -227,8 +234,7 @@ export class DriverRing {
   }
 
   private read16(gpa: number): number {
-    const [low = 0, high = 0] = this.memory.read(gpa, 2);
-    return low | (high << 8);
+    return readSteady16(this.memory, gpa);
   }
 
   private write16(gpa: number, value: number): void {

@@ -1,5 +1,5 @@
 import { VhostdError } from "../../src/base/errors.ts";
-import type { OwnedFd } from "../../src/native/fd.ts";
+import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
 import { memfd, pread, pwrite } from "../../src/native/sys.ts";
 import type { RingMemory } from "../../src/virtio/split-ring.ts";
 
@@ -13,17 +13,20 @@ export interface DriverMemory extends RingMemory {
  * process is mapped, so a test may shrink the file too.
  */
 export class GuestMemoryFile implements DriverMemory, Disposable {
-  readonly file: OwnedFd;
-
   /**
    * @param gpa where the region lies in guest-physical space
    * @param size bytes
+   * @param file of that size
    */
   constructor(
     readonly gpa: number,
     readonly size: number,
-  ) {
-    this.file = memfd("guest-memory", size);
+    readonly file: OwnedFd = memfd("guest-memory", size),
+  ) {}
+
+  /** The same memory, as another connection of its VMM has it. */
+  share(): GuestMemoryFile {
+    return new GuestMemoryFile(this.gpa, this.size, duplicate(this.file.number));
   }
 
   read(gpa: number, length: number): Uint8Array<ArrayBuffer> {

@@ -3,7 +3,7 @@ import { BlkStatus, blkResult, readRequest, SECTOR, writeRequest } from "./blk-r
 import type { DriverQueue } from "./driver-queue.ts";
 
 /** Milliseconds. */
-const PROGRESS_TIMEOUT = 10_000;
+const PROGRESS_TIMEOUT = 30_000;
 
 /**
  * Writes random data to random blocks of a disk of its own range, and knows what must come back. Several requests may be

@@ -69,6 +69,13 @@ export interface FrontendQueue {
   readonly driver: DriverQueue;
 }
 
+/** What is told of a queue: where its ring is, and its eventfds. */
+export interface QueueSetup {
+  readonly index: number;
+  readonly kick: OwnedFd;
+  readonly driver: { readonly ring: Pick<DriverRing, "size" | "desc" | "driver" | "device">; readonly call: OwnedFd };
+}
+
 /**
  * A vhost-user front-end for tests and benchmarks: every message by itself, good or bad, and the sequences that real
  * front-ends send.
@@ -201,9 +208,14 @@ export class VhostUserFrontend implements Disposable {
 
   /** Starts the rings there are at these bases, as after `stop`. */
   async resumeQueues(bases: readonly number[]): Promise<void> {
+    await this.startRings(this.queues, bases);
+  }
+
+  /** Starts rings that somebody else keeps. @param bases by index; 0 unless said */
+  async startRings(rings: readonly QueueSetup[], bases: readonly number[] = []): Promise<void> {
     await this.setFeatures();
     await this.setStatus(Status.featuresOk);
-    for (const queue of this.queues) await this.setupQueue(queue, bases[queue.index] ?? 0);
+    for (const ring of rings) await this.setupQueue(ring, bases[ring.index] ?? 0);
     await this.enableAll(true);
     await this.setStatus(RUNNING);
   }
@@ -213,7 +225,7 @@ export class VhostUserFrontend implements Disposable {
   }
 
   /** 8 10 9 12 13. */
-  async setupQueue(queue: FrontendQueue, base = 0): Promise<void> {
+  async setupQueue(queue: QueueSetup, base = 0): Promise<void> {
     const { index, kick, driver } = queue;
     await this.command(Request.SET_VRING_NUM, VRING_STATE.encode({ index, num: driver.ring.size }));
     await this.command(Request.SET_VRING_BASE, VRING_STATE.encode({ index, num: base }));
@@ -223,7 +235,7 @@ export class VhostUserFrontend implements Disposable {
   }
 
   /** SET_VRING_ADDR. @param flags bit 0: log */
-  async setAddresses({ index, driver: { ring } }: FrontendQueue, flags = 0): Promise<bigint> {
+  async setAddresses({ index, driver: { ring } }: QueueSetup, flags = 0): Promise<bigint> {
     const payload = VRING_ADDR.encode({
       index,
       flags,
@@ -309,12 +321,17 @@ export class FrontendListener implements Disposable {
 
   /** The next connection. @param timeout milliseconds */
   async accept(timeout = REPLY_TIMEOUT): Promise<VhostUserFrontend> {
+    return new VhostUserFrontend(await this.acceptFd(timeout));
+  }
+
+  /** The socket of the next connection, for a front-end of another kind. @param timeout milliseconds */
+  async acceptFd(timeout = REPLY_TIMEOUT): Promise<OwnedFd> {
     const ready = Promise.withResolvers<void>();
     using _watch = watch(this.listener.number, "in", () => ready.resolve());
     await Deadline.after(timeout, `connection to ${this.path}`).race(ready.promise);
     const fd = accept(this.listener.number);
     if (fd === undefined) throw new VhostdError("connectionLost", "the back-end connected and went away");
-    return new VhostUserFrontend(fd);
+    return fd;
   }
 
   [Symbol.dispose](): void {

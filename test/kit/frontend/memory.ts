@@ -20,9 +20,12 @@ export class FrontendMemory implements DriverMemory, Disposable {
   }
 
   add(gpa: number, size: number): MemoryRegion {
-    const region = { file: new GuestMemoryFile(gpa, size), userAddress: USER_BASE + gpa + this.regions.length * GAP };
-    this.regions.push(region);
-    return region;
+    return this.put(new GuestMemoryFile(gpa, size));
+  }
+
+  /** A region of another front-end's memory: both are of one VM. */
+  share({ file }: MemoryRegion): MemoryRegion {
+    return this.put(file.share());
   }
 
   /** Forgets the region; its memfd is closed. */
@@ -46,6 +49,12 @@ export class FrontendMemory implements DriverMemory, Disposable {
 
   [Symbol.dispose](): void {
     for (const { file } of this.regions) file[Symbol.dispose]();
+  }
+
+  private put(file: GuestMemoryFile): MemoryRegion {
+    const region = { file, userAddress: USER_BASE + file.gpa + this.regions.length * GAP };
+    this.regions.push(region);
+    return region;
   }
 
   private at(gpa: number): MemoryRegion {

@@ -1,5 +1,6 @@
 import { join } from "node:path";
 import { Deadline } from "../../../src/base/deadline.ts";
+import { DESCRIPTION_VARIABLE } from "../machine/description.ts";
 import type { GuestImage } from "./image.ts";
 import { LineServer } from "./line-server.ts";
 import { Vm, type VmOptions } from "./vm.ts";
@@ -15,8 +16,8 @@ export interface CommandResult {
 
 /** Longest script in base64: the port has room for one page while the guest's shell is busy. */
 const MAX_REQUEST = 4000;
-/** Milliseconds from QEMU's start, or a reset, to the first command, on a busy machine without KVM. */
-const BOOT_TIMEOUT = 60_000;
+/** Milliseconds from QEMU's start, or a reset, to the first command, on a busy machine without KVM; inside a VM, too. */
+const BOOT_TIMEOUT = process.env[DESCRIPTION_VARIABLE] === undefined ? 60_000 : 280_000;
 
 /**
  * QEMU's end of the channel to initramfs/init, over the unix socket at `path`. Not a serial port: of an emulated UART's

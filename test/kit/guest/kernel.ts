@@ -24,7 +24,8 @@ export async function unpackKernel(image: Uint8Array): Promise<Uint8Array> {
   return await unpacker.unpack(payload);
 }
 
-async function unpackXz(data: Uint8Array): Promise<Uint8Array> {
+/** @throws Error where the data is not what xz has packed */
+export async function unpackXz(data: Uint8Array): Promise<Uint8Array> {
   const child = Bun.spawn(["xz", "--decompress", "--stdout"], { stdin: data, stdout: "pipe", stderr: "pipe" });
   const [content, errors, code] = await Promise.all([child.stdout.bytes(), child.stderr.text(), child.exited]);
   if (code !== 0) throw new Error(`xz ended with ${code}: ${errors.trim()}`);

@@ -1,12 +1,13 @@
 import { mkdir, mkdtemp, open, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { DESCRIPTION_VARIABLE } from "../machine/description.ts";
 import { type Accelerator, findAccelerator } from "./accelerator.ts";
 import { all } from "./all.ts";
 import { assembleBootSector, readCounter } from "./boot-sector.ts";
 import { FirmwareVm } from "./firmware-vm.ts";
 import { Guest } from "./guest.ts";
-import { buildGuestImage, type GuestImage } from "./image.ts";
+import { buildGuestImage, type GuestImage, type GuestKernel, quickestGuestKernel } from "./image.ts";
 import { type Migration, Stack } from "./stack.ts";
 import { Vm, type VmOptions } from "./vm.ts";
 
@@ -22,6 +23,8 @@ export interface LabOptions {
    * disk.
    */
   readonly migrations?: readonly Migration[];
+  /** Of Linux guests; "debian" unless said, but inside a VM the quickest. */
+  readonly kernel?: GuestKernel;
 }
 
 /** What a VM of the lab may have beside its disks. */
@@ -54,8 +57,16 @@ export class Lab implements AsyncDisposable {
 
   /** Starts the software PFs. The daemons and the VMs are started by the test. */
   static async create(given: LabOptions = {}): Promise<Lab> {
-    const options = { queues: 1, diskSize: 128, listener: "qemu", migrations: ["none", "vendor"], ...given } as const;
-    const image = await buildGuestImage();
+    const kernel = process.env[DESCRIPTION_VARIABLE] === undefined ? "debian" : await quickestGuestKernel();
+    const options = {
+      queues: 1,
+      diskSize: 128,
+      listener: "qemu",
+      migrations: ["none", "vendor"],
+      kernel,
+      ...given,
+    } as const;
+    const image = await buildGuestImage(options.kernel);
     const accelerator = await findAccelerator(image);
     const directory = await mkdtemp(join(tmpdir(), "lab-"));
     await using undo = new AsyncDisposableStack();

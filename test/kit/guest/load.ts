@@ -3,6 +3,8 @@ import type { Guest } from "./guest.ts";
 
 /** MiB of a disk that one worker writes to. */
 const SHARE = 16;
+/** Milliseconds. A look is a command in the guest, which takes time from the workers. */
+const LOOK_INTERVAL = 200;
 
 /** Verified I/O in the background of a guest (initramfs/verify-load): several workers for each disk, each on its own part. */
 export class Load {
@@ -15,8 +17,15 @@ export class Load {
    * @param disks as the guest calls them; no other load may be running on one of them
    * @param start MiB of each disk behind which the workers write
    * @param workers for each disk
+   * @param timeout milliseconds for their first round
    */
-  static async start(guest: Guest, disks: readonly string[], start: number, workers: number): Promise<Load> {
+  static async start(
+    guest: Guest,
+    disks: readonly string[],
+    start: number,
+    workers: number,
+    timeout?: number,
+  ): Promise<Load> {
     await guest.run(`dd if=/dev/urandom of=/tmp/load.next bs=64k count=40 2> /dev/null; mv /tmp/load.next /tmp/load.pattern
       for disk in ${disks.join(" ")}; do
         rm -f /tmp/load.$disk.*
@@ -27,17 +36,17 @@ export class Load {
       done`);
     const names = disks.flatMap((disk) => Array.from({ length: workers }, (_, worker) => `${disk}.${worker}`));
     const load = new Load(guest, names);
-    await load.progress();
+    await load.progress(timeout);
     return load;
   }
 
   /** Waits until every worker has done another round, begun and ended from now on. @throws Error when one found a difference */
-  async progress(timeout = 30_000): Promise<void> {
+  async progress(timeout = 60_000): Promise<void> {
     const before = await this.rounds();
     await Deadline.after(timeout, "another round of every worker").poll(async () => {
       const now = await this.rounds();
       return now.every((count, worker) => count >= (before[worker] ?? 0) + 2) || undefined;
-    }, 20);
+    }, LOOK_INTERVAL);
   }
 
   /** Ends the workers. @returns rounds done, all verified @throws Error when one found a difference */

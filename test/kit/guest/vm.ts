@@ -14,6 +14,8 @@ export interface VhostDisk {
   readonly socket: string;
   readonly queues: number;
   readonly role?: SocketRole;
+  /** Each queue has a doorbell page of its own, which a back-end may put one of its device's in the place of. On unless said. */
+  readonly pagePerVq?: boolean;
 }
 
 /** A virtio-net card of a VM with a vhost-user back-end. QEMU does not start its machine before that is there. */
@@ -113,11 +115,11 @@ export class Vm implements AsyncDisposable {
   }
 }
 
-function diskArguments({ socket, queues, role }: VhostDisk, index: number): string[] {
+function diskArguments({ socket, queues, role, pagePerVq = true }: VhostDisk, index: number): string[] {
   return [
     ...["-chardev", `socket,id=disk${index},path=${socket},${manner(role)}`],
     "-device",
-    `vhost-user-blk-pci,chardev=disk${index},num-queues=${queues},page-per-vq=on,disable-legacy=on,disable-modern=off,bootindex=${index + 1}`,
+    `vhost-user-blk-pci,chardev=disk${index},num-queues=${queues},page-per-vq=${pagePerVq ? "on" : "off"},disable-legacy=on,disable-modern=off,bootindex=${index + 1}`,
   ];
 }
 

@@ -1,14 +1,15 @@
 import { Deadline } from "../../../src/base/deadline.ts";
 import { asError } from "../../../src/base/errors.ts";
+import { DESCRIPTION_VARIABLE } from "../machine/description.ts";
 import { encodeFrame, type Mac, readFrame, sizeOf } from "./frames.ts";
 import type { NetPair } from "./net-pair.ts";
 
 /** Milliseconds. */
-const PROGRESS_TIMEOUT = 10_000;
+const PROGRESS_TIMEOUT = 30_000;
 /** Milliseconds without a frame at the other end until what is under way is taken for lost, and the stream goes on. */
 const PATIENCE = 20;
-/** The same for the last ones of a stream, on a machine that is busy. */
-const LAST_PATIENCE = 300;
+/** The same for the last ones of a stream, on a machine that is busy; inside a VM everything takes its time. */
+const LAST_PATIENCE = process.env[DESCRIPTION_VARIABLE] === undefined ? 300 : 5_000;
 /** Added to the number of a stream for frames that do not count. */
 const KNOCKING = 0x8000_0000;
 /** Frames under way. */

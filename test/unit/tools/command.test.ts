@@ -16,8 +16,8 @@ async function dev(...words: readonly string[]) {
 const MISTAKES: readonly [words: string, reason: string, usage: string][] = [
   ["demo --bogus", "Unknown option '--bogus'", "./dev demo"],
   ["setup extra", "Unexpected argument 'extra'", "./dev setup"],
-  ["test --bogus unit", "Unknown option '--bogus'", "./dev test [TIERS]"],
-  ["test unit nosuch", `no test file of unit has "nosuch" in its name`, "./dev test [TIERS]"],
+  ["test --bogus unit", "Unknown option '--bogus'", "./dev test [OPTIONS] [TIERS]"],
+  ["test unit nosuch", `no test file of unit has "nosuch" in its name`, "./dev test [OPTIONS] [TIERS]"],
   ["bench nosuch", `no benchmark is called "nosuch"`, "./dev bench [OPTIONS] [NAMES]"],
   ["fuzz --minutes abc", `--minutes is "abc"`, "./dev fuzz [OPTIONS] [FILES]"],
   ["fuzz --seed", "argument missing", "./dev fuzz [OPTIONS] [FILES]"],
@@ -36,5 +36,5 @@ for (const [words, reason, usage] of MISTAKES) {
 test("help is no mistake", async () => {
   const { out, err, code } = await dev("test", "--help");
   expect({ err, code }).toEqual({ err: "", code: 0 });
-  expect(out).toContain("USAGE ./dev test [TIERS]");
+  expect(out).toContain("USAGE ./dev test [OPTIONS] [TIERS]");
 });

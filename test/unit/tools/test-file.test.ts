@@ -3,7 +3,7 @@ import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join, relative } from "node:path";
 import { ROOT } from "../../../tools/command.ts";
-import { type FileResult, runTestFile } from "../../../tools/test-file.ts";
+import { type FileResult, notesOf, runTestFile } from "../../../tools/test-file.ts";
 
 const IMPORT = `import { test } from "bun:test"; import { mkdtempSync } from "node:fs"; import { tmpdir } from "node:os";\n`;
 
@@ -48,3 +48,16 @@ for (const [what, text, problem, timeout] of PROBLEMS) {
     expect(problems[0]).toMatch(problem);
   });
 }
+
+test("what is not as it should be is noted in a line each, with its reason once", () => {
+  const cases = [
+    { name: "a", outcome: "passed" },
+    { name: "b [skip: no apt-get]", outcome: "skipped" },
+    { name: "c", outcome: "failed" },
+  ] as const;
+  expect(notesOf({ file: "f.ts", seconds: 1, output: "", cases, problems: ["did not end"] })).toEqual([
+    "skipped: f.ts: b [skip: no apt-get]",
+    "failed: f.ts: c",
+    "failed: f.ts: did not end",
+  ]);
+});
