@@ -29,7 +29,9 @@ export class SlowMapping implements Disposable {
 
   /** For the registry. */
   space(owner: string): AddressSpace {
-    return new SlowSpace(new MappedMemory(owner, silentLogger), this.iommu);
+    // Nothing is pinned: the file may be larger than the machine's memory.
+    const room = async () => ({ [Symbol.dispose]: () => {} });
+    return new SlowSpace(new MappedMemory(owner, silentLogger, room), this.iommu);
   }
 
   [Symbol.dispose](): void {

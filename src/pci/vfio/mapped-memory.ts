@@ -47,6 +47,8 @@ export class MappedMemory {
   constructor(
     private readonly owner: string,
     private readonly log: Logger,
+    /** Whether there is memory for what is going to be pinned. */
+    private readonly room: typeof claimRoom = claimRoom,
   ) {}
 
   /**
@@ -62,7 +64,7 @@ export class MappedMemory {
     cancelled: () => boolean = () => false,
   ): Promise<void> {
     await this.settle(iommu, deadline);
-    using _room = await claimRoom(fd, range.size);
+    using _room = await this.room(fd, range.size);
     const done: Piece[] = [];
     const next = deadlines(deadline);
     const progress = this.progress(range);
