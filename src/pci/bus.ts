@@ -1,4 +1,4 @@
-import { lstat, readdir, readFile, readlink } from "node:fs/promises";
+import { lstatSync, readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { basename, join } from "node:path";
 import { VhostdError } from "../base/errors.ts";
 import { type PciAddress, parsePciAddress } from "./address.ts";
@@ -54,7 +54,10 @@ export function takesToken({ transport }: BusEntry): boolean {
   return transport.kind === "vfio" && transport.takesToken;
 }
 
-/** Functions by address, in directories laid out like /sys/bus/pci/devices. The first directory that has one wins. */
+/**
+ * Functions by address, in directories laid out like /sys/bus/pci/devices. The first directory that has one wins. What is
+ * read of them the kernel knows by heart, so it is read at once.
+ */
 export class Bus {
   constructor(private readonly directories: readonly string[]) {}
 
@@ -63,128 +66,92 @@ export class Bus {
    * @throws VhostdError probeFailed where the entry is there but cannot be read
    */
   async find(address: PciAddress): Promise<BusEntry | undefined> {
-    for (const parent of this.directories) {
-      const directory = join(parent, address);
-      if (await exists(directory)) return readEntry(address, directory);
-    }
-    return undefined;
+    const directory = this.directories.map((parent) => join(parent, address)).find(exists);
+    return directory === undefined ? undefined : readEntry(address, directory);
   }
 }
 
-async function readEntry(address: PciAddress, directory: string): Promise<BusEntry> {
-  const [vendor, device, pciClass, physfn, virtfns, software] = await Promise.all([
-    readNumber(directory, "vendor"),
-    readNumber(directory, "device"),
-    readNumber(directory, "class"),
-    readFunctionLink(directory, "physfn"),
-    readVirtualFunctions(directory),
-    exists(join(directory, SOCKET_NAME)),
-  ]);
-  const transport: Transport = software
-    ? { kind: "vfio-user", socket: join(directory, SOCKET_NAME) }
-    : await readKernelTransport(directory);
-  return { address, directory, vendor, device, class: pciClass, physfn, virtfns, transport };
+function readEntry(address: PciAddress, directory: string): BusEntry {
+  const socket = join(directory, SOCKET_NAME);
+  return {
+    address,
+    directory,
+    vendor: readNumber(directory, "vendor"),
+    device: readNumber(directory, "device"),
+    class: readNumber(directory, "class"),
+    physfn: readFunctionLink(directory, "physfn"),
+    virtfns: readVirtualFunctions(directory),
+    transport: exists(socket) ? { kind: "vfio-user", socket } : readKernelTransport(directory),
+  };
 }
 
-async function readKernelTransport(directory: string): Promise<KernelTransport> {
-  const [driver, group, groupName, cdevs, isPf, pfDriver, node] = await Promise.all([
-    readLinkName(join(directory, "driver")),
-    readLinkName(join(directory, "iommu_group")),
-    readText(join(directory, "iommu_group/name")),
-    readNames(join(directory, "vfio-dev")),
-    exists(join(directory, "sriov_totalvfs")),
-    readLinkName(join(directory, "physfn/driver")),
-    readDecimal(join(directory, "numa_node")),
-  ]);
+function readKernelTransport(directory: string): KernelTransport {
+  const group = readLinkName(join(directory, "iommu_group"));
+  const groupName = readText(join(directory, "iommu_group/name"));
+  const pfDriver = readLinkName(join(directory, "physfn/driver"));
+  const node = Number.parseInt(readText(join(directory, "numa_node")) ?? "-1", 10);
   return {
     kind: "vfio",
-    driver,
+    driver: readLinkName(join(directory, "driver")),
     group: group === undefined || groupName?.trim() === NO_IOMMU_GROUP ? undefined : Number(group),
-    cdev: cdevs.find((name) => name.startsWith("vfio")),
-    takesToken: isPf || (pfDriver !== undefined && isVfioDriver(pfDriver)),
-    numaNode: node === undefined || node < 0 ? undefined : node,
+    cdev: readNames(join(directory, "vfio-dev")).find((name) => name.startsWith("vfio")),
+    takesToken: exists(join(directory, "sriov_totalvfs")) || (pfDriver !== undefined && isVfioDriver(pfDriver)),
+    numaNode: node < 0 ? undefined : node,
   };
 }
 
 /** The last part of what a link names, or undefined where it is not there. */
-async function readLinkName(path: string): Promise<string | undefined> {
-  try {
-    return basename(await readlink(path));
-  } catch (error) {
-    if (isMissing(error)) return undefined;
-    throw new VhostdError("probeFailed", `${path} is not a link`, { cause: error });
-  }
+function readLinkName(path: string): string | undefined {
+  const target = ifThere(() => readlinkSync(path), `${path} is not a link`);
+  return target === undefined ? undefined : basename(target);
 }
 
-async function readNames(directory: string): Promise<string[]> {
-  return await readdir(directory).catch((error) => {
-    if (isMissing(error)) return [];
-    throw new VhostdError("probeFailed", `cannot read ${directory}`, { cause: error });
-  });
+function readNames(directory: string): string[] {
+  return ifThere(() => readdirSync(directory), `cannot read ${directory}`) ?? [];
 }
 
 /** undefined where there is no such attribute. */
-async function readText(path: string): Promise<string | undefined> {
-  return await readFile(path, "utf8").catch((error) => {
-    if (isMissing(error)) return undefined;
-    throw new VhostdError("probeFailed", `cannot read ${path}`, { cause: error });
-  });
-}
-
-/** undefined where there is no such attribute. */
-async function readDecimal(path: string): Promise<number | undefined> {
-  const text = await readText(path);
-  return text === undefined ? undefined : Number.parseInt(text, 10);
+function readText(path: string): string | undefined {
+  return ifThere(() => readFileSync(path, "utf8"), `cannot read ${path}`);
 }
 
 /** Attributes are text: "0x1af4\n". */
-async function readNumber(directory: string, name: string): Promise<number> {
+function readNumber(directory: string, name: string): number {
   const path = join(directory, name);
-  let text: string;
-  try {
-    text = await readFile(path, "utf8");
-  } catch (cause) {
-    throw new VhostdError("probeFailed", `cannot read ${path}`, { cause });
-  }
+  const text = readText(path);
+  if (text === undefined) throw new VhostdError("probeFailed", `there is no ${path}`);
   if (!/^0x[0-9a-f]{1,6}$/i.test(text.trim())) {
     throw new VhostdError("probeFailed", `${path} says ${JSON.stringify(text.slice(0, 32))}; a hexadecimal number`);
   }
   return Number.parseInt(text, 16);
 }
 
-async function readFunctionLink(directory: string, name: string): Promise<PciAddress | undefined> {
-  let target: string;
-  try {
-    target = await readlink(join(directory, name));
-  } catch (error) {
-    if (isMissing(error)) return undefined;
-    throw new VhostdError("probeFailed", `${join(directory, name)} is not a link to a function`, { cause: error });
-  }
-  return parsePciAddress(basename(target));
+function readFunctionLink(directory: string, name: string): PciAddress | undefined {
+  const target = readLinkName(join(directory, name));
+  return target === undefined ? undefined : parsePciAddress(target);
 }
 
-async function readVirtualFunctions(directory: string): Promise<Map<number, PciAddress>> {
-  const indices = (await readdir(directory))
+function readVirtualFunctions(directory: string): Map<number, PciAddress> {
+  const indices = readNames(directory)
     .map((name) => /^virtfn(\d+)$/.exec(name)?.[1])
     .filter((index) => index !== undefined)
     .map(Number)
     .sort((a, b) => a - b);
-  const links = await Promise.all(
-    indices.map(async (index) => [index, await readFunctionLink(directory, `virtfn${index}`)] as const),
-  );
+  const links = indices.map((index) => [index, readFunctionLink(directory, `virtfn${index}`)] as const);
   return new Map(links.filter((link): link is [number, PciAddress] => link[1] !== undefined));
 }
 
-async function exists(path: string): Promise<boolean> {
-  try {
-    await lstat(path);
-    return true;
-  } catch (error) {
-    if (isMissing(error)) return false;
-    throw error;
-  }
+function exists(path: string): boolean {
+  return ifThere(() => lstatSync(path), `cannot look at ${path}`) !== undefined;
 }
 
-function isMissing(error: unknown): boolean {
-  return error instanceof Error && "code" in error && (error.code === "ENOENT" || error.code === "ENOTDIR");
+/** undefined where what is read is not there. @throws VhostdError probeFailed where it cannot be read otherwise */
+function ifThere<T>(read: () => T, failure: string): T | undefined {
+  try {
+    return read();
+  } catch (cause) {
+    const code = cause instanceof Error && "code" in cause ? cause.code : undefined;
+    if (code === "ENOENT" || code === "ENOTDIR") return undefined;
+    throw new VhostdError("probeFailed", failure, { cause });
+  }
 }

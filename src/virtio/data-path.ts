@@ -107,16 +107,17 @@ export class DataPath {
   ): Promise<DataPath> {
     const device = await VirtioPciDevice.probe(fn, deadline);
     const deviceClass = classOf(device.virtioId);
-    await device.reset(deadline);
-    const [features, limits] = await deadline.race(Promise.all([device.features(), device.queueLimits()]));
     if (fn.interrupts.count === 0) {
       throw new VhostdError("noVectors", `${fn.address} has no MSI-X vectors`, {
         fix: "provision the function with one vector for each queue and one more",
       });
     }
+    await device.reset(deadline);
     using undo = new DisposableStack();
     const interrupt = undo.use(eventfd());
-    await deadline.race(fn.interrupts.route(CONFIG_VECTOR, interrupt.number));
+    const [features, limits] = await deadline.race(
+      Promise.all([device.features(), device.queueLimits(), fn.interrupts.route(CONFIG_VECTOR, interrupt.number)]),
+    );
     const path = new DataPath(device, features, limits, deviceClass, interrupt, makeMover, { kind: "reset" });
     undo.move();
     return path;

@@ -2,9 +2,13 @@ import { asError } from "../../base/errors.ts";
 import { checkInteger } from "../../native/arguments.ts";
 import type { FileAccess, slowAccess } from "../../native/slow.ts";
 
-/** One that waits to be carried out, or is being carried out. */
-interface Waiting extends FileAccess {
-  settle(result: number | Error): void;
+type Result = number | Error;
+
+/** Accesses that wait to be carried out together, or are being carried out. */
+interface Waiting {
+  readonly accesses: readonly FileAccess[];
+  /** @param results one for each access, or why none was made */
+  settle(results: readonly Result[] | Error): void;
 }
 
 /** What is asked for in this turn of the event loop has been asked for then. */
@@ -36,19 +40,21 @@ export class DeviceAccesses {
     const { value, width } = access;
     // One that cannot be meant must not fail the call, which has others in it.
     if (value !== undefined) checkInteger(value, 0, 2 ** (8 * width) - 1, "value of a register");
-    if (this.ended !== undefined) throw this.ended;
-    const { promise, resolve, reject } = Promise.withResolvers<number>();
-    const settle = (result: number | Error) => (result instanceof Error ? reject(result) : resolve(result));
-    this.waiting.push({ ...access, settle });
-    this.running ??= this.run();
-    return await promise;
+    const [result] = await this.add([access]);
+    if (result instanceof Error) throw result;
+    return result!;
   }
 
   /** `length` bytes, by the widest accesses that are aligned. @throws as make */
   async readBytes(offset: number, length: number): Promise<Uint8Array> {
     const bytes = new Uint8Array(length);
-    const parts = pieces(offset, length).map(async (piece) => putValue(bytes, piece, await this.make(piece), offset));
-    await Promise.all(parts);
+    const parts = pieces(offset, length);
+    const results = await this.add(parts);
+    for (const [index, piece] of parts.entries()) {
+      const result = results[index]!;
+      if (result instanceof Error) throw result;
+      putValue(bytes, piece, result, offset);
+    }
     return bytes;
   }
 
@@ -56,6 +62,17 @@ export class DeviceAccesses {
   end(error: Error): void {
     this.ended ??= error;
     for (const { settle } of [...this.underWay, ...this.waiting.splice(0)]) settle(this.ended);
+  }
+
+  /** @throws what `end` was given */
+  private async add(accesses: readonly FileAccess[]): Promise<readonly Result[]> {
+    if (this.ended !== undefined) throw this.ended;
+    const { promise, resolve, reject } = Promise.withResolvers<readonly Result[]>();
+    const settle = (results: readonly Result[] | Error) =>
+      results instanceof Error ? reject(results) : resolve(results);
+    this.waiting.push({ accesses, settle });
+    this.running ??= this.run();
+    return await promise;
   }
 
   /** Until the kernel is at none any more. After the end. */
@@ -74,13 +91,17 @@ export class DeviceAccesses {
   }
 
   /** Never rejects. */
-  private async carryOut(accesses: readonly Waiting[]): Promise<void> {
-    const results = await this.results(accesses);
+  private async carryOut(waiting: readonly Waiting[]): Promise<void> {
+    const results = await this.results(waiting.flatMap(({ accesses }) => accesses));
     this.underWay = [];
-    for (const [index, { settle }] of accesses.entries()) settle(results[index]!);
+    let at = 0;
+    for (const { accesses, settle } of waiting) {
+      settle(results.slice(at, at + accesses.length));
+      at += accesses.length;
+    }
   }
 
-  private async results(accesses: readonly FileAccess[]): Promise<readonly (number | Error)[]> {
+  private async results(accesses: readonly FileAccess[]): Promise<readonly Result[]> {
     try {
       return await this.call(this.fd(), accesses);
     } catch (error) {

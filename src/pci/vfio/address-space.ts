@@ -107,7 +107,7 @@ export class VfioAddressSpace implements AddressSpace {
     const { config, deviceFd } = opened.fn;
     try {
       const command = await deadline.race(config.read(COMMAND, 2));
-      await deadline.race(config.write(COMMAND, 2, command & ~BUS_MASTER));
+      if ((command & BUS_MASTER) !== 0) await deadline.race(config.write(COMMAND, 2, command & ~BUS_MASTER));
     } finally {
       await this.inUse().detach(deviceFd, deadline);
     }

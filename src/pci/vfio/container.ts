@@ -71,11 +71,14 @@ export class Type1Container implements Iommu {
     undo.defer(() => slowClose(fd));
     const ask = (what: typeof VFIO_GET_API_VERSION, argument: number) =>
       calls.run(deadline, () => request(fd.number, what, argument), ignore);
-    const version = await ask(VFIO_GET_API_VERSION, 0);
+    const [version, hasType1] = await Promise.all([
+      ask(VFIO_GET_API_VERSION, 0),
+      ask(VFIO_CHECK_EXTENSION, VFIO_TYPE1V2_IOMMU),
+    ]);
     if (version !== VFIO_API_VERSION) {
       throw new VhostdError("iommuContainer", `the kernel's VFIO has version ${version}, must be ${VFIO_API_VERSION}`);
     }
-    if ((await ask(VFIO_CHECK_EXTENSION, VFIO_TYPE1V2_IOMMU)) === 0) {
+    if (hasType1 === 0) {
       throw new VhostdError("iommuContainer", "the kernel's VFIO knows no type 1 (v2) IOMMU", {
         fix: "load the kernel module vfio_iommu_type1 (modprobe vfio_iommu_type1)",
       });

@@ -112,13 +112,14 @@ export class VfioFunction implements PciFunction {
       if (configPlace === undefined || configPlace.size < CONFIG_SIZE_LEAST) {
         throw new VhostdError("probeFailed", `${address} has ${configPlace?.size} bytes of configuration space`);
       }
-      const msix = msixRanges(await accesses.readBytes(configPlace.fileOffset, CONFIG_SIZE_LEAST));
-      const interrupts = await VfioInterrupts.enable(vfio, operations);
-      return { device: vfio, canReset, configPlace, bars, msix, accesses, interrupts, operations };
+      const [config, interrupts] = await Promise.all([
+        accesses.readBytes(configPlace.fileOffset, CONFIG_SIZE_LEAST),
+        VfioInterrupts.enable(vfio, operations),
+      ]);
+      return { device: vfio, canReset, configPlace, bars, msix: msixRanges(config), accesses, interrupts, operations };
     };
-    const known = await deadline.race(ask());
     const watching = LossWatch.on(vfio);
-    const loss = await deadline.race(watching).catch((error: unknown) => {
+    const [known, loss] = await deadline.race(Promise.all([ask(), watching])).catch((error: unknown) => {
       // It may still come.
       watching.then((late) => late[Symbol.dispose]()).catch(() => {});
       throw error;

@@ -55,8 +55,8 @@ export class LossWatch implements Disposable {
   static async on(device: VfioDevice): Promise<LossWatch> {
     using undo = new DisposableStack();
     const loss = undo.use(new LossWatch(device.name));
-    for (const { index, name, code, says, fix } of NOTICES) {
-      if ((await device.interrupts(index)) === 0) continue;
+    const routed = NOTICES.map(async ({ index, name, code, says, fix }) => {
+      if ((await device.interrupts(index)) === 0) return;
       const notice = eventfd();
       loss.eventfds.set(name, notice);
       await device.setEventfds(index, 0, [notice.number]);
@@ -65,7 +65,9 @@ export class LossWatch implements Disposable {
       });
       watching.unref();
       loss.watches.push(watching);
-    }
+    });
+    // Not before all have ended: what one routes the other's failure would close.
+    for (const result of await Promise.allSettled(routed)) if (result.status === "rejected") throw result.reason;
     undo.move();
     return loss;
   }
