@@ -9,6 +9,7 @@ import {
   printFailure,
   printJson,
 } from "./daemon-call.ts";
+import { printWarning } from "./machine-output.ts";
 import { DAEMON_OPTIONS } from "./main.ts";
 
 /** The commands of the existing stack's client: same words, same output. */
@@ -120,12 +121,14 @@ interface Answer {
   readonly errno: number;
   readonly errstr: string;
   readonly fix?: string;
+  readonly warning?: string;
 }
 
-/** Prints the result; a failure has its sentence on standard error too. Undefined parameters are left out by JSON. */
+/** Prints the result, a warning and the sentence of a failure on standard error. Undefined parameters are left out by JSON. */
 async function perform(place: DaemonPlace, method: string, params: Readonly<Record<string, unknown>>): Promise<number> {
-  const { fix, ...result } = await answerOf(place, method, params);
+  const { fix, warning, ...result } = await answerOf(place, method, params);
   printJson(result);
+  if (warning !== undefined) printWarning(warning);
   if (result.errno === 0) return 0;
   const failure = { message: result.errstr, number: -result.errno };
   printFailure(fix === undefined ? failure : { ...failure, fix });

@@ -23,6 +23,7 @@ const Answer = Type.Object({
   errno: Type.Integer({ description: "0, or the negated number of the error" }),
   errstr: Type.String({ description: "Success, or what was wrong" }),
   fix: Type.Optional(Type.String({ description: "what to do about it" })),
+  warning: Type.Optional(Type.String({ description: "of remove: a front-end can go on using it; who that is" })),
   devices: Type.Optional(Type.Array(Type.Record(Type.String(), Type.Unknown()), { description: "list" })),
   device: Type.Optional(Type.Record(Type.String(), Type.Unknown(), { description: "info" })),
 });
@@ -85,7 +86,7 @@ export function legacyMethods(devices: Devices, log: Logger): Method[] {
   ];
 }
 
-type Outcome = Pick<Answer, "device" | "devices">;
+type Outcome = Pick<Answer, "device" | "devices" | "warning">;
 
 async function carryOutPf(devices: Devices, request: Static<typeof PfRequest>): Promise<Outcome> {
   switch (operationOf(request, ["add", "remove", "list"])) {
@@ -117,9 +118,10 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       await devices.addVf({ ...place, uuid, unmanaged, hostNotifier });
       return {};
     }
-    case "remove":
-      await devices.removeVf(vfAddress(request.vfdev));
-      return {};
+    case "remove": {
+      const warning = await devices.removeVf(vfAddress(request.vfdev));
+      return warning === undefined ? {} : { warning };
+    }
     case "list":
       return { devices: listed(devices, request).map(describeVf) };
     case "info":

@@ -14,6 +14,8 @@ export class FakeDevices implements Devices {
   readonly stats = new Map<PciAddress, readonly QueueStats[]>();
   readonly internal = new Map<PciAddress, InternalStatusName>();
   readonly handlers = new Set<(event: RegistryEvent) => void>();
+  /** What removeVf warns of. */
+  warning: string | undefined;
   /** addVf waits for it. */
   gate: Promise<void> = Promise.resolve();
 
@@ -49,9 +51,10 @@ export class FakeDevices implements Devices {
     return info;
   }
 
-  async removeVf(vf: PciAddress): Promise<undefined> {
+  async removeVf(vf: PciAddress): Promise<string | undefined> {
     this.vfInfo(vf);
     this.vfs.delete(vf);
+    return this.warning;
   }
 
   listVfs(pf?: PciAddress): VfInfo[] {

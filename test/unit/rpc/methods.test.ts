@@ -134,6 +134,18 @@ describe("methods of old clients", () => {
     expect(await invoke("mgmtpf", { remove: true, dev: "5a:00.0" })).toEqual(success);
   });
 
+  test("vf remove passes on what is to be warned of", async () => {
+    const success = { errno: 0, errstr: "Success" };
+    for (const [warning, answer] of [
+      [undefined, success],
+      ["held by process 4711", { warning: "held by process 4711", ...success }],
+    ] as const) {
+      await invoke("vf", { add: true, vfdev: VF, unmanaged: true });
+      devices.warning = warning;
+      expect(await invoke("vf", { remove: true, vfdev: VF })).toEqual(answer);
+    }
+  });
+
   test("vf info: numbers are strings, features are named by their bit in five columns", async () => {
     await invoke("mgmtpf", { add: true, dev: PF });
     await invoke("vf", { add: true, vfdev: VF, socket_file: "/tmp/vhost-net0", uuid: "u-u-i-d" });
