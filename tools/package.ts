@@ -30,11 +30,19 @@ export default defineTask({
 
 /** The form that users install: the executables and their plugins, in a directory that holds nothing else. */
 export async function installPrograms(directory: string, buildTime: string): Promise<void> {
+  const programs = Object.entries(PROGRAMS).map(([program, name]) => [join("bin", program), name] as const);
+  await compilePrograms(directory, programs, buildTime);
+}
+
+/** Executables in that form. @param programs source, from the top of the checkout, and name of each */
+export async function compilePrograms(
+  directory: string,
+  programs: readonly (readonly [string, string])[],
+  buildTime: string,
+): Promise<void> {
   await rm(directory, { recursive: true, force: true });
   await mkdir(directory, { recursive: true });
-  for (const [program, name] of Object.entries(PROGRAMS)) {
-    await compile(join("bin", program), join(directory, name), buildTime);
-  }
+  for (const [program, name] of programs) await compile(program, join(directory, name), buildTime);
   await cp(join(ROOT, "plugins"), join(directory, "plugins"), { recursive: true });
 }
 

@@ -40,6 +40,7 @@ interface RunOptions {
   readonly environment: Readonly<Record<string, string>>;
   readonly timeout: number;
   readonly iommufd: boolean;
+  readonly long: boolean;
 }
 
 /** What is run: files of these tiers that have one of the filters in their names; all of them where there is no filter. */
@@ -48,6 +49,8 @@ interface Selection {
   readonly filters: readonly string[];
   /** The vfio tier also with the kernel that has iommufd, which is built where it was not. */
   readonly iommufd?: boolean;
+  /** The vfio tier with full counts, and more of it in more than one machine. */
+  readonly long?: boolean;
 }
 
 interface Totals {
@@ -66,13 +69,17 @@ export default defineTask({
       type: "boolean",
       description: "vfio also with a kernel that has iommufd, which takes minutes to build once",
     },
+    long: {
+      type: "boolean",
+      description: "vfio with ten times the requests and frames, and more files in older and newer kernels",
+    },
     tiers: {
       type: "positional",
       required: false,
       description: "Tiers to run, or parts of file names; all tiers unless given",
     },
   },
-  run: ({ _: words, iommufd = false }) => runTests({ ...understand(words), iommufd }),
+  run: ({ _: words, iommufd = false, long = false }) => runTests({ ...understand(words), iommufd, long }),
 });
 
 /**
@@ -83,7 +90,7 @@ export default defineTask({
  * @throws UsageError where a part of a file name is in none
  */
 export async function runTests(
-  { tiers, filters, iommufd = false }: Selection,
+  { tiers, filters, iommufd = false, long = false }: Selection,
   environment: Readonly<Record<string, string>> = {},
   timeout = FILE_TIMEOUT,
 ): Promise<number> {
@@ -100,7 +107,7 @@ export async function runTests(
       const results =
         tier === "native"
           ? await runNativeTests()
-          : await runFolder(tier, filters, { scratch, environment, timeout, iommufd });
+          : await runFolder(tier, filters, { scratch, environment, timeout, iommufd, long });
       for (const result of results) count(result, totals, notes);
       console.log(`${tier}: ${results.length} files in ${((performance.now() - started) / 1000).toFixed(1)} s`);
     }
@@ -137,7 +144,7 @@ async function runFolder(tier: TierName, filters: readonly string[], options: Ru
   const present = await filesOf(tier);
   if (present.length === 0) return [noTests(join("test", tier))];
   const files = present.filter((file) => filters.length === 0 || filters.some((part) => file.includes(part))).sort();
-  if (tier === "vfio") return runMachineTier(files, { timeout: options.timeout, iommufd: options.iommufd, show });
+  if (tier === "vfio") return runMachineTier(files, { ...options, show });
   const results: FileResult[] = [];
   const queue = files.entries();
   const worker = async () => {

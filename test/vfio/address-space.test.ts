@@ -4,7 +4,9 @@ import { readFile, rm, writeFile } from "node:fs/promises";
 import { Deadline } from "../../src/base/deadline.ts";
 import { fileInfo, openFile, truncate } from "../../src/native/sys.ts";
 import type { VfioInterface } from "../../src/pci/vfio/address-space.ts";
+import { atLength } from "../kit/at-length.ts";
 import { lockedMemory } from "../kit/machine/bare-function.ts";
+import { PROGRAM_ENVIRONMENT, programLine } from "../kit/machine/programs.ts";
 import { rangeOf, refusal, SpaceLab, soon } from "../kit/machine/space-lab.ts";
 
 /** Guest memory in address spaces of kernel VFIO, and what the tables of a real IOMMU say of it. */
@@ -13,9 +15,10 @@ const TIMEOUT = 120_000;
 const MiB = 2 ** 20;
 const GiB = 2 ** 30;
 const HUGE_PAGE = 2 * MiB;
-const PROGRAM = new URL("../kit/machine/locked-program.ts", import.meta.url).pathname;
 const MAPPING_LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
-const INTERFACES: readonly VfioInterface[] = existsSync("/dev/iommu") ? ["group", "iommufd"] : ["group"];
+const INTERFACES: readonly VfioInterface[] = existsSync("/dev/iommu")
+  ? atLength(["group", "iommufd"], ["iommufd"])
+  : ["group"];
 
 let lab: SpaceLab;
 
@@ -179,7 +182,7 @@ describe.each(INTERFACES)("over %s", (kind) => {
   test(
     "the limit of locked memory is named where it is the cause, and nothing is mapped",
     async () => {
-      const program = ["bun", PROGRAM, kind, lab.address("blk0")];
+      const program = [...programLine("locked-program"), kind, lab.address("blk0")];
       const limited = [
         "setpriv",
         "--inh-caps=-ipc_lock",
@@ -187,7 +190,11 @@ describe.each(INTERFACES)("over %s", (kind) => {
         "prlimit",
         `--memlock=${8 * MiB}`,
       ];
-      const child = Bun.spawn([...limited, ...program, "4", "64"], { stdout: "pipe", stderr: "inherit" });
+      const child = Bun.spawn([...limited, ...program, "4", "64"], {
+        env: { ...process.env, ...PROGRAM_ENVIRONMENT },
+        stdout: "pipe",
+        stderr: "inherit",
+      });
       const text = await child.stdout.text();
       expect(await child.exited).toBe(0);
       const [small, big] = JSON.parse(text) as unknown[];

@@ -3,13 +3,13 @@ import { closeSync, openSync, readdirSync, readFileSync, writeFileSync } from "n
 import { join } from "node:path";
 import { Machine } from "../kit/machine/inside.ts";
 import { type MachineFunction, PciAddress } from "../kit/machine/pci-function.ts";
+import { programLine } from "../kit/machine/programs.ts";
 
 /** Milliseconds; a command of ours takes half a second here. */
 setDefaultTimeout(120_000);
 const machine = Machine.here();
 const { sriov } = machine.description;
 const VFS = sriov ? "" : " [skip: this QEMU emulates no SR-IOV]";
-const ROOT = join(import.meta.dir, "../..");
 const ENABLE_SRIOV = "/sys/module/vfio_pci/parameters/enable_sriov";
 
 interface Result {
@@ -19,8 +19,7 @@ interface Result {
 }
 
 function cli(...args: string[]): Result {
-  const words = [process.execPath, join(ROOT, "bin/vfe-vhost-cli.ts"), ...args];
-  const { exitCode, stdout, stderr } = Bun.spawnSync(words, { timeout: 120_000 });
+  const { exitCode, stdout, stderr } = Bun.spawnSync([...programLine("vfe-vhost-cli"), ...args], { timeout: 120_000 });
   return { code: exitCode, out: stdout.toString(), err: stderr.toString() };
 }
 

@@ -331,6 +331,7 @@ function readRequestInto(guest: VhostUserFrontend, address: number) {
 
 /** The IOMMU refuses what lies there, and nothing else; the VF is shown to need a reset. */
 async function expectFault(address: string, iova: number, provoke: () => void): Promise<void> {
+  await lab.roomForFault();
   provoke();
   const faults: DmaFault[] = [];
   await Deadline.after(10_000, `DMA fault of ${address}`).poll(async () => {

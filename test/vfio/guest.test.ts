@@ -60,7 +60,7 @@ test("both disks run, and QEMU has the doorbells of the first", async () => {
 test(
   "what the guest writes it reads again, on both disks, before and after stop and cont",
   async () => {
-    const load = await Load.start(guest, ["vda", "vdb"], 8, 1, STEP_TIMEOUT);
+    const load = await Load.start(guest, ["vda", "vdb"], 8, 1, STEP_TIMEOUT, 1);
     await guest.vm.qmp.execute("stop");
     await doorbellPages(0);
     await guest.vm.qmp.execute("cont");

@@ -1,4 +1,5 @@
 import { afterAll, afterEach, beforeAll, expect, test } from "bun:test";
+import { atLength } from "../kit/at-length.ts";
 import { PLAIN_RINGS } from "../kit/disk-load.ts";
 import { MACHINE_TEST_TIMEOUT, MachineLab } from "../kit/machine/lab.ts";
 import { exchangeFrames, FrameEnd } from "../kit/net/frame-load.ts";
@@ -8,6 +9,9 @@ import { NetGuest } from "../kit/net/net-guest.ts";
 import { COMPLETE } from "../kit/net/streams.ts";
 
 /** Two network functions on one hub of QEMU's, which has one queue pair for each of its ports. */
+
+const FRAMES = atLength(100_000, 10_000);
+const ROUNDS = atLength(3, 2);
 
 let lab: MachineLab;
 let functions: readonly [string, string];
@@ -56,12 +60,12 @@ test("each function has the address that QEMU gave it", async () => {
 });
 
 test(
-  "100,000 frames, half of them in each direction: none lost, changed or out of order",
+  `${FRAMES} frames, half of them in each direction: none lost, changed or out of order`,
   async () => {
     using undo = new DisposableStack();
     const a = await end(functions[0], undo);
     const b = await end(functions[1], undo);
-    await exchangeFrames(a, b, 50_000, 150_000);
+    await exchangeFrames(a, b, FRAMES / 2, 150_000);
     expect([a.strange, b.strange]).toEqual([0, 0]);
   },
   MACHINE_TEST_TIMEOUT,
@@ -75,7 +79,7 @@ test(
     using a = await boot(functions[0]);
     using b = await boot(functions[1]);
     const streams = [a.stream(0, b), b.stream(0, a)];
-    for (const stream of streams) await stream.progress(300);
+    for (const stream of streams) await stream.progress(atLength(300, 100));
     for (const stream of streams) expect(await stream.stop()).toEqual(COMPLETE);
     await a.checkBuffers();
     await b.checkBuffers();
@@ -89,7 +93,7 @@ for (const order of ["old", "new"] as const) {
     async () => {
       using a = await boot(functions[0]);
       using b = await boot(functions[1]);
-      for (let round = 0; round < 3; round++) {
+      for (let round = 0; round < ROUNDS; round++) {
         const streams = [a.stream(0, b), b.stream(0, a)];
         for (const stream of streams) await stream.progress(50);
         for (const stream of streams) expect(await stream.stop()).toEqual(COMPLETE);
@@ -116,7 +120,7 @@ test(
   "a guest that is gone leaves the other's network as it was, and the next one is served",
   async () => {
     using b = await boot(functions[1]);
-    for (let round = 0; round < 3; round++) {
+    for (let round = 0; round < ROUNDS; round++) {
       using a = await boot(functions[0]);
       const streams = [a.stream(0, b), b.stream(0, a)];
       for (const stream of streams) await stream.progress(20);

@@ -1,10 +1,11 @@
 import { Deadline } from "../../../src/base/deadline.ts";
+import { DESCRIPTION_VARIABLE } from "../machine/description.ts";
 import type { Guest } from "./guest.ts";
 
 /** MiB of a disk that one worker writes to. */
 const SHARE = 16;
-/** Milliseconds. A look is a command in the guest, which takes time from the workers. */
-const LOOK_INTERVAL = 200;
+/** Milliseconds. A look is a command in the guest, which takes time from the workers: seconds in one inside of a VM. */
+const LOOK_INTERVAL = process.env[DESCRIPTION_VARIABLE] === undefined ? 200 : 2000;
 
 /** Verified I/O in the background of a guest (initramfs/verify-load): several workers for each disk, each on its own part. */
 export class Load {
@@ -18,6 +19,7 @@ export class Load {
    * @param start MiB of each disk behind which the workers write
    * @param workers for each disk
    * @param timeout milliseconds for their first round
+   * @param blocks of 64 KiB in a round, at most 16
    */
   static async start(
     guest: Guest,
@@ -25,12 +27,13 @@ export class Load {
     start: number,
     workers: number,
     timeout?: number,
+    blocks = 16,
   ): Promise<Load> {
-    await guest.run(`dd if=/dev/urandom of=/tmp/load.next bs=64k count=40 2> /dev/null; mv /tmp/load.next /tmp/load.pattern
+    await guest.run(`dd if=/dev/urandom of=/tmp/load.next bs=64k count=$((24 + ${blocks})) 2> /dev/null; mv /tmp/load.next /tmp/load.pattern
       for disk in ${disks.join(" ")}; do
         rm -f /tmp/load.$disk.*
         for i in $(seq 0 ${workers - 1}); do
-          verify-load /dev/$disk $((${start} + i * ${SHARE})) $disk.$i > /tmp/load.$disk.$i.log 2>&1 &
+          verify-load /dev/$disk $((${start} + i * ${SHARE})) $disk.$i ${blocks} > /tmp/load.$disk.$i.log 2>&1 &
           echo $! > /tmp/load.$disk.$i.pid
         done
       done`);

@@ -2,6 +2,8 @@ import type { KernelName } from "./image.ts";
 
 /** The environment variable that says where a process in a machine finds its MachineDescription. */
 export const DESCRIPTION_VARIABLE = "VFE_MACHINE";
+/** Where the machine has what it is told while it runs (MachineRun.tell): a file that grows by lines. */
+export const INPUT_INSIDE = "/run/machine/input";
 
 /** What a machine is to be. */
 export interface MachineOptions {

@@ -1,10 +1,10 @@
 import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { Deadline } from "../../../src/base/deadline.ts";
 import type { OwnedFd } from "../../../src/native/fd.ts";
 import { openFile, pread, pwrite } from "../../../src/native/sys.ts";
 import { availIndex, RING, usedIndex } from "../../../src/virtio/split-ring.ts";
 import { Child } from "../guest/child.ts";
+import { PROGRAM_ENVIRONMENT, programLine } from "./programs.ts";
 
 /** Milliseconds, on a machine that is emulated. */
 const START_TIMEOUT = 60_000;
@@ -50,8 +50,8 @@ export class FrontendProcess implements AsyncDisposable {
     const { queues = 1, depth = 4, doorbells = false, resets = false } = options;
     const mode = resets ? ["resets"] : doorbells ? ["doorbells"] : [];
     const words = [socket, `${queues}`, `${depth}`, ...mode];
-    const program = join(import.meta.dir, "frontend-program.ts");
-    const child = new Child([process.execPath, program, ...words], { name: "front-end", log });
+    const line = [...programLine("frontend-program"), ...words];
+    const child = new Child(line, { name: "front-end", log, environment: PROGRAM_ENVIRONMENT });
     try {
       const [, told = ""] = await child.line(/^running (.*)$/m, START_TIMEOUT);
       return new FrontendProcess(child, JSON.parse(told) as RunningFrontend);

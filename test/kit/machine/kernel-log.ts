@@ -1,4 +1,5 @@
-import { closeSync, constants, openSync, readSync } from "node:fs";
+import { closeSync, constants, openSync, readFileSync, readSync } from "node:fs";
+import type { Deadline } from "../../../src/base/deadline.ts";
 
 /** A DMA that the IOMMU has refused. */
 export interface DmaFault {
@@ -15,10 +16,25 @@ const RECORD = 8192;
 const FAULT =
   /\[DMA (Read|Write)[^\]]*\] Request device \[(?:([0-9a-f]+):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])\].*fault addr (0x[0-9a-f]+) \[fault reason (0x[0-9a-f]+)\]/;
 
+/** A line, and when it was logged: seconds since the kernel started. */
+interface Line {
+  readonly at: number;
+  readonly text: string;
+}
+
+/**
+ * The kernel looks whether it may log (printk_ratelimit) ten times in five seconds, and drops what is beyond: for each
+ * interrupt of the IOMMU, for each fault, and once more behind the last one (dmar_fault in drivers/iommu/intel/dmar.c).
+ */
+const LIMIT = { looks: 10, seconds: 5.5 };
+const INTERRUPT = /DRHD: handling fault status/;
+/** For an interrupt with one fault. */
+const LOOKS = 3;
+
 /** What the kernel has logged since this was made (Documentation/ABI/testing/dev-kmsg). */
 export class KernelLog implements Disposable {
   private readonly fd: number;
-  private readonly seen: string[] = [];
+  private readonly seen: Line[] = [];
 
   constructor() {
     this.fd = openSync("/dev/kmsg", constants.O_RDONLY | constants.O_NONBLOCK);
@@ -29,7 +45,19 @@ export class KernelLog implements Disposable {
 
   get lines(): readonly string[] {
     this.read();
-    return this.seen;
+    return this.seen.map(({ text }) => text);
+  }
+
+  /** Waits until a DMA fault would be logged: many of them in a short time are not. @throws VhostdError timedOut */
+  async roomForFault(deadline: Deadline): Promise<void> {
+    await deadline.poll(() => {
+      this.read();
+      const from = Number(readFileSync("/proc/uptime", "utf8").split(" ")[0]) - LIMIT.seconds;
+      const recent = this.seen.filter(({ at }) => at >= from).map(({ text }) => text);
+      const interrupts = recent.filter((text) => INTERRUPT.test(text)).length;
+      const faults = recent.filter((text) => parseDmaFault(text) !== undefined).length;
+      return 2 * interrupts + faults + LOOKS <= LIMIT.looks || undefined;
+    }, 50);
   }
 
   /** Those that were logged; the kernel drops some where there are very many. */
@@ -57,9 +85,10 @@ export class KernelLog implements Disposable {
   }
 }
 
-/** "6,339,5140900,-;text\n key=value" → "text". */
-function parseRecord(record: string): string {
-  return record.slice(record.indexOf(";") + 1).split("\n")[0] ?? "";
+/** "6,339,5140900,-;text\n key=value" → 5.1409 and "text". */
+function parseRecord(record: string): Line {
+  const [prefix = "", text = ""] = record.split("\n")[0]!.split(/;(.*)/s);
+  return { at: Number(prefix.split(",")[2]) / 1e6, text };
 }
 
 /** A line of drivers/iommu/intel/dmar.c. */

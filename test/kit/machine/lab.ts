@@ -10,8 +10,8 @@ import { NetFrontend, type NetFrontendOptions } from "../net/net-frontend.ts";
 import { Machine } from "./inside.ts";
 import type { DmaFault, KernelLog } from "./kernel-log.ts";
 import type { PciAddress } from "./pci-function.ts";
+import { PROGRAM_ENVIRONMENT, programLine } from "./programs.ts";
 
-const ROOT = join(import.meta.dir, "../../..");
 /** Milliseconds for a test, on a machine that is emulated by one that may be busy. */
 export const MACHINE_TEST_TIMEOUT = 180_000;
 /** Milliseconds. */
@@ -100,16 +100,9 @@ export class MachineLab implements AsyncDisposable {
   async startDaemon(...more: readonly string[]): Promise<void> {
     const own = ["--bus", "/sys/bus/pci/devices", "--runtime-dir", this.runtimeDirectory, "--log-level", "debug"];
     const state = ["--state-dir", join(this.directory, "state")];
-    const line = [
-      process.execPath,
-      join(ROOT, "bin/vhostd.ts"),
-      ...own,
-      ...state,
-      ...(this.options.daemon ?? []),
-      ...more,
-    ];
+    const line = [...programLine("vfe-vhostd"), ...own, ...state, ...(this.options.daemon ?? []), ...more];
     const log = this.daemonLog(this.daemons++);
-    this.running = new Child(line, { name: "vfe-vhostd", log });
+    this.running = new Child(line, { name: "vfe-vhostd", log, environment: PROGRAM_ENVIRONMENT });
     await this.running.line(/^ready /m, START_TIMEOUT);
   }
 
@@ -137,9 +130,9 @@ export class MachineLab implements AsyncDisposable {
     return await client.call(method, parameters, deadline);
   }
 
-  /** Runs vfe-vhost-cli. Each run starts a process: a second or so. */
+  /** Runs vfe-vhost-cli. Each run starts a process: half a second or so. */
   async cli(...words: readonly string[]): Promise<CliResult> {
-    const child = Bun.spawn([process.execPath, join(ROOT, "bin/vfe-vhost-cli.ts"), ...words], {
+    const child = Bun.spawn([...programLine("vfe-vhost-cli"), ...words], {
       env: { ...process.env, VFE_VHOSTD_RUNTIME_DIR: this.runtimeDirectory },
       cwd: this.directory,
       stdio: ["ignore", "pipe", "pipe"],
@@ -215,6 +208,11 @@ export class MachineLab implements AsyncDisposable {
       const info = await this.info(address);
       return info.state === state && (state !== "idle" || !info.connected) ? info : undefined;
     }, 50);
+  }
+
+  /** Waits until a DMA fault would be logged, which is not said of each where there are many. @throws VhostdError timedOut */
+  async roomForFault(): Promise<void> {
+    await this.kernelLog.roomForFault(Deadline.after(STATE_TIMEOUT, "the kernel to log DMA faults again"));
   }
 
   /** DMA faults that the kernel has logged since this was asked last. Who asks has expected them. */

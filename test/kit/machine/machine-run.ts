@@ -1,18 +1,20 @@
+import { appendFileSync } from "node:fs";
 import { mkdir, mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { Child } from "../guest/child.ts";
 import { diskImage, machineArguments } from "./command-line.ts";
-import { DESCRIPTION_VARIABLE, describe, type MachineOptions } from "./description.ts";
+import { DESCRIPTION_VARIABLE, describe, INPUT_INSIDE, type MachineOptions } from "./description.ts";
 import { buildMachineImage } from "./image.ts";
 import { bringNewerQemu, SYSTEM_QEMU } from "./qemu.ts";
 
 /** Where the share is inside, and what is in it. */
-const SHARE_INSIDE = "/run/machine";
+const SHARE_INSIDE = dirname(INPUT_INSIDE);
 const DESCRIPTION = "machine.json";
 const START = "start";
 const OUTPUT = "output";
+const INPUT = basename(INPUT_INSIDE);
 const EXIT = "exit";
 
 export interface MachineCommand {
@@ -42,7 +44,7 @@ export class MachineRun implements AsyncDisposable {
       await mkdir(paths.share);
       await writeFile(join(paths.share, DESCRIPTION), JSON.stringify(description, null, 2));
       await writeFile(join(paths.share, START), startScript(command));
-      await writeFile(join(paths.share, OUTPUT), "");
+      for (const name of [OUTPUT, INPUT]) await writeFile(join(paths.share, name), "");
       for (const one of description.functions) {
         if (one.size === undefined) continue;
         await using disk = await open(diskImage(work, one), "w");
@@ -60,6 +62,11 @@ export class MachineRun implements AsyncDisposable {
 
   get running(): boolean {
     return this.qemu.running;
+  }
+
+  /** One more line in INPUT_INSIDE. */
+  tell(line: string): void {
+    appendFileSync(join(this.share, INPUT), `${line}\n`);
   }
 
   /**

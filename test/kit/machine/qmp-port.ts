@@ -6,7 +6,7 @@ import { QMP_PORT } from "./command-line.ts";
 interface Answer {
   readonly id?: string;
   readonly return?: unknown;
-  readonly error?: { readonly desc: string };
+  readonly error?: { readonly class: string; readonly desc: string };
 }
 
 const PORTS = "/sys/class/virtio-ports";
@@ -17,9 +17,13 @@ const TIMEOUT = 20_000;
 export async function executeQmp(command: string, parameters: Readonly<Record<string, unknown>>): Promise<unknown> {
   const deadline = Deadline.after(TIMEOUT, `QMP ${command}`);
   using port = await QmpPort.open(deadline);
-  // Refused where an earlier process has done it; QEMU's end of the port is never closed.
-  await port.execute("qmp_capabilities", {}, deadline);
-  const { error, return: result } = await port.execute(command, parameters, deadline);
+  const ask = () => port.execute(command, parameters, deadline);
+  let { error, return: result } = await ask();
+  if (error?.class === "CommandNotFound") {
+    // The first one of the machine: QEMU's end of the port is never closed.
+    await port.execute("qmp_capabilities", {}, deadline);
+    ({ error, return: result } = await ask());
+  }
   if (error !== undefined) throw new Error(`QMP ${command}: ${error.desc}`);
   return result;
 }
@@ -27,7 +31,7 @@ export async function executeQmp(command: string, parameters: Readonly<Record<st
 /** A virtio-serial port behind which QEMU listens; the kernel lets one process open it at a time. */
 class QmpPort implements Disposable {
   private partial = "";
-  private readonly buffer = Buffer.alloc(4096);
+  private readonly buffer = Buffer.alloc(16 << 10);
 
   private constructor(private readonly fd: number) {}
 
@@ -48,7 +52,7 @@ class QmpPort implements Disposable {
     const id = crypto.randomUUID();
     const request = Buffer.from(`${JSON.stringify({ execute: command, arguments: parameters, id })}\n`);
     writeSync(this.fd, request);
-    return deadline.poll(() => this.lines().find((answer) => answer.id === id), 5);
+    return deadline.poll(() => this.lines().find((answer) => answer.id === id), 2);
   }
 
   [Symbol.dispose](): void {
@@ -63,10 +67,15 @@ class QmpPort implements Disposable {
   }
 
   private arrived(): string {
+    let text = "";
     try {
-      return this.buffer.toString("utf8", 0, readSync(this.fd, this.buffer, 0, this.buffer.length, null));
+      for (;;) {
+        const length = readSync(this.fd, this.buffer, 0, this.buffer.length, null);
+        if (length === 0) return text;
+        text += this.buffer.toString("utf8", 0, length);
+      }
     } catch (error) {
-      if ((error as NodeJS.ErrnoException).code === "EAGAIN") return "";
+      if ((error as NodeJS.ErrnoException).code === "EAGAIN") return text;
       throw error;
     }
   }
