@@ -48,7 +48,12 @@
   X(vhostd_read32, int64_t, (int64_t address))                                                                \
   X(vhostd_write8, int32_t, (int64_t address, uint32_t value))                                                \
   X(vhostd_write16, int32_t, (int64_t address, uint32_t value))                                               \
-  X(vhostd_write32, int32_t, (int64_t address, uint32_t value))
+  X(vhostd_write32, int32_t, (int64_t address, uint32_t value))                                               \
+  X(vhostd_log_mark, int32_t, (int64_t log, int64_t first, int64_t count))                                    \
+  X(vhostd_log_merge_bitmap, int32_t, (int64_t log, const uint8_t* from, int64_t length))                     \
+  X(vhostd_log_merge_bytemap, int32_t, (int64_t log, int64_t first, const uint8_t* from, int64_t count))      \
+  X(vhostd_log_take_bytemap, int32_t, (int64_t log, int64_t first, int64_t map, int64_t count))               \
+  X(vhostd_log_count, int64_t, (int64_t log, int64_t length))
 
 #define VHOSTD_DECLARE(name, result, arguments) extern "C" result name arguments;
 VHOSTD_SYMBOLS(VHOSTD_DECLARE)

@@ -24,12 +24,12 @@ int mapFile(int fd, uint64_t offset, uint64_t size, bool writable, DmaMapping& m
   struct stat file;
   struct statfs filesystem;
   if (fstat(fd, &file) != 0 || fstatfs(fd, &filesystem) != 0) return -errno;
-  uint64_t end;
-  if (__builtin_add_overflow(offset, size, &end) || size == 0 || end > static_cast<uint64_t>(file.st_size)) {
-    return -EINVAL;
-  }
   const bool huge = filesystem.f_type == HUGETLBFS_MAGIC;
   const uint64_t page = huge ? filesystem.f_bsize : sysconf(_SC_PAGESIZE);
+  // The last page is there as a whole, however little of it the file has.
+  const uint64_t whole = (static_cast<uint64_t>(file.st_size) + page - 1) / page * page;
+  uint64_t end;
+  if (__builtin_add_overflow(offset, size, &end) || size == 0 || end > whole) return -EINVAL;
   const uint64_t lead = offset % page;
   const uint64_t areaSize = (lead + size + page - 1) / page * page;
   void* area = mmap(nullptr, areaSize, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, offset - lead);

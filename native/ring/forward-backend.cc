@@ -28,16 +28,31 @@ class ForwardBackend final : public RingBackend {
   void drop() override;
   std::vector<ForwardedRequest> takeRequests() override;
   bool answer(uint64_t id, std::vector<uint8_t> bytes) override;
+  std::map<std::string, int64_t> info() const override;
 
  private:
-  struct Answer {
+  /** A chain that was taken off its ring. */
+  struct Request {
     Chain* chain;
+    /** monotonicNow. */
+    int64_t taken;
+  };
+  struct Answer : Request {
     std::vector<uint8_t> bytes;
+  };
+  /** How long requests took, from the ring and back to it. ns. */
+  struct Times {
+    uint64_t requests = 0;
+    int64_t total = 0;
+    /** In which at least one was under way. */
+    int64_t busy = 0;
+    uint64_t underWay = 0;
+    int64_t busySince = 0;
   };
   static std::string refusal(const Chain& chain);
   static uint64_t size(const Chain& chain) { return chain.readableSize + chain.writableSize; }
   bool hold(uint64_t bytes);
-  void release(uint64_t bytes);
+  void done(const Answer& answer, uint64_t bytes);
   bool takeAnswer(Answer& answer);
 
   /** For all below; held for list operations only. */
@@ -46,8 +61,9 @@ class ForwardBackend final : public RingBackend {
   std::vector<ForwardedRequest> waiting_;
   /** Waiting, with control, and answered. */
   uint64_t heldBytes_ = 0;
-  std::map<uint64_t, Chain*> unanswered_;
+  std::map<uint64_t, Request> unanswered_;
   std::deque<Answer> answers_;
+  Times times_;
 };
 
 /** Empty, or why the chain is not served. */
@@ -60,6 +76,7 @@ std::string ForwardBackend::refusal(const Chain& chain) {
 }
 
 void ForwardBackend::serve(Chain* chain, ServiceContext& context) {
+  const int64_t now = monotonicNow();
   const std::string reason = refusal(*chain);
   if (!reason.empty()) return context.fail(reason);
   if (!hold(size(*chain))) {
@@ -73,8 +90,9 @@ void ForwardBackend::serve(Chain* chain, ServiceContext& context) {
   {
     std::lock_guard lock(mutex_);
     request.id = nextId_++;
-    unanswered_[request.id] = chain;
+    unanswered_[request.id] = {chain, now};
     waiting_.push_back(std::move(request));
+    if (times_.underWay++ == 0) times_.busySince = now;
   }
   context.callControl();
 }
@@ -101,14 +119,19 @@ void ForwardBackend::resume(int64_t, ServiceContext& context) {
     }
     const uint64_t held = size(*chain);
     context.complete(chain, static_cast<uint32_t>(written), chain->readableSize + written, false);
-    release(held);
+    done(answer, held);
     if (!context.giveWay()) return;
   }
 }
 
-void ForwardBackend::release(uint64_t bytes) {
+/** The chain is gone. @param bytes that were held for it */
+void ForwardBackend::done(const Answer& answer, uint64_t bytes) {
+  const int64_t now = monotonicNow();
   std::lock_guard lock(mutex_);
   heldBytes_ -= bytes;
+  times_.requests++;
+  times_.total += now - answer.taken;
+  if (--times_.underWay == 0) times_.busy += now - times_.busySince;
 }
 
 bool ForwardBackend::takeAnswer(Answer& answer) {
@@ -125,6 +148,8 @@ void ForwardBackend::drop() {
   heldBytes_ = 0;
   unanswered_.clear();
   answers_.clear();
+  if (times_.underWay > 0) times_.busy += monotonicNow() - times_.busySince;
+  times_.underWay = 0;
 }
 
 std::vector<ForwardedRequest> ForwardBackend::takeRequests() {
@@ -139,6 +164,16 @@ bool ForwardBackend::answer(uint64_t id, std::vector<uint8_t> bytes) {
   answers_.push_back({request->second, std::move(bytes)});
   unanswered_.erase(request);
   return true;
+}
+
+std::map<std::string, int64_t> ForwardBackend::info() const {
+  std::lock_guard lock(mutex_);
+  const int64_t open = times_.underWay == 0 ? 0 : monotonicNow() - times_.busySince;
+  return {
+      {"requests", static_cast<int64_t>(times_.requests)},
+      {"microseconds", times_.total / 1000},
+      {"busyMicroseconds", (times_.busy + open) / 1000},
+  };
 }
 
 }  // namespace

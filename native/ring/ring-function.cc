@@ -80,7 +80,10 @@ RingFunction::~RingFunction() {
   requestStop(Stop::drop);
   while (backend_ && !tryStop(10)) {
   }
-  for (const DmaMapping& mapping : dma_.removeAll()) unmapFile(mapping);
+  for (const DmaMapping& mapping : dma_.removeAll()) {
+    cutLogs(mapping);
+    unmapFile(mapping);
+  }
   // Before the eventfd that it notifies control with.
   backend_.reset();
 }
@@ -110,6 +113,7 @@ int RingFunction::unmap(uint64_t iova, uint64_t size) {
       }
     }
   }
+  cutLogs(mapping);
   unmapFiles({mapping}, unmapsUnderWay_);
   return 0;
 }
@@ -124,6 +128,7 @@ void RingFunction::unmapAll() {
     }
     backend_->released();
   }
+  for (const DmaMapping& mapping : mappings) cutLogs(mapping);
   unmapFiles(std::move(mappings), unmapsUnderWay_);
 }
 

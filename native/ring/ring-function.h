@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "dirty-log.h"
 #include "dma-table.h"
 #include "file.h"
 #include "gate.h"
@@ -41,6 +42,12 @@ struct QueueStats {
   uint64_t bad;
   /** Data moved, without headers and status bytes. */
   uint64_t bytes;
+};
+
+/** A part of a dirty map, in the DMA table of who lends it. Bytes. */
+struct LogPlace {
+  uint64_t iova;
+  uint64_t length;
 };
 
 /** How the worker is to end. */
@@ -116,6 +123,22 @@ class RingFunction final : private ServiceContext {
   /** Empty, or which parameter was refused and why. */
   std::string configure(const Parameters& parameters);
 
+  /**
+   * Each page of the range that the function writes from now on is marked, whether it is reset or not, until `stopLog`
+   * or another start.
+   * @param places of the map, in memory of `lender`, which need not outlive it; nullptr for a map of its own
+   * @returns empty, or why not: what was before goes on then
+   */
+  std::string startLog(LogMap map, const LogRange& range, const std::vector<LogPlace>* places, RingFunction* lender);
+  /** What was written before is marked when it returns. */
+  void stopLog();
+  /** Nothing is marked any more when it returns; the log stays, to be stopped. Never waits. */
+  void cutLog(const std::string& reason) {
+    if (log_) log_->cut(reason);
+  }
+  /** nullptr where pages are not marked. Never waits. */
+  DirtyLog* log() { return log_.get(); }
+
   /** Asks the worker to end. */
   void requestStop(Stop how);
   /** True when the worker has ended, all rings are inactive and a failure is forgotten; waits that long at most. */
@@ -175,6 +198,15 @@ class RingFunction final : private ServiceContext {
   Pop popNext(Slot& slot, Chain& chain, std::string& reason);
   uint8_t* inOnePiece(const Chain& chain, Direction direction, uint64_t skip, uint64_t length) const;
   void publish();
+  void setLog(std::shared_ptr<DirtyLog> log);
+  std::shared_ptr<DirtyLog> lendLog(LogMap map, const LogRange& range, const std::vector<LogPlace>& places,
+                                    std::string& reason);
+  void cutLogs(const DmaMapping& gone);
+  void flushLog();
+  void markAhead();
+  void note(uint64_t iova, uint64_t length) {
+    if (log_) log_->wrote(iova, length);
+  }
   void signalCalls();
   void signalCall(int call);
   void betweenTurns(bool more);
@@ -205,6 +237,10 @@ class RingFunction final : private ServiceContext {
   std::vector<std::unique_ptr<Slot>> slots_;
   std::unique_ptr<RingBackend> backend_;
   DmaTable dma_;
+  /** Changed inside control's turns. */
+  std::shared_ptr<DirtyLog> log_;
+  /** Control's: logs of others that lie in memory of this table. */
+  std::vector<std::weak_ptr<DirtyLog>> lent_;
   Gate gate_;
   /** Not the gate: where calls go can be changed while the worker hangs in the disk. */
   std::mutex callMutex_;

@@ -82,6 +82,11 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
                                                 InstanceMethod<&RingFunctionObject::takeRequests>("takeRequests"),
                                                 InstanceMethod<&RingFunctionObject::answer>("answer"),
                                                 InstanceMethod<&RingFunctionObject::configure>("configure"),
+                                                InstanceMethod<&RingFunctionObject::startLog>("startLog"),
+                                                InstanceMethod<&RingFunctionObject::stopLog>("stopLog"),
+                                                InstanceMethod<&RingFunctionObject::cutLog>("cutLog"),
+                                                InstanceMethod<&RingFunctionObject::logLoss>("logLoss"),
+                                                InstanceMethod<&RingFunctionObject::takeLog>("takeLog"),
                                                 InstanceMethod<&RingFunctionObject::requestStop>("requestStop"),
                                                 InstanceMethod<&RingFunctionObject::tryStop>("tryStop"),
                                                 InstanceMethod<&RingFunctionObject::tryPark>("tryPark"),
@@ -179,6 +184,29 @@ class RingFunctionObject final : public Napi::ObjectWrap<RingFunctionObject> {
   }
   Napi::Value configure(const Napi::CallbackInfo& info) {
     return text(function_->configure(parametersOf(info[0].As<Napi::Object>())));
+  }
+  Napi::Value startLog(const Napi::CallbackInfo& info) {
+    const LogMap map = info[0].As<Napi::String>().Utf8Value() == "bitmap" ? LogMap::bitmap : LogMap::bytemap;
+    const LogRange range = {unsignedInteger(info[1]), unsignedInteger(info[2]), unsignedInteger(info[3])};
+    if (info.Length() < 6) return text(function_->startLog(map, range, nullptr, nullptr));
+    std::vector<LogPlace> places;
+    const Napi::Array list = info[4].As<Napi::Array>();
+    for (uint32_t index = 0; index < list.Length(); index++) {
+      const Napi::Object place = list.Get(index).As<Napi::Object>();
+      places.push_back({unsignedInteger(place.Get("address")), unsignedInteger(place.Get("length"))});
+    }
+    return text(function_->startLog(map, range, &places, Unwrap(info[5].As<Napi::Object>())->function_.get()));
+  }
+  void stopLog(const Napi::CallbackInfo&) { function_->stopLog(); }
+  void cutLog(const Napi::CallbackInfo& info) { function_->cutLog(info[0].As<Napi::String>().Utf8Value()); }
+  Napi::Value logLoss(const Napi::CallbackInfo&) {
+    return text(function_->log() == nullptr ? "" : function_->log()->lost());
+  }
+  Napi::Value takeLog(const Napi::CallbackInfo& info) {
+    const uint64_t length = unsignedInteger(info[1]);
+    Napi::Uint8Array bytes = Napi::Uint8Array::New(Env(), length);
+    function_->log()->take(unsignedInteger(info[0]), length, bytes.Data());
+    return bytes;
   }
   void requestStop(const Napi::CallbackInfo& info) {
     const std::string how = info[0].As<Napi::String>().Utf8Value();

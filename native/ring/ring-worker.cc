@@ -198,6 +198,7 @@ Pop RingFunction::popNext(Slot& slot, Chain& chain, std::string& reason) {
 }
 
 void RingFunction::publish() {
+  if (log_) markAhead();
   for (uint16_t index = 0; index < slots_.size() && !failed_; index++) {
     Slot& slot = *slots_[index];
     if (!slot.queue.active()) continue;
@@ -207,6 +208,7 @@ void RingFunction::publish() {
     std::lock_guard lock(callMutex_);
     slot.signalTo = slot.call;
   }
+  if (log_) flushLog();
   if (endedInTurn_ == 0) return;
   inFlight_.store(inFlight_.load(std::memory_order_relaxed) - endedInTurn_, std::memory_order_release);
   endedInTurn_ = 0;
@@ -287,6 +289,7 @@ const std::vector<iovec>* RingFunction::vectors(const Chain& chain, Direction di
   vectors_.clear();
   if (uint8_t* host = inOnePiece(chain, direction, skip, length)) {
     vectors_.push_back({host, length});
+    if (writable) note(chain.writable[0].iova + skip, length);
     return &vectors_;
   }
   for (const Segment& segment : writable ? chain.writable : chain.readable) {
@@ -296,6 +299,7 @@ const std::vector<iovec>* RingFunction::vectors(const Chain& chain, Direction di
     }
     const uint64_t part = std::min(segment.length - skip, length);
     if (!dma_.translate(segment.iova + skip, part, writable, vectors_)) return nullptr;
+    if (writable) note(segment.iova + skip, part);
     skip = 0;
     length -= part;
     if (length == 0 || vectors_.size() >= kMostVectors) break;
@@ -317,6 +321,7 @@ bool RingFunction::copyFrom(const Chain& chain, uint64_t skip, void* to, size_t 
 
 bool RingFunction::copyTo(const Chain& chain, uint64_t skip, const void* from, size_t length) {
   if (uint8_t* to = inOnePiece(chain, Direction::writable, skip, length)) {
+    note(chain.writable[0].iova + skip, length);
     return guarded([&] { memcpy(to, from, length); });
   }
   const uint8_t* at = static_cast<const uint8_t*>(from);

@@ -20,6 +20,10 @@ constexpr uint32_t kIndirectEntries = 1024;
 /** Of a buffer, bytes: a frame of the usual MTU with its headers. */
 constexpr uint32_t kMostPrefetched = 1600;
 
+/** Where things are in the used ring: flags, idx, the elements. */
+constexpr uint64_t kUsedIndex = 2;
+constexpr uint64_t kUsedHead = 4;
+
 uint64_t descBytes(uint64_t entries) { return 16 * entries; }
 uint64_t availBytes(uint64_t entries) { return 6 + 2 * entries; }
 uint64_t usedBytes(uint64_t entries) { return 6 + 8 * entries; }
@@ -106,6 +110,7 @@ void SplitQueue::activate(const QueueConfig& config, const DmaTable& dma, bool i
   readAgain_ = 0;
   aheadCount_ = 0;
   pushed_.clear();
+  stored_ = 0;
   pushed_.reserve(size);
   lastWritten_ = 0;
   direct_.resize(size);
@@ -360,38 +365,70 @@ std::vector<uint16_t> SplitQueue::inFlight() const {
   return heads;
 }
 
+/** Of the used ring. */
+void SplitQueue::note(uint64_t offset, uint64_t length) {
+  if (log_ != nullptr) log_->wrote(config_.device + offset, length);
+}
+
+/** Those that are not in the ring yet. */
+void SplitQueue::storeElements() {
+  for (size_t index = stored_; index < pushed_.size(); index++) {
+    UsedElement* element = usedRing_ + (published_ + index) % config_.size;
+    __atomic_store_n(&element->id, pushed_[index].id, __ATOMIC_RELAXED);
+    __atomic_store_n(&element->length, pushed_[index].length, __ATOMIC_RELAXED);
+  }
+}
+
+/** Of those that are not in the ring yet. */
+void SplitQueue::noteElements() {
+  if (log_ == nullptr || stored_ == pushed_.size()) return;
+  const size_t first = (published_ + stored_) % config_.size;
+  const size_t count = pushed_.size() - stored_;
+  const size_t behind = std::min<size_t>(count, config_.size - first);
+  note(kUsedHead + sizeof(UsedElement) * first, sizeof(UsedElement) * behind);
+  if (count > behind) note(kUsedHead, sizeof(UsedElement) * (count - behind));
+}
+
+bool SplitQueue::store() {
+  if (stored_ == pushed_.size()) return true;
+  noteElements();
+  const bool reachable = guarded([this] { storeElements(); });
+  stored_ = pushed_.size();
+  return reachable;
+}
+
 bool SplitQueue::publish(bool& call) {
   call = false;
   if (published_ == lastUsed_) return true;
   const uint16_t before = published_;
-  published_ = lastUsed_;
   const uint16_t size = config_.size;
-  const UsedElement* const elements = pushed_.data();
-  const size_t count = pushed_.size();
-  pushed_.clear();
-  return guarded([&] {
-    for (size_t index = 0; index < count; index++) {
-      UsedElement* element = usedRing_ + (before + index) % size;
-      __atomic_store_n(&element->id, elements[index].id, __ATOMIC_RELAXED);
-      __atomic_store_n(&element->length, elements[index].length, __ATOMIC_RELAXED);
-    }
+  noteElements();
+  note(kUsedIndex, sizeof *usedHead_);
+  const bool reachable = guarded([&] {
+    storeElements();
     __atomic_store_n(usedHead_ + 1, lastUsed_, __ATOMIC_RELEASE);
     // The driver writes its event and then looks at the index: the index must be out before the event is read.
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     call = eventIdx_ ? passed(__atomic_load_n(avail_ + 2 + size, __ATOMIC_RELAXED), lastUsed_, before)
                      : (__atomic_load_n(avail_, __ATOMIC_RELAXED) & kNoInterrupt) == 0;
   });
+  published_ = lastUsed_;
+  pushed_.clear();
+  stored_ = 0;
+  return reachable;
 }
 
 bool SplitQueue::disarm() {
   // With EVENT_IDX an event that stays behind has the same effect.
   if (disarmed_ || eventIdx_) return true;
   disarmed_ = true;
+  note(0, sizeof *usedHead_);
   return guarded([&] { __atomic_store_n(usedHead_, kNoNotify, __ATOMIC_RELAXED); });
 }
 
 bool SplitQueue::arm(bool& more) {
   disarmed_ = false;
+  note(eventIdx_ ? usedBytes(config_.size) - sizeof *availEvent_ : 0, sizeof *usedHead_);
   return guarded([&] {
     if (eventIdx_) {
       __atomic_store_n(availEvent_, availIndex_, __ATOMIC_RELAXED);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "chain.h"
+#include "dirty-log.h"
 #include "dma-table.h"
 #include "file.h"
 
@@ -38,6 +39,8 @@ class SplitQueue {
   /** `config` has been checked against `dma` in the same turn. */
   void activate(const QueueConfig& config, const DmaTable& dma, bool indirect, bool eventIdx);
   void deactivate() { active_ = false; }
+  /** Where it notes what it writes, from now on; nullptr for nowhere. Stays until it is replaced. */
+  void track(DirtyLog* log) { log_ = log; }
   bool active() const { return active_; }
   /** A part of the ring lies in [iova, iova + size). */
   bool uses(uint64_t iova, uint64_t size) const;
@@ -57,6 +60,8 @@ class SplitQueue {
   void push(uint16_t head, uint32_t written);
   /** The chain is no longer in flight and is never given back. */
   void forget(uint16_t head);
+  /** Writes what was pushed, which nobody looks at before `publish`. False where the ring's memory is gone. */
+  bool store();
   /** Shows the driver what was pushed. False where the ring's memory is gone; `call` says whether it wants a call. */
   bool publish(bool& call);
 
@@ -93,6 +98,9 @@ class SplitQueue {
   static constexpr uint16_t kAhead = 32;
   static constexpr uint16_t kBuffersAhead = 5;
 
+  void storeElements();
+  void noteElements();
+  void note(uint64_t offset, uint64_t length);
   bool isAhead() const { return static_cast<uint16_t>(lastAvail_ - aheadFrom_) < aheadCount_; }
   bool readAhead(const DmaTable& dma, std::string& reason);
   void prefetch(const DmaTable& dma, const Ahead& chain) const;
@@ -104,6 +112,7 @@ class SplitQueue {
   bool readIndirect(const DmaTable& dma, const Descriptor& table, Chain& chain, std::string& reason);
 
   bool active_ = false;
+  DirtyLog* log_ = nullptr;
   bool indirect_ = false;
   bool eventIdx_ = false;
   QueueConfig config_;
@@ -128,6 +137,8 @@ class SplitQueue {
   uint16_t aheadCount_ = 0;
   /** Pushed, from index `published_` on; as many as the ring has entries at most. */
   std::vector<UsedElement> pushed_;
+  /** Of these, in the ring. */
+  size_t stored_ = 0;
   /** With the last one: the next will hardly need more of its buffer. */
   uint32_t lastWritten_ = 0;
   /** By head: when it was taken, counted from 1; 0 where it is not in flight. */

@@ -50,6 +50,10 @@ TEST(ring_forwarded_request_is_answered_when_control_likes) {
   CHECK(rig.memory[kRoom + 99] == 5 && rig.memory[kRoom + 100] == 0);
   CHECK(rig.function->inFlight() == 0 && rig.function->failure().empty());
   CHECK(rig.function->takeRequests().empty());
+  // Both were under way at once.
+  std::map<std::string, int64_t> info = rig.function->info();
+  CHECK(info["requests"] == 2);
+  CHECK(info["busyMicroseconds"] > 0 && info["busyMicroseconds"] < info["microseconds"]);
 }
 
 TEST(ring_forwarded_request_outlives_a_park_and_no_stop) {

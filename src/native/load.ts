@@ -64,6 +64,11 @@ const SYMBOLS = {
   vhostd_write8: { args: ["i64_fast", "u32"], returns: "i32" },
   vhostd_write16: { args: ["i64_fast", "u32"], returns: "i32" },
   vhostd_write32: { args: ["i64_fast", "u32"], returns: "i32" },
+  vhostd_log_mark: { args: ["i64_fast", "i64_fast", "i64_fast"], returns: "i32" },
+  vhostd_log_merge_bitmap: { args: ["i64_fast", "ptr", "i64_fast"], returns: "i32" },
+  vhostd_log_merge_bytemap: { args: ["i64_fast", "i64_fast", "ptr", "i64_fast"], returns: "i32" },
+  vhostd_log_take_bytemap: { args: ["i64_fast", "i64_fast", "i64_fast", "i64_fast"], returns: "i32" },
+  vhostd_log_count: { args: ["i64_fast", "i64_fast"], returns: "i64_fast" },
 } as const;
 
 /** Arguments and results as native/ has them; wrappers check them first, because the boundary converts silently. */

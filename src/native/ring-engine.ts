@@ -5,6 +5,7 @@ import { checkFd, checkInteger, checkSize } from "./arguments.ts";
 import { duplicate, type OwnedFd } from "./fd.ts";
 import { addon } from "./load.ts";
 import { type Watch, watch } from "./poller.ts";
+import { type NativeRingLog, RingLog } from "./ring-log.ts";
 import { drainEventfd, signalEventfd } from "./sys.ts";
 
 /** A split virtqueue as a driver has set it up. Addresses are IOVAs as the driver wrote them: any 64 bits. */
@@ -63,7 +64,7 @@ export interface RingStats {
 export type RingParameters = Readonly<Record<string, string | number | bigint | boolean>>;
 
 /** native/ring/ring-napi.cc. Texts are reasons, empty for none; numbers are 0 or -errno. */
-interface NativeRingFunction {
+interface NativeRingFunction extends NativeRingLog {
   create(backend: string, parameters: RingParameters, queues: number): string;
   doorbell(queue: number): number;
   events(): number;
@@ -146,6 +147,8 @@ const QUIESCE_TIMEOUT = 5000;
  * device sets both anew, `pairsInUse` to 1, and to 0 where it goes on with the state of another, which does not tell.
  */
 export class RingEngine implements Disposable {
+  /** Where it marks the pages that it writes. */
+  readonly log: RingLog;
   private readonly handle = new RingFunction();
   private readonly events: Watch;
   private readonly turns = new OperationQueue();
@@ -170,6 +173,14 @@ export class RingEngine implements Disposable {
   ) {
     checkInteger(queues, 0, 0xffff, "number of queues");
     refuse(this.native.create(worker.name, worker.parameters, queues));
+    const closed = () => this.closed;
+    this.log = new RingLog({
+      get closed() {
+        return closed();
+      },
+      native: () => this.native,
+      turn: (operation, deadline) => this.turn(operation, deadline),
+    });
     this.reaches = this.native.carrier();
     this.events = watch(this.native.events(), "in", () => {
       drainEventfd(this.native.events());
