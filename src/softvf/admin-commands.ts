@@ -11,16 +11,22 @@ import {
   PENDING_RESULT,
   STATUS_RESULT,
   TRANSFER_DATA,
+  type TrackingModeName,
   VDEV_DATA,
 } from "../virtio/admin/vendor.ts";
 import { AdminError } from "./admin-error.ts";
+import { needRoom, readData } from "./command-data.ts";
 import type { ManagedVf } from "./managed-vf.ts";
+import { decodeTracking, executeTracking, type TrackingCommand, trackingIdentity } from "./tracking-commands.ts";
 
 /** Version of the commands that is answered to identity. */
 const VERSION = { major: 1, minor: 0, tertiary: 0 } as const;
 
-/** A command of class 64, taken apart. */
-export type AdminCommand =
+/** A command, taken apart. */
+export type AdminCommand = StateCommand | TrackingCommand;
+
+/** A command of class 64. */
+type StateCommand =
   | { readonly name: "identity" }
   | { readonly name: "getStatus" | "pendingBytes"; readonly vdevId: number }
   | { readonly name: "modifyStatus"; readonly vdevId: number; readonly status: number }
@@ -31,33 +37,33 @@ export type AdminCommand =
  * The one place where the bytes of a command are held against what a command is.
  * @param readable all device-readable bytes of the chain
  * @param room device-writable bytes for the result, without the status
- * @throws AdminError invalidClass, invalidCommand, dataTransfer
+ * @param modes of tracking that the PF offers
+ * @throws AdminError invalidClass, invalidCommand, dataTransfer, error
  */
-export function decodeCommand(readable: Uint8Array, room: number): AdminCommand {
-  const header = read(ADMIN_HEADER, readable);
+export function decodeCommand(readable: Uint8Array, room: number, modes: ReadonlySet<TrackingModeName>): AdminCommand {
+  const header = readData(ADMIN_HEADER, readable);
+  const data = readable.subarray(ADMIN_HEADER.size);
+  if (header.class === AdminClass.dirtyPages && modes.size > 0) {
+    return decodeTracking(header.command, data, room, modes);
+  }
   if (header.class !== AdminClass.migration) throw new AdminError("invalidClass", `there is no class ${header.class}`);
   const name = Object.entries(MigrationCommand).find(([, number]) => number === header.command)?.[0];
   if (name === undefined) throw new AdminError("invalidCommand", `there is no command ${header.command}`);
-  const data = readable.subarray(ADMIN_HEADER.size);
-  const needRoom = (bytes: number) => {
-    if (room < bytes)
-      throw new AdminError("dataTransfer", `there is room for ${room} bytes of result; ${bytes} needed`);
-  };
   switch (name as MigrationCommandName) {
     case "identity":
-      needRoom(IDENTITY_RESULT.size);
+      needRoom(room, IDENTITY_RESULT.size);
       return { name: "identity" };
     case "getStatus":
-      needRoom(STATUS_RESULT.size);
-      return { name: "getStatus", ...read(VDEV_DATA, data) };
+      needRoom(room, STATUS_RESULT.size);
+      return { name: "getStatus", ...readData(VDEV_DATA, data) };
     case "pendingBytes":
-      needRoom(PENDING_RESULT.size);
-      return { name: "pendingBytes", ...read(VDEV_DATA, data) };
+      needRoom(room, PENDING_RESULT.size);
+      return { name: "pendingBytes", ...readData(VDEV_DATA, data) };
     case "modifyStatus":
-      return { name: "modifyStatus", ...read(MODIFY_STATUS_DATA, data) };
+      return { name: "modifyStatus", ...readData(MODIFY_STATUS_DATA, data) };
     case "save": {
       const { vdevId, offset, length } = transfer(data);
-      needRoom(length);
+      needRoom(room, length);
       return { name: "save", vdevId, offset, length };
     }
     case "restore": {
@@ -74,6 +80,7 @@ export function decodeCommand(readable: Uint8Array, room: number): AdminCommand 
 /** @returns the result. @throws AdminError */
 export async function execute(command: AdminCommand, vfs: readonly ManagedVf[]): Promise<Uint8Array> {
   if (command.name === "identity") return IDENTITY_RESULT.encode(VERSION);
+  if (command.name === "trackingIdentity") return trackingIdentity();
   const vf = vfs[command.vdevId - 1];
   if (vf === undefined) throw new AdminError("error", `there is no vdev ${command.vdevId}; 1 to ${vfs.length}`);
   const nothing = new Uint8Array(0);
@@ -93,21 +100,13 @@ export async function execute(command: AdminCommand, vfs: readonly ManagedVf[]):
     case "restore":
       await vf.restore(command.offset, command.piece);
       return nothing;
+    default:
+      return executeTracking(command, vf.tracker);
   }
-}
-
-type AnyStruct = { readonly name: string; readonly size: number; read(bytes: Uint8Array): unknown };
-
-/** @throws AdminError dataTransfer where there are too few bytes */
-function read<S extends AnyStruct>(structure: S, bytes: Uint8Array): ReturnType<S["read"]> {
-  if (bytes.length < structure.size) {
-    throw new AdminError("dataTransfer", `${structure.name} has ${bytes.length} bytes; ${structure.size} needed`);
-  }
-  return structure.read(bytes) as ReturnType<S["read"]>;
 }
 
 /** Numbers beyond 2^53 are beyond any state, too. */
 function transfer(data: Uint8Array) {
-  const { vdevId, offset, length }: StructValue<(typeof TRANSFER_DATA)["fields"]> = read(TRANSFER_DATA, data);
+  const { vdevId, offset, length }: StructValue<(typeof TRANSFER_DATA)["fields"]> = readData(TRANSFER_DATA, data);
   return { vdevId, offset: Number(offset), length: Number(length) };
 }

@@ -1,5 +1,7 @@
 import { VhostdError } from "../base/errors.ts";
-import type { MigrationCommandName } from "../virtio/admin/vendor.ts";
+import type { DirtyPagesCommandName, MigrationCommandName } from "../virtio/admin/vendor.ts";
+
+export type AdminCommandName = MigrationCommandName | DirtyPagesCommandName;
 
 /** Commands of the admin virtqueue by the words that people use for them. */
 const COMMAND_WORDS = {
@@ -9,7 +11,15 @@ const COMMAND_WORDS = {
   pending: "pendingBytes",
   save: "save",
   restore: "restore",
-} as const satisfies Readonly<Record<string, MigrationCommandName>>;
+  "tracking-identity": "trackingIdentity",
+  "start-tracking": "startTracking",
+  "stop-tracking": "stopTracking",
+  "pending-map": "pendingMap",
+  "report-map": "reportMap",
+} as const satisfies Readonly<Record<string, AdminCommandName>>;
+
+/** Not on a VF. */
+const OF_THE_PF: readonly AdminCommandName[] = ["identity", "trackingIdentity"];
 
 /** What a command is made to do: fail with or without the hope of success, or never be answered. It has no effect. */
 const FAULTS = ["retry", "fail", "silence"] as const;
@@ -20,7 +30,7 @@ const VF_MAX = 0xffff;
 const COUNT_MAX = 1_000_000;
 
 interface Rule {
-  readonly command: MigrationCommandName;
+  readonly command: AdminCommandName;
   /** VF's number from 0; undefined for all. */
   readonly vf: number | undefined;
   readonly fault: Fault;
@@ -38,7 +48,7 @@ export class FaultPlan {
   }
 
   /** What this command is to do, once. */
-  take(command: MigrationCommandName, vf: number | undefined): Fault | undefined {
+  take(command: AdminCommandName, vf: number | undefined): Fault | undefined {
     const fits = (rule: Rule) => rule.command === command && (rule.vf === undefined || rule.vf === vf) && rule.left > 0;
     const rule = this.rules.find(fits);
     if (rule === undefined) return undefined;
@@ -49,14 +59,14 @@ export class FaultPlan {
 
 /** How long commands take at least, as an option says it: `5`, or `save=50,restore=20`. Milliseconds. */
 export class DelayPlan {
-  private constructor(private readonly delays: ReadonlyMap<MigrationCommandName | "all", number>) {}
+  private constructor(private readonly delays: ReadonlyMap<AdminCommandName | "all", number>) {}
 
   /** @throws VhostdError badArguments */
   static parse(text: string): DelayPlan {
     return new DelayPlan(
       new Map(
         items(text).map((item) => {
-          const [, word, number = ""] = /^(?:([a-z]+)=)?(\d+)$/.exec(item) ?? [];
+          const [, word, number = ""] = /^(?:([a-z-]+)=)?(\d+)$/.exec(item) ?? [];
           const milliseconds = number === "" ? Number.NaN : Number(number);
           if (!(milliseconds <= LONGEST_DELAY)) {
             throw refuse("admin-delay", item, `MS or COMMAND=MS, at most ${LONGEST_DELAY}`);
@@ -67,17 +77,17 @@ export class DelayPlan {
     );
   }
 
-  of(command: MigrationCommandName): number {
+  of(command: AdminCommandName): number {
     return this.delays.get(command) ?? this.delays.get("all") ?? 0;
   }
 }
 
 function parseRule(item: string): Rule {
-  const [, word = "", vf, fault = "", count] = /^([a-z]+)(?:@(\d{1,5}))?:([a-z]+)(?::(\d{1,7}))?$/.exec(item) ?? [];
+  const [, word = "", vf, fault = "", count] = /^([a-z-]+)(?:@(\d{1,5}))?:([a-z]+)(?::(\d{1,7}))?$/.exec(item) ?? [];
   const known = FAULTS.find((name) => name === fault);
   if (known === undefined) throw refuse("admin-fault", item, `COMMAND[@VF]:${FAULTS.join("|")}[:COUNT]`);
   const command = commandOf("admin-fault", word);
-  if (vf !== undefined && (command === "identity" || Number(vf) > VF_MAX)) {
+  if (vf !== undefined && (OF_THE_PF.includes(command) || Number(vf) > VF_MAX)) {
     throw refuse("admin-fault", item, `a command on a VF from 0 to ${VF_MAX}`);
   }
   const left = count === undefined ? Number.POSITIVE_INFINITY : Number(count);
@@ -87,7 +97,7 @@ function parseRule(item: string): Rule {
   return { command, vf: vf === undefined ? undefined : Number(vf), fault: known, left };
 }
 
-function commandOf(option: string, word: string): MigrationCommandName {
+function commandOf(option: string, word: string): AdminCommandName {
   const command = Object.entries(COMMAND_WORDS).find(([name]) => name === word)?.[1];
   if (command !== undefined) return command;
   throw refuse(option, word, `one of ${Object.keys(COMMAND_WORDS).join(", ")}`);

@@ -42,14 +42,17 @@ export class AdminService {
   }
 
   /**
-   * The PF was reset: nobody waits for an answer, and what was transferred by halves is dropped. What has begun on a VF
-   * comes to its end.
+   * The PF was reset: nobody waits for an answer, what was transferred by halves is dropped, and no pages are marked any
+   * more. What has begun on a VF comes to its end.
    */
   forget(): void {
     this.resets++;
     for (const queue of this.queues.values()) queue.clear();
     for (const wake of this.pauses) wake();
-    for (const vf of this.vfs()) vf.forget();
+    for (const vf of this.vfs()) {
+      vf.forget();
+      vf.tracker.forget();
+    }
   }
 
   private take({ id, queue, readable, writable }: ForwardedRequest, rings: RequestSource): void {
@@ -68,7 +71,7 @@ export class AdminService {
       rings.answer(id, bytes);
     };
     try {
-      const command = decodeCommand(readable, room);
+      const command = decodeCommand(readable, room, this.settings.tracking);
       const run = () => this.perform(command, answer);
       const commands = this.queueOf(command);
       if (commands !== undefined) commands.add(run);
@@ -80,7 +83,7 @@ export class AdminService {
 
   /** Never rejects. */
   private async perform(command: AdminCommand, answer: Answer): Promise<void> {
-    const vf = command.name === "identity" ? undefined : command.vdevId - 1;
+    const vf = "vdevId" in command ? command.vdevId - 1 : undefined;
     const began = performance.now();
     const last = () => this.pause(this.settings.delays.of(command.name) - (performance.now() - began));
     try {
@@ -107,7 +110,7 @@ export class AdminService {
 
   /** Those of one VF; undefined for a command that is on none. */
   private queueOf(command: AdminCommand): CommandQueue | undefined {
-    if (command.name === "identity" || this.vfs()[command.vdevId - 1] === undefined) return undefined;
+    if (!("vdevId" in command) || this.vfs()[command.vdevId - 1] === undefined) return undefined;
     const queue = this.queues.get(command.vdevId) ?? new CommandQueue(this.pace);
     this.queues.set(command.vdevId, queue);
     return queue;

@@ -93,7 +93,9 @@ function listRow(info: Static<typeof FunctionInfo>): string[] {
   const client = info.client ? "in use" : "free";
   const link = info.link === undefined ? "-" : `link ${info.link ? "up" : "down"}`;
   const queues = `queues ${info.queues.join(",")}`;
-  return [info.address, kind, info.class, client, status, info.internal ?? "-", link, queues];
+  const { admin } = info;
+  const commands = admin === undefined ? "" : `${admin.commands} admin commands in ${admin.microseconds} us`;
+  return [info.address, kind, info.class, client, status, info.internal ?? "-", link, queues, commands];
 }
 
 function statRows({ address, queues }: Static<typeof FunctionStats>): string[][] {

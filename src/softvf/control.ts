@@ -27,6 +27,17 @@ export const FunctionInfo = Type.Object({
   queues: Type.Array(Type.Integer(), { description: "queues in use" }),
   /** Left out where the class knows no link. */
   link: Type.Optional(Type.Boolean({ description: "the device reaches the world outside" })),
+  /** Left out for a VF, and for a PF without an admin virtqueue. */
+  admin: Type.Optional(
+    Type.Object(
+      {
+        commands: Type.Integer({ description: "admin commands answered since the PF was made" }),
+        microseconds: Type.Integer({ description: "from taking to answering them, each for itself" }),
+        busyMicroseconds: Type.Integer({ description: "in which at least one was under way" }),
+      },
+      { description: "time that admin commands took" },
+    ),
+  ),
 });
 
 export const FunctionStats = Type.Object({
@@ -135,7 +146,7 @@ function findLiveOption(flag: string, { pf, deviceClass }: ServedFunction) {
   });
 }
 
-function describeFunction({ address, pf, fn, server, deviceClass }: ServedFunction) {
+function describeFunction({ address, pf, fn, server, deviceClass, commandTimes }: ServedFunction) {
   const { status, internalStatus, features, driverFeatures, enabledQueues } = fn.virtio;
   const config = configValues(deviceClass.configSpace, fn.deviceConfig());
   const link = pf === undefined ? undefined : deviceClass.linkUp?.(config, features);
@@ -149,5 +160,6 @@ function describeFunction({ address, pf, fn, server, deviceClass }: ServedFuncti
     features: describeFeatures(driverFeatures, deviceClass.features.names),
     queues: enabledQueues,
     ...(link === undefined ? {} : { link }),
+    ...(commandTimes === undefined ? {} : { admin: commandTimes() }),
   };
 }

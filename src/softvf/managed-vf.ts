@@ -1,9 +1,9 @@
-import { asError, VhostdError } from "../base/errors.ts";
 import { decodeState, encodeState } from "../virtio/admin/state-blob.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
-import { AdminError } from "./admin-error.ts";
+import { AdminError, inAdminTerms } from "./admin-error.ts";
 import { IncomingState } from "./incoming-state.ts";
 import type { FreezeBehaviour } from "./pf-options.ts";
+import type { VfTracker } from "./vf-tracker.ts";
 import type { VirtioDevice } from "./virtio-device.ts";
 
 type Device = Pick<VirtioDevice, "internalStatus" | "onReset" | "changeInternal" | "save" | "restore">;
@@ -33,6 +33,7 @@ export class ManagedVf {
   constructor(
     private readonly device: Device,
     private readonly behaviour: () => FreezeBehaviour,
+    readonly tracker: VfTracker,
   ) {
     device.onReset(() => {
       this.forget();
@@ -56,7 +57,7 @@ export class ManagedVf {
     if (this.status === "freezed" && this.incoming.kind !== "none") {
       throw new AdminError("internal", "the state that was begun to be restored is not whole");
     }
-    await command(() => this.device.changeInternal(to, this.behaviour() === "drain"));
+    await inAdminTerms(() => this.device.changeInternal(to, this.behaviour() === "drain"));
     this.outgoing = undefined;
   }
 
@@ -91,7 +92,7 @@ export class ManagedVf {
       this.incoming = incoming;
       return;
     }
-    await command(() => this.device.restore(decodeState(blob)));
+    await inAdminTerms(() => this.device.restore(decodeState(blob)));
     this.outgoing = undefined;
     this.incoming = NONE;
   }
@@ -105,27 +106,6 @@ export class ManagedVf {
 
   private async snapshot(): Promise<Uint8Array> {
     const lists = this.behaviour() !== "hold";
-    return encodeState(await command(() => this.device.save(lists)));
-  }
-}
-
-/** What the device refuses, in the words of the admin virtqueue. */
-async function command<T>(run: () => Promise<T>): Promise<T> {
-  try {
-    return await run();
-  } catch (error) {
-    const { message } = asError(error);
-    const code = error instanceof VhostdError ? error.code : undefined;
-    switch (code) {
-      case "notPermitted":
-        throw new AdminError("error", message);
-      case "invalid":
-        throw new AdminError("dataTransfer", message);
-      case "timedOut":
-      case "cancelled":
-        throw new AdminError("error", message, true);
-      default:
-        throw new AdminError("internal", message);
-    }
+    return encodeState(await inAdminTerms(() => this.device.save(lists)));
   }
 }

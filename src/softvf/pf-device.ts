@@ -1,11 +1,14 @@
 import { VhostdError } from "../base/errors.ts";
 import type { DeviceClass, SoftDevice } from "../plugin.ts";
+import { TRACKING_FEATURE } from "../virtio/admin/vendor.ts";
 import { configValues } from "../virtio/config-space.ts";
 import { FeatureBit, featureBits } from "../virtio/features.ts";
 import type { PfSettings } from "./pf-options.ts";
 
 /** Entries of the admin virtqueue: each of 256 VFs can have a command in flight. */
 export const PF_RING_SIZE = 2048;
+/** That the PF has the vendor's migration commands; no driver negotiates it. */
+const MIGRATION_FEATURE = 44;
 /** What a class may say: there are no more doorbells. */
 const ADMIN_QUEUE_MAX = 1023;
 
@@ -30,7 +33,11 @@ export function pfDevice(adminQueue: number | undefined, settings: PfSettings, o
     adminQueue === undefined
       ? { features: 0n, queues: 0, worker: { name: "none", parameters: {} } }
       : {
-          features: featureBits(FeatureBit.adminVq),
+          features: featureBits(
+            FeatureBit.adminVq,
+            MIGRATION_FEATURE,
+            ...[...settings.tracking].map((mode) => TRACKING_FEATURE[mode]),
+          ),
           queues: adminQueue + 1,
           worker: { name: "forward", parameters: {} },
         };

@@ -1,6 +1,8 @@
 import { VhostdError } from "../base/errors.ts";
 import type { SoftOption, SoftOptionValue, SoftOptionValues } from "../plugin.ts";
+import { TrackingMode, type TrackingModeName } from "../virtio/admin/vendor.ts";
 import { DelayPlan, FaultPlan } from "./admin-faults.ts";
+import { optionFlag } from "./class-options.ts";
 
 /** How the PF's state can be moved: by the vendor's commands, or not at all. */
 const MIGRATIONS = ["vendor", "none"] as const;
@@ -12,6 +14,8 @@ type Migration = (typeof MIGRATIONS)[number];
  */
 const FREEZE_BEHAVIOURS = ["drain", "list", "hold"] as const;
 export type FreezeBehaviour = (typeof FREEZE_BEHAVIOURS)[number];
+
+const TRACKING_MODES = Object.keys(TrackingMode) as TrackingModeName[];
 
 /** Options of the PF itself, beside those of its class, which its VFs have. */
 export const PF_OPTIONS = {
@@ -25,6 +29,11 @@ export const PF_OPTIONS = {
     description: "drain: a VF completes what it has taken; list, hold: it stops at once, and says what it had, or not",
     default: "drain",
     live: true,
+  },
+  tracking: {
+    type: "string",
+    description: "how VFs mark the pages that they write: modes that are offered, with commas, or none",
+    default: TRACKING_MODES.map(optionFlag).join(","),
   },
   adminDelay: {
     type: "string",
@@ -43,6 +52,8 @@ export const PF_OPTIONS = {
 /** What a PF does, by its options: those that are live change. */
 export class PfSettings {
   readonly migration: Migration;
+  /** Offered. */
+  readonly tracking: ReadonlySet<TrackingModeName>;
   freeze: FreezeBehaviour;
   delays: DelayPlan;
   faults: FaultPlan;
@@ -51,6 +62,7 @@ export class PfSettings {
   constructor(given: SoftOptionValues = {}) {
     const value = (name: keyof typeof PF_OPTIONS) => given[name] ?? PF_OPTIONS[name].default;
     this.migration = oneOf("migration", MIGRATIONS, value("migration"));
+    this.tracking = trackingModes(String(value("tracking")));
     this.freeze = oneOf("freeze", FREEZE_BEHAVIOURS, value("freeze"));
     this.delays = DelayPlan.parse(String(value("adminDelay")));
     this.faults = FaultPlan.parse(String(value("adminFault")));
@@ -68,6 +80,19 @@ export class PfSettings {
     if (option === "adminDelay") this.delays = delays;
     if (option === "adminFault") this.faults = faults;
   }
+}
+
+/** @throws VhostdError badArguments */
+function trackingModes(text: string): Set<TrackingModeName> {
+  if (text === "none") return new Set();
+  return new Set(
+    text.split(",").map((word) => {
+      const mode = TRACKING_MODES.find((each) => optionFlag(each) === word.trim());
+      if (mode !== undefined) return mode;
+      const known = TRACKING_MODES.map(optionFlag).join(", ");
+      throw new VhostdError("badArguments", `option tracking has "${word}", must be none or some of ${known}`);
+    }),
+  );
 }
 
 function oneOf<T extends string>(option: string, known: readonly T[], value: SoftOptionValue): T {

@@ -14,6 +14,7 @@ import { PfSettings } from "./pf-options.ts";
 import type { RequestSource } from "./request-service.ts";
 import { SoftFunction } from "./soft-function.ts";
 import { vfAddress } from "./topology.ts";
+import { VfTracker } from "./vf-tracker.ts";
 
 /** What is asked for: one PF with its VFs. */
 export interface PfOptions {
@@ -26,6 +27,16 @@ export interface PfOptions {
   readonly pfOptions?: SoftOptionValues;
 }
 
+/** How long admin commands took, from the ring and back to it. Microseconds, since the PF was made. */
+export interface CommandTimes {
+  /** That were answered. */
+  readonly commands: number;
+  /** Each for itself. */
+  readonly microseconds: number;
+  /** In which at least one was under way: less than the above where several were at once. */
+  readonly busyMicroseconds: number;
+}
+
 /** One function and who serves it. */
 export interface ServedFunction {
   readonly address: PciAddress;
@@ -34,6 +45,8 @@ export interface ServedFunction {
   /** The PF of a VF. */
   readonly pf: PciAddress | undefined;
   readonly deviceClass: PfOptions["deviceClass"];
+  /** Of a PF with an admin virtqueue: how long its commands took. */
+  readonly commandTimes?: () => CommandTimes;
 }
 
 /** What QEMU's modern devices have; any id from 0x40 on says "modern" (VIRTIO 1.2, 4.1.2.1). */
@@ -53,11 +66,11 @@ export class PhysicalFunction {
     const functions: ServedFunction[] = [];
     try {
       const vfs = Array.from({ length: options.vfs }, (_, index) => vfAddress(address, index));
-      const publish = async (at: PciAddress, fn: SoftFunction, pf: PciAddress | undefined) => {
+      const publish = async (at: PciAddress, fn: SoftFunction, place: Pick<ServedFunction, "pf" | "commandTimes">) => {
         try {
           await bus.publish(at, fn.identity);
           const server = new FunctionServer(bus.socketPath(at), fn, log.child(at));
-          functions.push({ address: at, fn, server, pf, deviceClass });
+          functions.push({ address: at, fn, server, deviceClass, ...place });
         } catch (error) {
           fn[Symbol.dispose]();
           throw error;
@@ -65,12 +78,14 @@ export class PhysicalFunction {
       };
       const managed: ManagedVf[] = [];
       const settings = new PfSettings(options.pfOptions);
-      await publish(address, makePf(options, settings, managed, log.child(address)), undefined);
+      const { pf, commandTimes } = makePf(options, settings, managed, log.child(address));
+      await publish(address, pf, { pf: undefined, ...(commandTimes === undefined ? {} : { commandTimes }) });
       for (const [index, vf] of vfs.entries()) {
         const values = optionsOfVf(deviceClass.softDevice, options.options, { pf: address, vf: index });
         const fn = makeVf(vf, deviceClass, values, log.child(vf));
-        await publish(vf, fn, address);
-        managed.push(new ManagedVf(fn.virtio, () => settings.freeze));
+        await publish(vf, fn, { pf: address });
+        const tracker = new VfTracker(fn.dirtyLog, pf.dirtyLog);
+        managed.push(new ManagedVf(fn.virtio, () => settings.freeze, tracker));
       }
       await bus.linkFunctions(address, vfs);
       return new PhysicalFunction(functions);
@@ -115,11 +130,18 @@ function makePf(
   settings: PfSettings,
   vfs: readonly ManagedVf[],
   log: Logger,
-): SoftFunction {
+): { readonly pf: SoftFunction; readonly commandTimes: (() => CommandTimes) | undefined } {
   const queue = settings.migration === "vendor" ? adminQueueIndex(deviceClass) : undefined;
   const admin = new AdminService(queue, () => vfs, settings, log);
   const device = pfDevice(queue, settings, () => admin.forget());
-  return makeFunction(address, deviceClass, device, { ringSize: PF_RING_SIZE }, log, (rings) => admin.serve(rings));
+  const options = { ringSize: PF_RING_SIZE };
+  const pf = makeFunction(address, deviceClass, device, options, log, (rings) => admin.serve(rings));
+  return { pf, commandTimes: queue === undefined ? undefined : () => commandTimesOf(pf) };
+}
+
+function commandTimesOf(pf: SoftFunction): CommandTimes {
+  const { requests: commands = 0, microseconds = 0, busyMicroseconds = 0 } = pf.info();
+  return { commands, microseconds, busyMicroseconds };
 }
 
 function makeFunction(

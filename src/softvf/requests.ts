@@ -70,7 +70,8 @@ export function decodeMap(body: Uint8Array, fds: readonly OwnedFd[]): MapRequest
   if (file.kind !== "regular" || file.filesystem === "other") {
     throw refusal(EINVAL, `memory is a ${file.kind} file on ${file.filesystem}; a file on tmpfs or hugetlbfs is taken`);
   }
-  if (offset + size > file.size) {
+  // The last page is there as a whole, however little of it the file has.
+  if (offset + size > Math.ceil(file.size / file.pageSize) * file.pageSize) {
     throw refusal(EINVAL, `${size} bytes at ${offset} of a memory file of ${file.size} bytes`);
   }
   return { iova: address, size, offset, writable: (flags & DmaFlag.writeable) !== 0 };

@@ -2,6 +2,7 @@ import { VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { RingEngine, type RingStats } from "../native/ring-engine.ts";
+import type { RingLog } from "../native/ring-log.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { SoftDevice, SoftOptionValue } from "../plugin.ts";
 import { InterruptRoutes } from "./interrupts.ts";
@@ -125,6 +126,16 @@ export class SoftFunction implements Disposable {
     }
     const queue = (offset - notify.offset) / NOTIFY_MULTIPLIER;
     if (Number.isInteger(queue) && queue >= 0 && queue < this.layout.queues) this.rings.notify(queue);
+  }
+
+  /** Facts that its worker knows, by name. */
+  info(): Readonly<Record<string, number>> {
+    return this.rings.info();
+  }
+
+  /** Where the function marks the pages that it writes. */
+  get dirtyLog(): RingLog {
+    return this.rings.log;
   }
 
   /** Borrowed: a signal is a write to the queue's place in the notification block. */

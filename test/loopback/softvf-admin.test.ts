@@ -72,7 +72,7 @@ describe("commands", () => {
     const step = (status: number, vdevId = 1) => MODIFY_STATUS_DATA.encode({ vdevId, status });
     const cases: readonly [status: number, readable: readonly Uint8Array[], room: number][] = [
       [DATA, [Uint8Array.of(64)], 8],
-      [CLASS, [header(65, 0)], 8],
+      [CLASS, [header(66, 0)], 8],
       [CLASS, [header(0, 0)], 8],
       [COMMAND, [header(64, 6)], 8],
       [COMMAND, [header(64, 255)], 8],

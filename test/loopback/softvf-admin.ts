@@ -4,6 +4,8 @@ import { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
 import {
   ADMIN_HEADER,
   AdminClass,
+  DirtyPagesCommand,
+  type DirtyPagesCommandName,
   InternalStatus,
   type InternalStatusName,
   internalStatusName,
@@ -75,6 +77,11 @@ export class RawAdmin implements AsyncDisposable {
 
   command(name: MigrationCommandName, data: readonly Uint8Array[], room = 0): Promise<AdminAnswer> {
     return this.send([header(AdminClass.migration, MigrationCommand[name]), ...data], room);
+  }
+
+  /** A command of class 65. */
+  tracking(name: DirtyPagesCommandName, data: Uint8Array, room = 0): Promise<AdminAnswer> {
+    return this.send([header(AdminClass.dirtyPages, DirtyPagesCommand[name]), data], room);
   }
 
   /** @returns the status byte, or the internal status where that is 0 */

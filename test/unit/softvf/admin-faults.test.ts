@@ -15,6 +15,15 @@ test("faults are taken by command and VF, in the order they are written, as ofte
   expect(FaultPlan.parse("identity:retry").take("identity", undefined)).toBe("retry");
 });
 
+test("commands of dirty pages have words, too", () => {
+  const plan = FaultPlan.parse("start-tracking@1:fail:1,pending-map:silence,tracking-identity:retry:1");
+  expect([plan.take("startTracking", 0), plan.take("startTracking", 1)]).toEqual([undefined, "fail"]);
+  expect([plan.take("pendingMap", 3), plan.take("trackingIdentity", undefined)]).toEqual(["silence", "retry"]);
+  expect(() => FaultPlan.parse("tracking-identity@0:fail")).toThrow("a command on a VF");
+  const delays = DelayPlan.parse("stop-tracking=7,report-map=8");
+  expect([delays.of("stopTracking"), delays.of("reportMap"), delays.of("pendingMap")]).toEqual([7, 8, 0]);
+});
+
 test("delays are for one command or for all others", () => {
   const plan = DelayPlan.parse("5,save=50,status=0");
   expect([plan.of("save"), plan.of("getStatus"), plan.of("restore")]).toEqual([50, 0, 5]);

@@ -3,9 +3,11 @@ import { expect, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { silentLogger } from "../../../src/base/log.ts";
 import type { ForwardedRequest } from "../../../src/native/ring-engine.ts";
+import type { RingLog } from "../../../src/native/ring-log.ts";
 import { AdminService } from "../../../src/softvf/admin-service.ts";
 import { ManagedVf } from "../../../src/softvf/managed-vf.ts";
 import { PfSettings } from "../../../src/softvf/pf-options.ts";
+import { VfTracker } from "../../../src/softvf/vf-tracker.ts";
 import { encodeState, type VendorState } from "../../../src/virtio/admin/state-blob.ts";
 import {
   ADMIN_HEADER,
@@ -17,6 +19,9 @@ import {
   MODIFY_STATUS_DATA,
   TRANSFER_DATA,
 } from "../../../src/virtio/admin/vendor.ts";
+
+/** Nobody tracks anything here. */
+const NO_LOG = { cut: () => {} } as unknown as RingLog;
 
 const soon = (what: string) => Deadline.after(10_000, what);
 const DATA = 0x84;
@@ -142,7 +147,7 @@ const step = (vf: number, to: InternalStatusName) =>
 function pf(count: number) {
   const clock = new Clock();
   const devices = Array.from({ length: count }, () => new Device(clock));
-  const vfs = devices.map((device) => new ManagedVf(device, () => "drain"));
+  const vfs = devices.map((device) => new ManagedVf(device, () => "drain", new VfTracker(NO_LOG, NO_LOG)));
   const service = new AdminService(0, () => vfs, new PfSettings(), silentLogger);
   return { devices, admin: new Administrator(service), [Symbol.dispose]: () => clock[Symbol.dispose]() };
 }
