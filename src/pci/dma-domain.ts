@@ -133,16 +133,17 @@ export class DmaDomain {
    * Makes memory of the daemon's own reachable, where nobody has anything: as high as the IOMMU goes, because guests
    * have theirs from 0 on. The fd is borrowed for the call.
    * @param size bytes, a multiple of `pageSize`
+   * @param offset where it begins in its file, bytes, the same
    * @returns where it is
    * @throws VhostdError iommuDomain where there is no room; or what `claim` does
    */
-  async claimFree(owner: string, size: number, fd: number): Promise<DmaRange> {
+  async claimFree(owner: string, size: number, fd: number, offset = 0): Promise<DmaRange> {
     const { dev, ino } = fileInfo(fd);
     return this.operations.run(async () => {
       const taken = [...this.mapped, ...this.pending].map(({ range }) => extentOf(range));
       const iova = highestPlace(this.usable, taken, size, this.pageSize);
       if (iova === undefined) throw new VhostdError("iommuDomain", `the IOMMU has no room for ${size} bytes`);
-      const range = { iova, size, file: { dev, ino }, offset: 0 };
+      const range = { iova, size, file: { dev, ino }, offset };
       this.checkRange(range);
       checkFile(range, fd);
       await this.tryClaim({ owner, range, cancelled: false, wake: () => {} }, fd);
@@ -187,6 +188,11 @@ export class DmaDomain {
   /** Which of the kernel's interfaces it uses; undefined where there is no choice. */
   get interface(): AddressSpace["interface"] {
     return this.space.interface;
+  }
+
+  /** End of the memory that `owner` holds, guest-physical, exclusive; 0 where that is none. */
+  endOf(owner: string): number {
+    return Math.max(0, ...(this.claims.get(owner) ?? []).map(({ iova, size }) => iova + size));
   }
 
   /** Who holds guest memory here. */
@@ -377,14 +383,17 @@ export class DmaDomain {
   }
 }
 
-/** @throws VhostdError invalid where the fd is another file than the range says, or the range ends beyond it */
+/**
+ * A file may end inside its last page: memory is mapped, and kept, by whole pages.
+ * @throws VhostdError invalid where the fd is another file than the range says, or the range ends beyond its last page
+ */
 function checkFile(range: DmaRange, fd: number): void {
-  const { dev, ino, size } = fileInfo(fd);
+  const { dev, ino, size, pageSize } = fileInfo(fd);
   const where = describe(extentOf(range));
   if (dev !== range.file.dev || ino !== range.file.ino) {
     throw new VhostdError("invalid", `guest memory ${where} came with another file than the one it names`);
   }
-  if (range.offset + range.size > size) {
+  if (range.offset + range.size > Math.ceil(size / pageSize) * pageSize) {
     throw new VhostdError("invalid", `guest memory ${where} ends at ${range.offset + range.size} of a file of ${size}`);
   }
 }

@@ -1,3 +1,4 @@
+import { both } from "../base/both.ts";
 import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
@@ -7,11 +8,14 @@ import { drainEventfd, eventfd, signalEventfd } from "../native/sys.ts";
 import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts";
 import type { ConfigValues, DeviceClass } from "../plugin.ts";
+import { Calls } from "./calls.ts";
+import { CONFIG_VECTOR, completeState } from "./complete-state.ts";
 import { type ControlDevice, ControlQueue } from "./control-queue.ts";
-import { parseDataPathRecord } from "./data-path-record.ts";
+import { moverData, parseDataPathRecord } from "./data-path-record.ts";
 import type { DeviceState } from "./device-state.ts";
 import { type DeviceFailure, DeviceWatch } from "./device-watch.ts";
-import { FeatureBit, featureBits, Status } from "./features.ts";
+import type { Tracking } from "./dirty-log.ts";
+import { featureBits } from "./features.ts";
 import { Kicks } from "./kicks.ts";
 import type {
   FreezeMode,
@@ -21,17 +25,14 @@ import type {
   MoverHost,
   MoverSnapshot,
   StateMover,
+  StopNote,
 } from "./mover.ts";
 import { RegistersMover } from "./movers/registers.ts";
 import { ownFeatures, type QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
 
-/** The vector of configuration changes; that of queue n is n + 1. */
-const CONFIG_VECTOR = 0;
 const CONFIG_INTERRUPT = "config-interrupt";
 const CONTROL_MEMORY = "control";
-/** Bits that only the vhost-user protocol knows. */
-const VHOST_BITS = featureBits(FeatureBit.vhostLogAll, FeatureBit.vhostUserProtocolFeatures);
 
 /** Milliseconds to bring the device to rest after a start that failed. */
 const CLEAN_UP_TIMEOUT = 5000;
@@ -60,6 +61,7 @@ export class DataPath {
   private readonly watch: Watch;
   private readonly health: DeviceWatch;
   private readonly kicks = new Kicks((queue) => this.doorbell(queue));
+  private readonly calls: Calls;
   private readonly doorbells = new Map<number, Doorbell>();
   /** Queues that are set up: their calls are routed. */
   private active = new Set<number>();
@@ -91,6 +93,7 @@ export class DataPath {
       log: (text) => this.noticeHandler(text),
     };
     this.mover = makeMover(host, snapshot);
+    this.calls = new Calls(device.fn.interrupts);
     this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
     this.health = new DeviceWatch(device, () => this.running);
   }
@@ -120,6 +123,7 @@ export class DataPath {
     );
     const path = new DataPath(device, features, limits, deviceClass, interrupt, makeMover, { kind: "reset" });
     undo.move();
+    await path.mover.prove?.(deadline);
     return path;
   }
 
@@ -261,13 +265,15 @@ export class DataPath {
     this.disabled = disabledOf(state);
     const queues = this.enabledWith(eventfds);
     try {
-      const calls = [...this.active].map((index) => this.routeCall(index, eventfds.get(index)?.call ?? null));
+      await deadline.race(this.calls.settled());
+      const calls = [...this.active].map((index) => this.calls.route(index, eventfds.get(index)?.call ?? null));
       // Who was given the function's file may have routed it elsewhere.
       calls.push(this.routeConfig());
       // A doorbell is not rung before DRIVER_OK (VIRTIO 1.2, 3.1.1); a function that waits itself knows when to look.
       const waits = ({ index }: { index: number }) => this.doorbell(index).takeKick !== undefined;
-      await deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
-      await this.mover.configure(state, deadline);
+      const connected = deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
+      // Its registers answer behind what was said before: all is connected when it begins to run.
+      await both(connected, this.mover.configure(state, deadline));
       await deadline.race(Promise.all(this.connectKicks(queues.filter((queue) => !waits(queue)))));
       await this.stir(queues, deadline);
     } catch (error) {
@@ -280,6 +286,24 @@ export class DataPath {
       }
       throw error;
     }
+  }
+
+  /** See StateMover.prepare. A start does all where the device cannot be prepared. @throws VhostdError; it is reset then */
+  async prepare(wanted: DeviceState, deadline: Deadline): Promise<void> {
+    using _change = this.health.change();
+    await this.mover.prepare?.(this.complete(wanted), deadline);
+  }
+
+  /** See StateMover.track. @throws VhostdError notSupported where the device cannot */
+  async track(wanted: Tracking | undefined, deadline: Deadline): Promise<string | undefined> {
+    if (this.mover.track !== undefined) return await this.mover.track(wanted, deadline);
+    if (wanted === undefined) return undefined;
+    throw new VhostdError("notSupported", `${this.device.fn.address} cannot mark the pages that it writes`);
+  }
+
+  /** See StateMover.onTrackingLost. */
+  onTrackingLost(handler: (error: Error) => void): void {
+    this.mover.onTrackingLost?.(handler);
   }
 
   /**
@@ -306,21 +330,24 @@ export class DataPath {
   }
 
   /**
-   * Disconnects the kicks, freezes the device, and disconnects the calls.
+   * Disconnects the kicks and freezes the device. The calls, which it has no use for then, are disconnected in the
+   * background.
    * @returns the state it stopped in, ring indices included
+   * @param note told of each step that is done
    * @throws VhostdError timedOut where the device does not drain; the kicks stay disconnected
    */
-  async stop(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
+  async stop(memory: RingMemory, mode: FreezeMode, deadline: Deadline, note?: StopNote): Promise<DeviceState> {
     using _change = this.health.change();
-    await deadline.race(this.kicks.disconnectAll());
-    const state = await this.mover.freeze(memory, mode, deadline);
-    await this.disconnectCalls(deadline);
+    const kicksOff = deadline.race(this.kicks.disconnectAll()).then(() => note?.("kicks_off"));
+    const [, state] = await both(kicksOff, this.mover.freeze(memory, mode, deadline));
+    note?.("freeze");
+    this.letCallsGo();
     return state;
   }
 
   /** The guest hears of no used buffer until it is started again, so that it makes none available any more either. */
   async mute(deadline: Deadline): Promise<void> {
-    await deadline.race(Promise.all([...this.active].map((queue) => this.routeCall(queue, null))));
+    await deadline.race(Promise.all([...this.active].map((queue) => this.calls.route(queue, null))));
   }
 
   /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
@@ -328,7 +355,8 @@ export class DataPath {
     using _change = this.health.change();
     // A function that cannot be told of the kicks cannot be reset either: that failure is the one to know of.
     await Promise.all([this.mover.reset(deadline), this.kicks.disconnectAll()]);
-    await this.disconnectCalls(deadline);
+    this.letCallsGo();
+    await deadline.race(this.calls.settled());
   }
 
   /** The function reaches no memory any more, whatever state it is in. It has to be reset before it works again. */
@@ -358,7 +386,7 @@ export class DataPath {
   /** Another eventfd is told of used buffers from now on; null for none. It is signalled once. */
   async setCall(queue: number, fd: number | null): Promise<void> {
     this.checkActive(queue);
-    await this.routeCall(queue, fd);
+    await this.calls.route(queue, fd);
     if (fd !== null) signalEventfd(fd);
   }
 
@@ -383,6 +411,7 @@ export class DataPath {
   abandon(): void {
     if (this.closed) return;
     this.closed = true;
+    this.mover.abandon?.();
     this.health[Symbol.dispose]();
     this.watch[Symbol.dispose]();
     this.kicks[Symbol.dispose]();
@@ -390,27 +419,9 @@ export class DataPath {
     this.control?.[Symbol.dispose]();
   }
 
-  /** Vectors, status and the feature bits that are the function's own matter. */
   private complete(wanted: DeviceState): DeviceState {
-    const last = Math.max(-1, ...wanted.queues.map(({ index }) => index));
-    if (last >= this.queues) {
-      throw new VhostdError("invalid", `queue ${last} was asked for; ${this.device.fn.address} has ${this.queues}`);
-    }
-    const needed = last + 2;
-    if (needed > this.vectors) {
-      throw new VhostdError(
-        "noVectors",
-        `${last + 1} queues need ${needed} MSI-X vectors; ${this.device.fn.address} has ${this.vectors}`,
-        { fix: "provision the function with more vectors, or give the guest fewer queues" },
-      );
-    }
-    return {
-      ...wanted,
-      features: (wanted.features & this.features & ~VHOST_BITS) | this.ownFeatures,
-      status: Status.acknowledge | Status.driver | Status.featuresOk | Status.driverOk,
-      configVector: CONFIG_VECTOR,
-      queues: wanted.queues.map((queue) => ({ ...queue, vector: queue.index + 1 })),
-    };
+    const { queues, vectors, features, ownFeatures } = this;
+    return completeState(wanted, { address: this.device.fn.address, queues, vectors, features, ownFeatures });
   }
 
   /** Acknowledged whatever the guest negotiated. */
@@ -456,18 +467,13 @@ export class DataPath {
     return doorbell;
   }
 
-  private routeCall(queue: number, call: number | null): Promise<void> {
-    return this.device.fn.interrupts.route(queue + 1, call);
-  }
-
   private routeConfig(): Promise<void> {
     return this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number);
   }
 
-  private async disconnectCalls(deadline: Deadline): Promise<void> {
-    const queues = [...this.active];
+  private letCallsGo(): void {
+    this.calls.letGo(this.active);
     this.active = new Set();
-    await deadline.race(Promise.all(queues.map((queue) => this.routeCall(queue, null))));
   }
 
   private checkActive(queue: number): void {
@@ -491,14 +497,4 @@ export class DataPath {
 
 function disabledOf({ queues }: Pick<DeviceState, "queues">): Set<number> {
   return new Set(queues.filter(({ disabled }) => disabled === true).map(({ index }) => index));
-}
-
-/** A snapshot as JSON: what is in it is plain, but not by its type. */
-function moverData(snapshot: MoverSnapshot): Json {
-  if (snapshot.kind === "reset") return { kind: snapshot.kind };
-  const { features, status, configVector, config } = snapshot.state;
-  const queues = snapshot.state.queues.map(({ inFlight, ...queue }) =>
-    inFlight === undefined ? queue : { ...queue, inFlight: [...inFlight] },
-  );
-  return { kind: snapshot.kind, state: { features, status, configVector, config, queues } };
 }

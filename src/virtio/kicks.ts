@@ -12,6 +12,8 @@ interface ConnectedKick {
 /** The kicks of a front-end, connected to the doorbells of a function. */
 export class Kicks implements Disposable {
   private readonly connected = new Map<number, ConnectedKick>();
+  /** Functions are being told to wait on a kick no more. Rejects as they do. */
+  private leaving: Promise<unknown> = Promise.resolve();
   private closed = false;
 
   /** @param doorbellOf a queue; what it throws, connecting throws */
@@ -49,12 +51,19 @@ export class Kicks implements Disposable {
     this.connected.set(queue, { fd, relay });
   }
 
-  async disconnect(queue: number): Promise<void> {
-    if (this.forget(queue)) await this.doorbellOf(queue).takeKick?.(null);
+  /** Not passed on any more when this returns. A function that waits itself is told: see `disconnectAll`. */
+  disconnect(queue: number): void {
+    if (!this.forget(queue)) return;
+    this.leaving = Promise.all([this.leaving, this.doorbellOf(queue).takeKick?.(null)]);
+    this.leaving.catch(() => {});
   }
 
+  /** Resolves when no function waits on a kick any more. @throws what those do that were told since the last time */
   async disconnectAll(): Promise<void> {
-    await Promise.all([...this.connected.keys()].map((queue) => this.disconnect(queue)));
+    for (const queue of [...this.connected.keys()]) this.disconnect(queue);
+    const { leaving } = this;
+    this.leaving = Promise.resolve();
+    await leaving;
   }
 
   /** Nothing of this process looks at them any more. */

@@ -2,6 +2,7 @@ import type { Deadline } from "../base/deadline.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { ControlQueue } from "./control-queue.ts";
 import type { DeviceState } from "./device-state.ts";
+import type { Tracking } from "./dirty-log.ts";
 import type { QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
 
@@ -9,7 +10,7 @@ import type { RingMemory } from "./split-ring.ts";
 export interface MoverCapabilities {
   /** A stopped device can be started at any ring index, after a reset too. */
   readonly resumeAnywhere: boolean;
-  /** The pages that the device writes can be logged. */
+  /** The pages that the device writes can be marked: it was tried with this device. */
   readonly dirtyTracking: boolean;
 }
 
@@ -18,6 +19,9 @@ export interface MoverCapabilities {
  * `listed`: it may keep what it lists as in flight, because the same mover goes on from there.
  */
 export type FreezeMode = "drained" | "listed";
+
+/** Told of the steps of a stop, as each is done. */
+export type StopNote = (step: "kicks_off" | "freeze") => void;
 
 /** The device that a mover moves, and what was read of it when it was opened. */
 export interface MoverHost {
@@ -60,6 +64,30 @@ export interface StateMover {
   enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void>;
   /** Forgets everything: status 0, no queues. When it resolves the device uses no guest memory. */
   reset(deadline: Deadline): Promise<void>;
+  /**
+   * Brings `wanted` into the device, which does not run, and leaves it standing: a `configure` that is told next changes
+   * only what is different then. Left out where a device cannot stand still with a state.
+   * @throws VhostdError where the device does not take it; the device is reset then
+   */
+  prepare?(wanted: DeviceState, deadline: Deadline): Promise<void>;
+  /**
+   * From now on each page that the device writes is marked in the log, in whatever state the device is; undefined for no
+   * longer. Where the log or the end is another than before, all pages are marked in the new one once. When `freeze`
+   * resolves everything is marked. Left out where `dirtyTracking` is false.
+   * @param wanted its fd is borrowed for the call
+   * @returns how the device marks, for people; undefined where it does not
+   * @throws VhostdError where the device does not take it: it marks nothing, or not all, then
+   */
+  track?(wanted: Tracking | undefined, deadline: Deadline): Promise<string | undefined>;
+  /** The device does not mark all that it writes any more. Once for each `track`; replaces the earlier handler. */
+  onTrackingLost?(handler: (error: Error) => void): void;
+  /**
+   * Tries out, with a device that was just reset, what has to be seen before it is said that it can be done. Never rejects;
+   * left out where there is nothing to try.
+   */
+  prove?(deadline: Deadline): Promise<void>;
+  /** Lets go of everything of this process without a word to the device. Left out where there is nothing. */
+  abandon?(): void;
   /** What an operator does by hand; left out where the device is moved by its registers only. */
   readonly manual?: ManualControl;
   /** Plain data for the record, and back. */
@@ -74,9 +102,13 @@ export interface ManualControl {
   change(to: "running" | "quiesced" | "freezed", deadline: Deadline): Promise<void>;
 }
 
-export type MoverSnapshot =
+export type MoverSnapshot = (
   | { readonly kind: "reset" }
-  | { readonly kind: "running" | "frozen"; readonly state: EncodedDeviceState };
+  | { readonly kind: "running" | "frozen"; readonly state: EncodedDeviceState }
+) & {
+  /** How the device marks the pages that it writes, where it was tried; the mover's own word. */
+  readonly tracking?: string;
+};
 
 /** DeviceState as JSON: features in hex, config in base64. */
 export interface EncodedDeviceState {

@@ -93,7 +93,7 @@ export class AdminQueue implements AsyncDisposable {
   private readonly ring: AdminRing;
   private readonly doorbell: Doorbell;
   private readonly watch: Watch | undefined;
-  private readonly deadHandlers: ((error: VhostdError) => void)[] = [];
+  private readonly deadHandlers = new Set<(error: VhostdError) => void>();
   private timer: ReturnType<typeof setTimeout> | undefined;
   private drainDeadline: Deadline | undefined;
   /** Commands completed so far. */
@@ -185,10 +185,16 @@ export class AdminQueue implements AsyncDisposable {
     return this.device.fn.address;
   }
 
-  /** Called once, with the reason, when the queue dies; at once where it has. */
-  onDead(handler: (error: VhostdError) => void): void {
+  /** The device has a command that was never answered, after which the VF may be another. */
+  mayStillAlter(vdevId: number): boolean {
+    return this.slots.some((slot) => slot.kind === "lost" && slot.vdevId === vdevId && slot.alters);
+  }
+
+  /** Called once, with the reason, when the queue dies; at once where it has. Not any more once it is disposed of. */
+  onDead(handler: (error: VhostdError) => void): Disposable {
     if (this.current.kind === "dead") handler(this.deadError(this.current.reason));
-    else this.deadHandlers.push(handler);
+    else this.deadHandlers.add(handler);
+    return { [Symbol.dispose]: () => void this.deadHandlers.delete(handler) };
   }
 
   /**
@@ -428,7 +434,9 @@ export class AdminQueue implements AsyncDisposable {
     const error = this.deadError(reason);
     this.rejectAll(error);
     this.schedule();
-    for (const handler of this.deadHandlers.splice(0)) handler(error);
+    const handlers = [...this.deadHandlers];
+    this.deadHandlers.clear();
+    for (const handler of handlers) handler(error);
   }
 
   private rejectAll(error: VhostdError): void {

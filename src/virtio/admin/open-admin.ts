@@ -7,8 +7,9 @@ import { FeatureBit, featureBits, hasFeature } from "../features.ts";
 import type { VirtioPciDevice } from "../pci-device.ts";
 import { ADMIN_MEMORY_OWNER, ADMIN_RING_SIZE, AdminMemory } from "./admin-memory.ts";
 import { AdminQueue, type AdminQueuePlace, type AdminQueueTimeouts } from "./admin-queue.ts";
-import { AdminStatus } from "./vendor.ts";
-import { AdminRefusal, VendorAdmin } from "./vendor-admin.ts";
+import { AdminRefusal } from "./admin-request.ts";
+import { AdminStatus, TRACKING_FEATURE, TRACKING_MODES, type TrackingModeName } from "./vendor.ts";
+import { VendorAdmin } from "./vendor-admin.ts";
 
 /** Milliseconds for the PF to let go of a queue that does not work. */
 const CLEAN_UP_TIMEOUT = 3_000;
@@ -22,7 +23,13 @@ export interface AdminTimeouts extends AdminQueueTimeouts {
 
 /** What a PF can do for its VFs. `none`: they can be used unmanaged. */
 export type AdminDiscovery =
-  | { readonly kind: "vendor"; readonly admin: VendorAdmin; readonly version: string }
+  | {
+      readonly kind: "vendor";
+      readonly admin: VendorAdmin;
+      readonly version: string;
+      /** How it can mark the pages that its VFs write; it says so, and has not shown it. */
+      readonly tracking: readonly TrackingModeName[];
+    }
   | { readonly kind: "none"; readonly reason: string };
 
 /**
@@ -79,7 +86,7 @@ async function openVendorAdmin(
   try {
     const version = await admin.identity(deadline);
     undo.move();
-    return { kind: "vendor", admin, version };
+    return { kind: "vendor", admin, version, tracking: trackingModes(features) };
   } catch (error) {
     const unknown: readonly number[] = [AdminStatus.invalidClass, AdminStatus.invalidCommand];
     if (!(error instanceof AdminRefusal && unknown.includes(error.status))) throw error;
@@ -109,4 +116,8 @@ async function findQueue(
     );
   }
   return { queue, notifyOff: limit.notifyOff, ringSize };
+}
+
+function trackingModes(features: bigint): TrackingModeName[] {
+  return TRACKING_MODES.filter((mode) => hasFeature(features, TRACKING_FEATURE[mode]));
 }

@@ -1,14 +1,12 @@
 import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import { TRANSFER_MAX } from "./admin-memory.ts";
-import { type AdminQueue, NeverPosted } from "./admin-queue.ts";
+import type { AdminQueue } from "./admin-queue.ts";
+import { AdminChannel, type AdminRequest } from "./admin-request.ts";
+import { DirtyPagesAdmin } from "./dirty-pages-admin.ts";
 import { BLOB_SIZE_MAX, decodeState, encodeState, type VendorState } from "./state-blob.ts";
 import {
-  ADMIN_DO_NOT_RETRY,
-  ADMIN_HEADER,
-  ADMIN_STATUS_CODE,
   AdminClass,
-  AdminStatus,
   IDENTITY_RESULT,
   InternalStatus,
   type InternalStatusName,
@@ -26,36 +24,9 @@ import {
 
 /** Commands that may change a VF whenever the device comes to them, be it long after anybody waited. */
 const ALTERING: readonly MigrationCommandName[] = ["modifyStatus", "restore"];
-/** Milliseconds between two tries of a command that may be tried again, and how many there are. */
-const RETRY_INTERVAL = 1_000;
-const RETRIES_MAX = 120;
-
-type FailureCode = "quiesceFailed" | "freezeFailed" | "stateSave" | "io";
-
-/** A command that the device refused for good. */
-export class AdminRefusal extends VhostdError {
-  constructor(
-    code: FailureCode,
-    message: string,
-    /** The status code, without the bit that says whether to try again. */
-    readonly status: number,
-    /** Another try makes no sense. */
-    readonly final: boolean,
-  ) {
-    super(code, message, { fix: "look at the log of the PF's server or firmware" });
-    this.name = "AdminRefusal";
-  }
-}
-
-interface Request {
+type Request = Omit<AdminRequest, "class" | "number" | "name" | "alters"> & {
   readonly command: MigrationCommandName;
-  readonly vdevId: number;
-  readonly data?: Uint8Array;
-  readonly payload?: Uint8Array;
-  readonly resultLength?: number;
-  /** Of the error where it fails. */
-  readonly code?: FailureCode;
-}
+};
 
 /**
  * The vendor's commands over an admin queue. A VF is named by its vdev id. All throw VhostdError adminQueue where the
@@ -63,11 +34,18 @@ interface Request {
  * again where the device allows it and there is time. What cannot be asked of a VF now is refused with busy.
  */
 export class VendorAdmin {
-  /** @param retryInterval milliseconds between two tries */
+  /** The same channel's commands of class 65. */
+  readonly dirtyPages: DirtyPagesAdmin;
+  private readonly channel: AdminChannel;
+
+  /** @param retryInterval milliseconds between two tries; 1 s */
   constructor(
     readonly queue: AdminQueue,
-    private readonly retryInterval = RETRY_INTERVAL,
-  ) {}
+    retryInterval?: number,
+  ) {
+    this.channel = new AdminChannel(queue, retryInterval);
+    this.dirtyPages = new DirtyPagesAdmin(this.channel);
+  }
 
   /** Why the state of a VF cannot be moved now, or undefined. It may be so for a while only. */
   obstacle(vdevId: number): string | undefined {
@@ -92,11 +70,12 @@ export class VendorAdmin {
     return name;
   }
 
-  /** One step. @throws VhostdError quiesceFailed, freezeFailed; io for running */
-  async modify(vdevId: number, to: SettableStatus, deadline: Deadline): Promise<void> {
+  /** One step. @param tries as of AdminRequest @throws VhostdError quiesceFailed, freezeFailed; io for running */
+  async modify(vdevId: number, to: SettableStatus, deadline: Deadline, tries?: "once"): Promise<void> {
     const data = MODIFY_STATUS_DATA.encode({ vdevId, status: InternalStatus[to] });
     const codes = { quiesced: "quiesceFailed", freezed: "freezeFailed", running: "io" } as const;
-    await this.ask({ command: "modifyStatus", vdevId, data, code: codes[to] }, deadline);
+    const request: Request = { command: "modifyStatus", vdevId, data, code: codes[to] };
+    await this.ask(tries === undefined ? request : { ...request, tries }, deadline);
   }
 
   /** Bytes of state that `save` will read. @throws VhostdError stateSave */
@@ -142,42 +121,11 @@ export class VendorAdmin {
     }
   }
 
-  /** @returns the result of a command that ended well */
-  private async ask(request: Request, deadline: Deadline): Promise<Uint8Array> {
-    const { command, vdevId, data = new Uint8Array(0), payload, resultLength = 0, code = "io" } = request;
-    const header = ADMIN_HEADER.encode({ class: AdminClass.migration, command: MigrationCommand[command] });
+  private ask({ command, ...rest }: Request, deadline: Deadline): Promise<Uint8Array> {
+    const number = MigrationCommand[command];
     const alters = ALTERING.includes(command);
-    const buffers = { vdevId, alters, header, data, resultLength, ...(payload === undefined ? {} : { payload }) };
-    const what = `${command} of ${vdevName(vdevId)}`;
-    let refusal: AdminRefusal | undefined;
-    try {
-      for (let tries = 0; ; tries++) {
-        const { status, result } = await this.queue.submit(buffers, deadline);
-        const number = status & ADMIN_STATUS_CODE;
-        if (number === AdminStatus.ok) return result;
-        const final = (status & ADMIN_DO_NOT_RETRY) !== 0;
-        const why = final || tries === 0 ? "" : `, also after ${tries} more tries`;
-        refusal = new AdminRefusal(
-          code,
-          `${this.queue.address} refused ${what}: ${describeCode(number)}${why}`,
-          number,
-          final,
-        );
-        if (final || tries === RETRIES_MAX || deadline.remaining <= this.retryInterval) throw refusal;
-        await Bun.sleep(this.retryInterval);
-      }
-    } catch (cause) {
-      if (!(cause instanceof VhostdError && cause.code === "timedOut")) throw cause;
-      if (refusal !== undefined) throw refusal;
-      const why = cause instanceof NeverPosted ? "was never asked for" : "did not answer";
-      throw new VhostdError(code, `${this.queue.address} ${why} ${what}: ${cause.message}`, { cause });
-    }
+    return this.channel.ask({ class: AdminClass.migration, number, name: command, alters, ...rest }, deadline);
   }
-}
-
-function describeCode(code: number): string {
-  const name = Object.entries(AdminStatus).find(([, value]) => value === code)?.[0];
-  return name === undefined ? `code ${code}` : `${name} (code ${code})`;
 }
 
 function transfer(vdevId: number, offset: number, length: number): Uint8Array {

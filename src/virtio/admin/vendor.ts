@@ -8,7 +8,7 @@ import { struct } from "../../base/layout.ts";
 
 export const ADMIN_HEADER = struct("admin command header", 2, { class: [0, "u8"], command: [1, "u8"] });
 
-export const AdminClass = { migration: 64 } as const;
+export const AdminClass = { migration: 64, dirtyPages: 65 } as const;
 
 /** Commands of class 64. */
 export const MigrationCommand = {
@@ -20,6 +20,29 @@ export const MigrationCommand = {
   restore: 5,
 } as const;
 export type MigrationCommandName = keyof typeof MigrationCommand;
+
+/** Commands of class 65. */
+export const DirtyPagesCommand = {
+  trackingIdentity: 0,
+  startTracking: 1,
+  stopTracking: 2,
+  pendingMap: 3,
+  reportMap: 4,
+} as const;
+export type DirtyPagesCommandName = keyof typeof DirtyPagesCommand;
+
+/** How pages are marked: by the device in memory that it was given (push), or kept by it until they are asked for (pull). */
+export const TrackingMode = { pushBitmap: 1, pushBytemap: 2, pullBitmap: 3, pullBytemap: 4 } as const;
+export type TrackingModeName = keyof typeof TrackingMode;
+/** The best first: without a copy, then without memory that the device has to write. */
+export const TRACKING_MODES = ["pushBitmap", "pullBitmap", "pullBytemap", "pushBytemap"] as const;
+/** For people. */
+export const TRACKING_LABEL = {
+  pushBitmap: "push-bitmap",
+  pullBitmap: "pull-bitmap",
+  pullBytemap: "pull-bytemap",
+  pushBytemap: "push-bytemap",
+} as const satisfies Record<TrackingModeName, string>;
 
 /** A VF is named by its index among the PF's VFs plus one; 0 is the PF itself. */
 export function vdevId(vfIndex: number): number {
@@ -46,6 +69,42 @@ export const TRANSFER_DATA = struct("state transfer", 24, {
   vdevId: [0, "u16"],
   offset: [8, "u64"],
   length: [16, "u64"],
+});
+
+/** Feature bits of a PF that say which modes it has; it does not negotiate them. */
+export const TRACKING_FEATURE: Readonly<Record<TrackingModeName, number>> = {
+  pushBitmap: 46,
+  pushBytemap: 47,
+  pullBitmap: 48,
+  pullBytemap: 49,
+};
+
+/** Pages in one report at most, as powers of two, and pieces of memory of one map at most. */
+export const TRACKING_IDENTITY_RESULT = struct("tracking identity result", 8, {
+  log2PagesPullBitmap: [0, "u16"],
+  log2PagesPullBytemap: [2, "u16"],
+  rangesMax: [4, "u32"],
+});
+/** Head of startTracking. Bytes; the range is guest-physical. In push modes the pieces of the map follow. */
+export const START_TRACKING_DATA = struct("start tracking", 24, {
+  vdevId: [0, "u16"],
+  mode: [2, "u16"],
+  pageSize: [4, "u32"],
+  rangeAddress: [8, "u64"],
+  rangeLength: [16, "u64"],
+});
+/** A piece of the map to write, in the PF's own address space. Bytes. */
+export const TRACKING_MAP_PIECE = struct("piece of a dirty map", 16, { address: [0, "u64"], length: [8, "u32"] });
+/** Data of stopTracking and pendingMap: the range is named by the address that it was started with. */
+export const TRACKED_RANGE_DATA = struct("tracked range", 16, { vdevId: [0, "u16"], rangeAddress: [8, "u64"] });
+/** Bytes of map that can be reported. */
+export const PENDING_MAP_RESULT = struct("pending map result", 8, { pending: [0, "u64"] });
+/** The result is the map, `length` bytes from `offset`; what was reported is forgotten. */
+export const REPORT_MAP_DATA = struct("report map", 32, {
+  vdevId: [0, "u16"],
+  offset: [8, "u64"],
+  length: [16, "u64"],
+  rangeAddress: [24, "u64"],
 });
 
 /** The last byte of a command: a code, and whether it makes sense to try again. */

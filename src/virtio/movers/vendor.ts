@@ -1,45 +1,36 @@
+import { both } from "../../base/both.ts";
 import { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
-import type { VendorState } from "../admin/state-blob.ts";
-import { type InternalStatusName, type SettableStatus, stepsTo } from "../admin/vendor.ts";
-import { AdminRefusal, type VendorAdmin } from "../admin/vendor-admin.ts";
-import {
-  checkBases,
-  readSaved,
-  rewound,
-  type SavedState,
-  toVendorState,
-  undrained,
-  withoutReceived,
-} from "../admin/vendor-state.ts";
+import { AdminRefusal } from "../admin/admin-request.ts";
+import type { SettableStatus } from "../admin/vendor.ts";
+import type { VendorAdmin } from "../admin/vendor-admin.ts";
+import { checkBases, readSaved, type SavedState, toVendorState, withoutReceived } from "../admin/vendor-state.ts";
 import { comparedBytes } from "../config-space.ts";
 import { type DeviceState, withEnabled } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
+import type { Tracking } from "../dirty-log.ts";
 import type { FreezeMode, ManualControl, MoverCapabilities, MoverHost, MoverSnapshot, StateMover } from "../mover.ts";
 import { describeStatus, type VirtioPciDevice } from "../pci-device.ts";
 import type { RingMemory } from "../split-ring.ts";
 import { RegistersMover } from "./registers.ts";
-
-/** Milliseconds between two looks at a device that drains: the first, and the longest. */
-const DRAIN_INTERVAL = { first: 1, longest: 20 } as const;
-/** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
-const CLEAN_UP_TIMEOUT = 5000;
-/** Milliseconds of a stop, and their part of it at most, that are kept for saying why the device has not drained. */
-const REASON_TIME = { most: 3000, share: 1 / 4 } as const;
-/** Milliseconds that a quick reset spends at most to learn that it may be quick. */
-const ASK_TIMEOUT = 1000;
+import { drain } from "./vendor-drain.ts";
+import { CLEAN_UP_TIMEOUT, InternalSteps, withMore } from "./vendor-steps.ts";
+import { type TrackingMeans, VendorTracking } from "./vendor-tracking.ts";
 
 /** Which VF of a managed PF a mover moves. */
 export interface ManagedVf {
   readonly admin: VendorAdmin;
   readonly vdevId: number;
+  /** Left out where its PF cannot say which pages it writes. */
+  readonly tracking?: TrackingMeans;
 }
 
 type ModeOf = (queue: number) => FreezeMode;
 
-/** `frozen`: freezed, with the state that it had then. */
+/** `frozen`: freezed, with the state that it had then. `prepared`: the same, with one that it was given and never ran with. */
 type State =
   | { readonly kind: "reset" }
+  | { readonly kind: "prepared"; readonly state: DeviceState }
   | { readonly kind: "running"; readonly state: DeviceState }
   | { readonly kind: "frozen"; readonly state: DeviceState };
 
@@ -52,6 +43,8 @@ type State =
 export class VendorMover implements StateMover {
   readonly kind = "vendor";
   readonly manual: ManualControl;
+  private readonly steps: InternalSteps;
+  private readonly tracking: VendorTracking;
   private current: State;
   /** The end of a reset that was not waited for: what went wrong, or undefined. */
   private cleanUp: Promise<Error | undefined> | undefined;
@@ -66,53 +59,110 @@ export class VendorMover implements StateMover {
     snapshot: MoverSnapshot = { kind: "reset" },
   ) {
     this.current = stateOf(snapshot);
-    this.manual = {
-      status: (deadline) => vf.admin.status(vf.vdevId, deadline),
-      change: (to, deadline) => this.changeByHand(to, deadline),
-    };
+    this.steps = new InternalSteps(vf.admin, vf.vdevId, this.name);
+    this.manual = this.steps;
+    this.tracking = new VendorTracking(vf, this.name, snapshot.tracking);
   }
 
   get capabilities(): MoverCapabilities {
-    return { resumeAnywhere: this.obstacle === undefined, dirtyTracking: false };
+    const able = this.obstacle === undefined;
+    return { resumeAnywhere: able, dirtyTracking: able && this.tracking.proven };
+  }
+
+  prove(deadline: Deadline): Promise<void> {
+    return this.tracking.prove(deadline);
+  }
+
+  async track(wanted: Tracking | undefined, deadline: Deadline): Promise<string | undefined> {
+    try {
+      return await this.tracking.track(wanted, deadline);
+    } catch (error) {
+      // What it cannot be told to leave alone it does not touch while it stands still.
+      if (this.snapshot().kind === "reset" && (this.atRest || this.cleanUp !== undefined)) await this.tracking.quiet();
+      throw error;
+    }
+  }
+
+  onTrackingLost(handler: (error: Error) => void): void {
+    this.tracking.onLost(handler);
+  }
+
+  abandon(): void {
+    this.tracking.abandon();
   }
 
   configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
     return this.bringUp(wanted, "running", deadline);
   }
 
+  /** A device that is moved by its registers does not stand still with a state: there is nothing to prepare. */
+  async prepare(wanted: DeviceState, deadline: Deadline): Promise<void> {
+    const registers = await this.settle(deadline);
+    if (registers !== undefined) return;
+    if (this.current.kind === "running") throw new VhostdError("invalid", `${this.name} is running`);
+    this.atRest = false;
+    await this.orReset(async () => {
+      checkBases(wanted, this.name);
+      await this.program(wanted, deadline);
+    });
+    this.current = { kind: "prepared", state: wanted };
+  }
+
   /** @param to where the device is left; what it is given it has taken then */
   private async bringUp(wanted: DeviceState, to: SettableStatus, deadline: Deadline): Promise<void> {
     const registers = await this.settle(deadline);
     this.atRest = false;
-    if (registers !== undefined) return this.byRegisters(() => registers.configure(wanted, deadline));
-    try {
+    if (registers !== undefined) {
+      await this.byRegisters(() => registers.configure(wanted, deadline));
+      return await this.tracking.confirm(deadline);
+    }
+    await this.orReset(async () => {
       checkBases(wanted, this.name);
-      if (!(await this.continues(wanted, deadline))) await this.program(wanted, deadline);
+      const { current } = this;
+      const stands =
+        current.kind === "prepared" ? this.adjust(current.state, wanted, deadline) : this.continues(wanted, deadline);
+      if (!(await stands)) await this.program(wanted, deadline);
+      await this.tracking.confirm(deadline);
       // A device that its registers stopped was kept from memory; where it is to go on it stands only now.
-      await deadline.race(this.device.setBusMaster(true));
-      await this.step("freezed", "quiesced", deadline);
-      await this.step("quiesced", to, deadline);
+      await both(deadline.race(this.device.setBusMaster(true)), this.steps.step("freezed", "quiesced", deadline));
+      await this.steps.step("quiesced", to, deadline);
       const status = await deadline.race(this.device.status());
       if (status !== wanted.status) {
         throw new VhostdError("io", `${this.name} does not run with what was restored: ${describeStatus(status)}`);
       }
-    } catch (error) {
-      this.current = { kind: "reset" };
-      await this.device.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
-      this.atRest = true;
-      throw error;
-    }
+    });
     this.current = { kind: "running", state: wanted };
   }
 
+  /** @throws what the work does; the device is reset then */
+  private async orReset(work: () => Promise<void>): Promise<void> {
+    try {
+      await work();
+    } catch (error) {
+      this.current = { kind: "reset" };
+      const deadline = Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`);
+      await this.device.reset(deadline);
+      this.atRest = true;
+      await this.tracking.wasReset(deadline);
+      throw error;
+    }
+  }
+
   async freeze(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
-    if (this.registers === undefined && this.current.kind === "frozen") return this.current.state;
-    const registers = this.fallback();
-    if (registers !== undefined) return registers.freeze(memory, mode, deadline);
+    // A look in between would keep it waiting.
+    using _alone = this.tracking.hold();
+    const isFrozen = this.registers === undefined && this.current.kind === "frozen";
+    const registers = isFrozen ? undefined : this.fallback();
     const { current } = this;
-    if (current.kind === "frozen") return current.state;
-    if (current.kind === "reset") throw this.notRunning();
-    return this.stop(current.state, memory, () => mode, deadline);
+    if (registers === undefined) {
+      if (current.kind === "running") return await this.stop(current.state, memory, () => mode, deadline);
+      if (current.kind !== "frozen") throw this.notRunning();
+      await this.tracking.finish(deadline);
+      return current.state;
+    }
+    const state = await registers.freeze(memory, mode, deadline);
+    await this.tracking.finish(deadline);
+    return state;
   }
 
   async enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void> {
@@ -123,8 +173,7 @@ export class VendorMover implements StateMover {
     const { current } = this;
     if (current.kind !== "running") throw this.notRunning();
     if (compare(current.state, withEnabled(current.state, queues)).length === 0) return;
-    const { admin, vdevId } = this.vf;
-    const found = await admin.status(vdevId, deadline);
+    const found = await this.steps.status(deadline);
     // What an operator holds stays held.
     const to = found === "init" ? "running" : found;
     let state: DeviceState;
@@ -133,59 +182,56 @@ export class VendorMover implements StateMover {
       state = await this.stop(current.state, memory, (index) => (queues.has(index) ? "listed" : "drained"), deadline);
     } catch (error) {
       const back = Deadline.after(CLEAN_UP_TIMEOUT, `the way back of ${this.name}`);
-      await this.bringTo(to, back).catch(() => {});
+      await this.steps.bringTo(to, back).catch(() => {});
       throw error;
     }
     await this.bringUp(withEnabled(state, queues), to, deadline);
   }
 
-  /** Freezes the running device, with all given back that its queues must not keep. */
+  /** Freezes the running device, with all given back that its queues must not keep, and all marked that it has written. */
   private async stop(
     running: DeviceState,
     memory: RingMemory,
     modeOf: ModeOf,
     deadline: Deadline,
   ): Promise<DeviceState> {
-    await this.stopFor(running, memory, modeOf, deadline);
-    let reason: string | undefined;
-    try {
-      for (let interval: number = DRAIN_INTERVAL.first; ; interval = Math.min(2 * interval, DRAIN_INTERVAL.longest)) {
-        const saved = rewound(await this.save(running, deadline), memory, this.host.deviceClass);
-        reason = undrained(saved, memory, modeOf);
-        if (reason === undefined) {
-          this.current = { kind: "frozen", state: saved.state };
-          return saved.state;
-        }
-        // Freezed it would keep what it has taken.
-        await this.bringTo("quiesced", deadline);
-        deadline.check();
-        await Bun.sleep(Math.min(interval, deadline.remaining));
-      }
-    } catch (cause) {
-      // Time passes while the device is asked, too: what it was that had not drained is the better answer.
-      if (reason === undefined || !deadline.expired) throw cause;
-      throw new VhostdError("timedOut", `${deadline.error().message}: ${reason}`, { cause });
-    }
+    // It stands still whenever that is the last time.
+    const save = async (deadline: Deadline) => {
+      const [saved] = await both(this.save(running, deadline), this.tracking.finish(deadline));
+      return saved;
+    };
+    const state = await drain(this.steps, { host: this.host, memory, modeOf, save }, deadline);
+    this.current = { kind: "frozen", state };
+    return state;
   }
 
   /** A device that is freezed uses no memory: the end of its reset is not waited for. */
   async reset(deadline: Deadline): Promise<void> {
     const registers = await this.settle(deadline);
-    if (registers !== undefined) return registers.reset(deadline);
-    if (this.current.kind === "frozen" && (await this.isFreezed(deadline))) {
+    if (registers !== undefined) {
+      await registers.reset(deadline);
+    } else if (this.mayBeFreezed && (await this.steps.isFreezed(deadline))) {
       const reset = this.device.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which was freezed`));
       this.cleanUp = reset.then(() => undefined, asError);
+      this.current = { kind: "reset" };
     } else {
       await this.device.reset(deadline);
       this.atRest = true;
+      this.current = { kind: "reset" };
     }
-    this.current = { kind: "reset" };
+    await this.tracking.wasReset(deadline);
   }
 
+  /** One that was prepared is reset by the next process. */
   snapshot(): MoverSnapshot {
+    return { ...this.position(), ...this.tracking.snapshot() };
+  }
+
+  private position(): MoverSnapshot {
     if (this.registers !== undefined) return this.registers.snapshot();
     const { current } = this;
-    return current.kind === "reset" ? current : { kind: current.kind, state: encodeDeviceState(current.state) };
+    if (current.kind === "reset" || current.kind === "prepared") return { kind: "reset" };
+    return { kind: current.kind, state: encodeDeviceState(current.state) };
   }
 
   /**
@@ -208,7 +254,7 @@ export class VendorMover implements StateMover {
   private fallback(): RegistersMover | undefined {
     const blocked = this.obstacle !== undefined;
     if (blocked && this.registers === undefined) {
-      const snapshot = this.snapshot();
+      const snapshot = this.position();
       this.registers = new RegistersMover(this.host, snapshot.kind === "frozen" ? { kind: "reset" } : snapshot);
     } else if (!blocked && this.registers !== undefined) {
       this.current = stateOf(this.registers.snapshot());
@@ -234,95 +280,67 @@ export class VendorMover implements StateMover {
   private async continues(wanted: DeviceState, deadline: Deadline): Promise<boolean> {
     const { current } = this;
     if (current.kind !== "frozen") return false;
-    if ((await this.vf.admin.status(this.vf.vdevId, deadline)) === "init") return false;
+    const status = await this.steps.status(deadline);
+    if (status === "init") return false;
+    await this.steps.step(status, "freezed", deadline);
     const { state } = await this.save(current.state, deadline);
     const { deviceClass } = this.host;
     // The configuration space is the device's own matter, and so is what it takes of a receive queue.
     const before = withoutReceived(current.state, deviceClass);
     const moved = compare({ ...withoutReceived(state, deviceClass), config: before.config }, before);
-    const compared = (one: DeviceState) => {
-      return { ...one, config: comparedBytes(deviceClass, wanted.features, one.config) };
-    };
-    if (moved.length === 0) return compare(compared(state), compared(wanted)).length === 0;
+    if (moved.length === 0) return this.compared(state, wanted, wanted.features);
     throw new VhostdError("io", `${this.name} went on while it was stopped: ${moved.join("; ")}`, {
       fix: "restart the guest's driver (reboot the guest)",
     });
   }
 
-  /** Writes the whole state, wherever the device is. */
-  private async program(wanted: DeviceState, deadline: Deadline): Promise<void> {
-    const { admin, vdevId } = this.vf;
-    const [generation] = await Promise.all([
-      deadline.race(this.device.configGeneration()),
-      this.bringTo("freezed", deadline),
-    ]);
-    await admin.restore(vdevId, toVendorState(wanted, this.host, generation), deadline);
-  }
-
-  /** Freezes the device and reads its state. */
-  private async save(configured: DeviceState, deadline: Deadline): Promise<SavedState> {
-    const { admin, vdevId } = this.vf;
-    await this.bringTo("freezed", deadline);
-    return this.read(await admin.save(vdevId, deadline), configured);
-  }
-
-  private read(saved: VendorState, configured: DeviceState): SavedState {
-    return readSaved(saved, configured, this.name, this.host.control()?.index);
-  }
-
-  private async bringTo(to: SettableStatus, deadline: Deadline): Promise<void> {
-    await this.step(await this.vf.admin.status(this.vf.vdevId, deadline), to, deadline);
-  }
-
-  private async step(from: InternalStatusName, to: SettableStatus, deadline: Deadline): Promise<void> {
-    for (const step of stepsTo(from, to)) await this.vf.admin.modify(this.vf.vdevId, step, deadline);
+  /** Both states are one, but for what of the configuration space does not matter with these features. */
+  private compared(a: DeviceState, b: DeviceState, features: bigint): boolean {
+    const relevant = (one: DeviceState) => ({
+      ...one,
+      config: comparedBytes(this.host.deviceClass, features, one.config),
+    });
+    return compare(relevant(a), relevant(b)).length === 0;
   }
 
   /**
-   * The first freeze of a stop. A device may refuse it until it has drained.
-   * @throws VhostdError with what has not drained, where that is why
+   * What a device was prepared with becomes what it is to begin with, by as little as that takes.
+   * @returns false where something has happened to it meanwhile
    */
-  private async stopFor(configured: DeviceState, memory: RingMemory, modeOf: ModeOf, deadline: Deadline) {
-    const { admin, vdevId } = this.vf;
-    const kept = Math.min(REASON_TIME.most, deadline.remaining * REASON_TIME.share);
+  private async adjust(prepared: DeviceState, wanted: DeviceState, deadline: Deadline): Promise<boolean> {
+    if (this.compared(prepared, wanted, wanted.features)) return (await this.steps.status(deadline)) === "freezed";
     try {
-      await this.bringTo("freezed", deadline.before(kept));
-    } catch (cause) {
-      if (!isImpatience(cause)) throw cause;
-      const reason = await admin
-        .save(vdevId, deadline)
-        .then((saved) => rewound(this.read(saved, configured), memory, this.host.deviceClass))
-        .then((saved) => undrained(saved, memory, modeOf))
-        .catch(() => undefined);
-      throw reason === undefined ? cause : withMore(cause, `: ${reason}`);
+      await this.restore(wanted, Promise.resolve(), deadline);
+      return true;
+    } catch (error) {
+      // It takes a state only where it stands still.
+      if (error instanceof AdminRefusal) return false;
+      throw error;
     }
   }
 
-  /** @throws what the step that failed does; the status is what it was then, or the error says it */
-  private async changeByHand(to: SettableStatus, deadline: Deadline): Promise<void> {
-    const { admin, vdevId } = this.vf;
-    const from = await admin.status(vdevId, deadline);
-    try {
-      await this.step(from, to, deadline);
-    } catch (cause) {
-      if (!(cause instanceof VhostdError)) throw cause;
-      const back = Deadline.after(CLEAN_UP_TIMEOUT, `the way back of ${this.name}`);
-      if (from !== "init") await this.bringTo(from, back).catch(() => {});
-      const now = await admin.status(vdevId, back).catch(() => undefined);
-      if (now === from) throw cause;
-      const where = now === undefined ? "its status is not known" : `it was ${from} and is ${now}`;
-      throw withMore(cause, `; ${where}`);
-    }
+  /** Writes the whole state, wherever the device is. */
+  private async program(wanted: DeviceState, deadline: Deadline): Promise<void> {
+    const frozen = this.mayBeFreezed ? this.steps.bringTo("freezed", deadline) : this.steps.freeze(deadline);
+    await this.restore(wanted, frozen, deadline);
   }
 
-  /** false also where nobody can say. */
-  private async isFreezed(deadline: Deadline): Promise<boolean> {
+  /** @param ready the device can take it */
+  private async restore(wanted: DeviceState, ready: Promise<void>, deadline: Deadline): Promise<void> {
     const { admin, vdevId } = this.vf;
-    const asked = Deadline.after(Math.min(ASK_TIMEOUT, deadline.remaining / 2), `the status of ${this.name}`);
-    return admin.status(vdevId, asked).then(
-      (status) => status === "freezed",
-      () => false,
-    );
+    const [generation] = await Promise.all([deadline.race(this.device.configGeneration()), ready]);
+    await admin.restore(vdevId, toVendorState(wanted, this.host, generation), deadline);
+  }
+
+  /** What the device says of itself. @param configured what it was told */
+  private async save(configured: DeviceState, deadline: Deadline): Promise<SavedState> {
+    const { admin, vdevId } = this.vf;
+    return readSaved(await admin.save(vdevId, deadline), configured, this.name, this.host.control()?.index);
+  }
+
+  /** The device stands still on its own account. */
+  private get mayBeFreezed(): boolean {
+    return this.current.kind === "frozen" || this.current.kind === "prepared";
   }
 
   private get obstacle(): string | undefined {
@@ -344,21 +362,7 @@ export class VendorMover implements StateMover {
 
 /** @throws VhostdError invalid */
 function stateOf(snapshot: MoverSnapshot): State {
-  return snapshot.kind === "reset" ? snapshot : { ...snapshot, state: decodeDeviceState(snapshot.state) };
-}
-
-/** A step that the device did not take in time, as one does not that is still busy. */
-function isImpatience(error: unknown): error is VhostdError {
-  if (error instanceof AdminRefusal) return !error.final;
-  return error instanceof VhostdError && (error.code === "quiesceFailed" || error.code === "freezeFailed");
-}
-
-/** The same error, which says more. */
-function withMore(cause: VhostdError, more: string): VhostdError {
-  const { fix, data } = cause;
-  return new VhostdError(cause.code === "system" ? cause.number : cause.code, `${cause.message}${more}`, {
-    cause,
-    ...(fix === undefined ? {} : { fix }),
-    ...(data === undefined ? {} : { data }),
-  });
+  return snapshot.kind === "reset"
+    ? { kind: "reset" }
+    : { kind: snapshot.kind, state: decodeDeviceState(snapshot.state) };
 }

@@ -16,10 +16,19 @@ import { FakeRings, wantedState } from "./states.ts";
 export const soon = (ms = 2000) => Deadline.after(ms, "the test");
 const undo: AsyncDisposable[] = [];
 
+/** After the test, last first. */
+export function disposeLater(one: AsyncDisposable): void {
+  undo.push(one);
+}
+
+export async function disposeAll(): Promise<void> {
+  for (const one of undo.splice(0).reverse()) await one[Symbol.asyncDispose]();
+}
+
 /** To be called once by each file. */
 export function cleanUpAfterEach(): void {
   afterEach(async () => {
-    for (const one of undo.splice(0).reverse()) await one[Symbol.asyncDispose]();
+    await disposeAll();
     expect(liveFds()).toBe(0);
   });
 }

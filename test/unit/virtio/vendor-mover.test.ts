@@ -61,7 +61,6 @@ describe("configure", () => {
   test.each([
     ["identity", "modifyStatus", /modifyStatus/],
     ["restore", "restore", /restore/],
-    ["status", "getStatus", /getStatus/],
   ])("leaves a reset device where %s fails", async (_, command, message) => {
     const { mover, pf, fn } = await setUp();
     pf.answer = (asked) => (asked.name === command ? { status: 0x85 } : pf.honest(asked));

@@ -1,0 +1,86 @@
+import { Deadline } from "../../base/deadline.ts";
+import { VhostdError } from "../../base/errors.ts";
+import { AdminRefusal } from "../admin/admin-request.ts";
+import { type InternalStatusName, type SettableStatus, stepsTo } from "../admin/vendor.ts";
+import type { VendorAdmin } from "../admin/vendor-admin.ts";
+import type { ManualControl } from "../mover.ts";
+
+/** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
+export const CLEAN_UP_TIMEOUT = 5000;
+/** Milliseconds that a quick reset spends at most to learn that it may be quick. */
+const ASK_TIMEOUT = 1000;
+
+/** The internal status of one VF, and the ways from one to another. */
+export class InternalSteps implements ManualControl {
+  constructor(
+    private readonly admin: VendorAdmin,
+    private readonly vdevId: number,
+    /** For people. */
+    private readonly name: string,
+  ) {}
+
+  status(deadline: Deadline): Promise<InternalStatusName> {
+    return this.admin.status(this.vdevId, deadline);
+  }
+
+  /** From wherever it is. */
+  async bringTo(to: SettableStatus, deadline: Deadline): Promise<void> {
+    await this.step(await this.status(deadline), to, deadline);
+  }
+
+  /** As `bringTo` "freezed", for one that is hardly quiesced: it is asked only where it does not take the first step. */
+  async freeze(deadline: Deadline): Promise<void> {
+    try {
+      await this.admin.modify(this.vdevId, "quiesced", deadline, "once");
+    } catch (error) {
+      if (!(error instanceof AdminRefusal)) throw error;
+      return await this.bringTo("freezed", deadline);
+    }
+    await this.step("quiesced", "freezed", deadline);
+  }
+
+  async step(from: InternalStatusName, to: SettableStatus, deadline: Deadline): Promise<void> {
+    for (const step of stepsTo(from, to)) await this.admin.modify(this.vdevId, step, deadline);
+  }
+
+  /** false also where nobody can say. */
+  async isFreezed(deadline: Deadline): Promise<boolean> {
+    const asked = Deadline.after(Math.min(ASK_TIMEOUT, deadline.remaining / 2), `the status of ${this.name}`);
+    return this.status(asked).then(
+      (status) => status === "freezed",
+      () => false,
+    );
+  }
+
+  /** By hand. @throws what the step that failed does; the status is what it was then, or the error says it */
+  async change(to: SettableStatus, deadline: Deadline): Promise<void> {
+    const from = await this.status(deadline);
+    try {
+      await this.step(from, to, deadline);
+    } catch (cause) {
+      if (!(cause instanceof VhostdError)) throw cause;
+      const back = Deadline.after(CLEAN_UP_TIMEOUT, `the way back of ${this.name}`);
+      if (from !== "init") await this.bringTo(from, back).catch(() => {});
+      const now = await this.status(back).catch(() => undefined);
+      if (now === from) throw cause;
+      const where = now === undefined ? "its status is not known" : `it was ${from} and is ${now}`;
+      throw withMore(cause, `; ${where}`);
+    }
+  }
+}
+
+/** A step that the device did not take in time, as one does not that is still busy. */
+export function isImpatience(error: unknown): error is VhostdError {
+  if (error instanceof AdminRefusal) return !error.final;
+  return error instanceof VhostdError && (error.code === "quiesceFailed" || error.code === "freezeFailed");
+}
+
+/** The same error, which says more. */
+export function withMore(cause: VhostdError, more: string): VhostdError {
+  const { fix, data } = cause;
+  return new VhostdError(cause.code === "system" ? cause.number : cause.code, `${cause.message}${more}`, {
+    cause,
+    ...(fix === undefined ? {} : { fix }),
+    ...(data === undefined ? {} : { data }),
+  });
+}
