@@ -2,31 +2,24 @@ import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { isUnixStream } from "../native/sys.ts";
-import type { QueueState } from "../virtio/device-state.ts";
-import { FeatureBit, hasFeature, Status } from "../virtio/features.ts";
+import { FeatureBit, featureBits, hasFeature, Status } from "../virtio/features.ts";
 import type { FreezeMode } from "../virtio/mover.ts";
 import { usedIndex } from "../virtio/split-ring.ts";
 import { BackChannel } from "./back-channel.ts";
 import { BoundedLog } from "./bounded-log.ts";
+import { DeviceStatus } from "./device-status.ts";
+import { DirtyLogging } from "./dirty-logging.ts";
 import { checkOffered, functionFeatures, offeredFeatures, offeredProtocolFeatures } from "./features.ts";
-import { checkRegion, GuestMemory, type Region } from "./guest-memory.ts";
+import { GuestMemory, type Region } from "./guest-memory.ts";
 import { ProtocolFeature } from "./messages.ts";
 import type { SessionRecord } from "./record.ts";
-import { checkInside, RING_FDS, Ring, type RingFd } from "./rings.ts";
+import { checkInside, eventfdsOf, indices, RING_FDS, Ring, type RingFd } from "./rings.ts";
+import { decodeState, encodeRegions, encodeState, reviveRegions, word } from "./snapshot.ts";
 import { featuresOf, type SessionState, transition } from "./state.ts";
-import type { RingEventfds, SessionTarget } from "./target.ts";
+import type { SessionTarget } from "./target.ts";
+import { checkModern, preparedQueue, startedQueue, wantedState } from "./wanted-state.ts";
 
-/** A session that has just begun. */
-export const FRESH_RECORD: SessionRecord = {
-  state: { kind: "connected" },
-  protocolFeatures: "0x0",
-  status: 0,
-  regions: [],
-  rings: [],
-};
-
-/** The status that a driver has written when its device may run (VIRTIO 1.2, 3.1.1). */
-const RUNNING_STATUS = Status.acknowledge | Status.driver | Status.driverOk | Status.featuresOk;
+const LOG_ALL = featureBits(FeatureBit.vhostLogAll);
 
 /**
  * What one front-end has set up, and the function that runs on it: the part of a session that knows nothing of
@@ -41,9 +34,10 @@ export class Backend {
   readonly offeredProtocol: bigint;
   readonly memory: GuestMemory;
   readonly rings: readonly Ring[];
+  readonly logging: DirtyLogging;
   /** Why memory of the guest was refused, where the function has not run since. */
   refusedMemory: Error | undefined;
-  private statusByte: number;
+  private said: DeviceStatus;
   /** What the function keeps of a ring between a stop and the start that follows at once, by queue. */
   private readonly inFlight = new Map<number, readonly number[]>();
   private channel: BackChannel | undefined;
@@ -63,16 +57,18 @@ export class Backend {
     this.offered = offeredFeatures(target);
     this.offeredProtocol = offeredProtocolFeatures(target);
     this.protocolFeatures = BigInt(record.protocolFeatures);
-    this.statusByte = record.status;
-    this.state =
-      "features" in record.state ? { ...record.state, features: BigInt(record.state.features) } : record.state;
-    checkOffered(featuresOf(this.state), this.offered, "stored features");
+    this.said = new DeviceStatus(record.status);
+    this.state = decodeState(record.state);
+    // Pages may be marked for a front-end to which that would not be offered now.
+    checkOffered(featuresOf(this.state), this.offered | LOG_ALL, "stored features");
     this.memory = new GuestMemory(target, reviveRegions(record, takeFd));
     this.rings = Array.from({ length: target.queues }, (_, index) => new Ring(index, target.queueSizeMax(index)));
     for (const ring of record.rings) {
       this.ring(ring.index).revive(ring, (which) => takeFd(`${which}.${ring.index}`));
     }
     if (this.state.kind === "running") for (const index of this.state.queues) this.ring(index).ready(this.memory);
+    this.logging = new DirtyLogging(target, this.memory, log, this.chatter);
+    if (record.log !== undefined) this.logging.revive(record.log, takeFd("log"));
     const channel = takeFd("backend");
     if (channel !== undefined) this.setBackChannel(channel);
   }
@@ -101,7 +97,6 @@ export class Backend {
           `features 0x${features.toString(16)} differ from those the device runs with, 0x${this.state.features.toString(16)}`,
         );
       }
-      return;
     }
     this.state = transition(this.state, { type: "acknowledge", features });
     // Without the protocol features a front-end does not enable rings: they are from the start ("Ring states").
@@ -117,26 +112,25 @@ export class Backend {
   /** Device status as the front-end reads it: FEATURES_OK only where the features are acceptable (VIRTIO 1.2, 2.1). */
   get status(): number {
     const acceptable = hasFeature(featuresOf(this.state), FeatureBit.version1);
-    return acceptable ? this.statusByte : this.statusByte & ~Status.featuresOk;
+    return acceptable ? this.said.byte : this.said.byte & ~Status.featuresOk;
   }
 
   /**
    * SET_STATUS. Status 0 on a running device stops nothing yet: a front-end that writes it first still asks each ring
    * for its index, and after that the function keeps its state, because `cont` wants to go on from it.
    */
-  async setStatus(status: number): Promise<void> {
-    if (status > 0xff) throw new VhostdError("protocol", `status 0x${status.toString(16)} exceeds 0xff`);
-    if (status !== 0) await this.beginSetUp();
-    this.statusByte = status;
-    if ((status & Status.driverOk) !== 0 && this.state.kind !== "running" && this.startedRings.length > 0) {
-      await this.start();
-    }
+  async setStatus(word: number): Promise<void> {
+    const next = DeviceStatus.parse(word, this.has(ProtocolFeature.EXTEND_STATUS));
+    if (next.byte !== 0) await this.beginSetUp();
+    this.said = next;
+    const isDue = this.mayStart && this.state.kind !== "running" && this.startedRings.length > 0;
+    if (next.driverOk && isDue) await this.start();
   }
 
   /** The function says that it cannot go on (VIRTIO 1.2, 2.1.2). One that was given up already need not say so. */
   needsReset(): void {
-    if (this.statusByte === 0) return;
-    this.statusByte |= Status.needsReset;
+    if (this.said.byte === 0) return;
+    this.said = this.said.needingReset();
     this.configChanged();
   }
 
@@ -158,10 +152,22 @@ export class Backend {
     return this.startDue || this.enableDue || this.disableDue;
   }
 
-  /** Tells the function what it is behind with. */
-  async catchUp(): Promise<void> {
+  /** Something is done when no message has come for a while. */
+  get awaitsQuiet(): boolean {
+    return this.isBehind || this.logging.loss !== undefined;
+  }
+
+  /**
+   * Tells the function what it is behind with.
+   * @returns whether anything has changed
+   * @throws VhostdError where not all is marked that the function wrote, as soon as the session may end for it
+   */
+  async catchUp(): Promise<boolean> {
+    if (this.logging.mayEnd(this.wantsLogging)) throw this.logging.loss;
     if (this.startDue) await this.start();
     else if (this.enableDue || this.disableDue) await this.applyEnabled();
+    else return false;
+    return true;
   }
 
   /**
@@ -175,55 +181,85 @@ export class Backend {
     const isUsed = (ring: Ring) => ring.enabled || inUse.includes(ring.index);
     if (this.state.kind === "running") await this.freeze("listed");
     const features = featuresOf(this.state);
-    if (!hasFeature(features, FeatureBit.version1)) {
-      throw new VhostdError(
-        "notSupported",
-        `the guest's driver has not acknowledged VERSION_1 (features 0x${features.toString(16)}), legacy devices are not served`,
-        { fix: "start the VMM's device with disable-legacy=on,disable-modern=off" },
-      );
-    }
+    checkModern(features);
     const started = this.startedRings;
-    const queues = started.map((ring): QueueState => {
-      const addresses = ring.ready(this.memory);
-      const lastUsed = usedIndex(this.memory, addresses);
-      const inFlight = this.inFlight.get(ring.index);
-      return {
-        index: ring.index,
-        size: ring.size,
-        vector: ring.index + 1,
-        ...(isUsed(ring) ? {} : { disabled: true }),
-        ...addresses,
-        lastAvail: inFlight === undefined ? resumeIndex(ring.base, lastUsed, ring.size) : ring.base,
-        lastUsed,
-        ...(inFlight === undefined ? {} : { inFlight }),
-      };
-    });
+    const queues = started.map((ring) => startedQueue(ring, this.memory, isUsed(ring), this.inFlight.get(ring.index)));
     this.inFlight.clear();
     const enabled = started.filter(isUsed);
     const next = transition(this.state, { type: "start", queues: indices(started), enabled: indices(enabled) });
-    await this.target.start(
-      {
-        features: functionFeatures(features, this.target),
-        status: RUNNING_STATUS,
-        configVector: 0,
-        config: await this.target.readConfig(),
-        queues,
-      },
-      eventfdsOf(started),
-    );
+    await this.target.start(await wantedState(this.target, features, queues), eventfdsOf(started));
     this.state = next;
     this.refusedMemory = undefined;
     const used = enabled.length === started.length ? "" : `, ${enabled.length} of them enabled`;
     this.log.info(
       `running with ${started.length} of ${this.rings.length} queues${used}, features 0x${features.toString(16)}`,
     );
-    await this.shareDoorbells(started);
+    await this.shareDoorbells(this.said.firstDoorbellOnly ? started.filter(({ index }) => index === 0) : started);
   }
 
-  /** GET_VRING_BASE: the first ring that is asked for stops all. @returns the index where this ring goes on */
+  /** PRESETUP: what is set up from here on is only prepared. */
+  async beginPreparing(): Promise<void> {
+    await this.beginSetUp();
+    this.state = transition(this.state, { type: "prepare" });
+  }
+
+  /**
+   * PRESETUP, the end: the function is given what was set up and does not run on it. All that is not taken early, the start
+   * that follows does, for which every ring is set up once more.
+   */
+  async endPreparing(): Promise<void> {
+    const next = transition(this.state, { type: "prepared" });
+    const rings = this.startedRings;
+    try {
+      if (rings.length > 0) await this.prepare(rings);
+    } catch (error) {
+      this.chatter.warn(`the device could not be set up early: ${asError(error).message}`);
+    }
+    for (const ring of this.rings) ring.stop(ring.base);
+    this.state = next;
+  }
+
+  /**
+   * Has the function mark what it writes as the front-end wants it now. Where that is not possible the function stands still
+   * when this resolves, and nothing is started any more.
+   * @throws VhostdError where it cannot be stopped either
+   */
+  async followLogging(): Promise<void> {
+    try {
+      await this.logging.follow(this.wantsLogging, this.state.kind === "running");
+    } catch (error) {
+      await this.loseTracking(asError(error));
+    }
+  }
+
+  /** The function writes what nobody marks: it is stopped, and all pages are marked. @throws VhostdError as above */
+  async loseTracking(error: Error): Promise<void> {
+    if (this.logging.loss !== undefined) return;
+    this.log.error("the device is stopped, because not every page that it writes is marked", error);
+    if (this.state.kind === "running") {
+      try {
+        await this.freeze("drained");
+      } catch (failure) {
+        await this.resetRunning(asError(failure));
+      }
+    }
+    for (const ring of this.startedRings) ring.stop(ring.base);
+    await this.logging.lose(error);
+  }
+
+  /**
+   * GET_VRING_BASE: the first ring that is asked for stops all. To a VMM in migration a connection that is lost means that
+   * there is nothing more to see in its log: where one is kept it is answered also for a device that does not stop.
+   * @returns the index where this ring goes on
+   */
   async stopRing(ring: Ring): Promise<number> {
     if (this.runs(ring)) {
-      await this.freeze("drained");
+      try {
+        await this.freeze("drained");
+      } catch (failure) {
+        if (!this.logging.isOn) throw failure;
+        await this.resetRunning(asError(failure));
+      }
       for (const other of this.startedRings) other.stop(other.base);
     }
     ring.stop(ring.base);
@@ -234,7 +270,7 @@ export class Backend {
   async reset(): Promise<void> {
     await this.target.reset();
     this.state = transition(this.state, { type: "reset" });
-    this.statusByte = 0;
+    this.said = new DeviceStatus();
     for (const ring of this.rings) ring.reset();
   }
 
@@ -301,6 +337,8 @@ export class Backend {
 
   snapshot(): { record: SessionRecord; fds: Map<string, number> } {
     const fds = new Map<string, number>();
+    const log = this.logging.snapshot();
+    if (log !== undefined) fds.set("log", log.fd);
     if (this.channel !== undefined) fds.set("backend", this.channel.fd);
     for (const [index, region] of this.memory.list.entries()) fds.set(`region.${index}`, region.fd.number);
     for (const ring of this.rings) {
@@ -312,14 +350,10 @@ export class Backend {
     const record: SessionRecord = {
       state: encodeState(this.state),
       protocolFeatures: word(this.protocolFeatures),
-      status: this.statusByte,
-      regions: this.memory.list.map(({ range, userAddress }) => ({
-        guestAddress: range.iova,
-        size: range.size,
-        userAddress,
-        fileOffset: range.offset,
-      })),
+      status: this.said.word,
+      regions: encodeRegions(this.memory.list),
       rings: this.rings.flatMap((ring) => ring.snapshot() ?? []),
+      ...(log?.record === undefined ? {} : { log: log.record }),
     };
     return { record, fds };
   }
@@ -327,14 +361,19 @@ export class Backend {
   /** Nothing of the front-end is in use by the function any more, and none of its fds is open. Never throws. */
   async close(reason: string): Promise<void> {
     this.state = transition(this.state, { type: "close", reason });
+    const regions = this.memory.list;
+    let atRest = true;
     try {
       await this.target.release(this.memory);
     } catch (error) {
+      atRest = false;
       this.log.error("the function could not be reset", asError(error));
     }
+    await this.logging.end();
     for (const failure of await this.memory.clear()) {
       this.log.error("guest memory could not be unmapped", asError(failure));
     }
+    if (!atRest) await this.logging.complete(regions);
     this.closeFds();
   }
 
@@ -346,7 +385,16 @@ export class Backend {
 
   /** The front-end has written status 0: what still runs is about to be stopped or reset. */
   private get givenUp(): boolean {
-    return this.has(ProtocolFeature.STATUS) && this.statusByte === 0;
+    return this.has(ProtocolFeature.STATUS) && this.said.byte === 0;
+  }
+
+  private get wantsLogging(): boolean {
+    return (featuresOf(this.state) & LOG_ALL) !== 0n;
+  }
+
+  /** Nothing keeps the function from being started. */
+  private get mayStart(): boolean {
+    return this.state.kind !== "preparing" && this.logging.loss === undefined;
   }
 
   /**
@@ -355,11 +403,10 @@ export class Backend {
    */
   private get startDue(): boolean {
     const started = this.startedRings;
-    if (this.state.kind === "connected" || started.every((ring) => this.runs(ring))) return false;
+    if (this.state.kind === "connected" || !this.mayStart || started.every((ring) => this.runs(ring))) return false;
     // QEMU 7.2 says DRIVER_OK for some of its devices only. Where all rings are in use none can follow.
     const complete = this.rings.every((ring) => ring.started && ring.enabled && ring.addresses !== undefined);
-    if (this.has(ProtocolFeature.STATUS))
-      return (this.statusByte & Status.driverOk) !== 0 || (complete && !this.givenUp);
+    if (this.has(ProtocolFeature.STATUS)) return this.said.driverOk || (complete && !this.givenUp);
     const setUp = this.rings.filter((ring) => ring.started || ring.addresses !== undefined);
     return setUp.every((ring) => ring.started) && started.some((ring) => ring.enabled);
   }
@@ -402,6 +449,23 @@ export class Backend {
     this.state = transition(this.state, { type: "stop" });
   }
 
+  /** The running function does not stop: what it has not given back is to be done again. @throws VhostdError */
+  private async resetRunning(failure: Error): Promise<void> {
+    this.log.error("the device is reset, because it does not stop", failure);
+    await this.target.reset();
+    const ran = this.startedRings.filter((ring) => this.runs(ring));
+    for (const ring of ran) ring.base = usedIndex(this.memory, ring.ready(this.memory));
+    this.state = transition(this.state, { type: "reset" });
+  }
+
+  private async prepare(rings: readonly Ring[]): Promise<void> {
+    const features = featuresOf(this.state);
+    checkModern(features);
+    const queues = rings.map((ring) => preparedQueue(ring, this.memory));
+    await this.target.prepare(await wantedState(this.target, features, queues));
+    this.chatter.info(`${queues.length} of ${this.rings.length} queues are set up early`);
+  }
+
   private async shareDoorbells(rings: readonly Ring[]): Promise<void> {
     const { target, channel } = this;
     if (target.doorbellShare === undefined || channel === undefined) return;
@@ -413,55 +477,8 @@ export class Backend {
   }
 
   private closeFds(): void {
+    this.logging[Symbol.dispose]();
     this.channel?.[Symbol.dispose]();
     for (const ring of this.rings) ring[Symbol.dispose]();
   }
-}
-
-/** Checked like regions that a front-end sends: the record may be damaged, and its files may have changed. */
-function reviveRegions(record: SessionRecord, takeFd: (name: string) => OwnedFd | undefined): Region[] {
-  const regions: Region[] = [];
-  for (const [index, description] of record.regions.entries()) {
-    const fd = takeFd(`region.${index}`);
-    if (fd === undefined) throw new VhostdError("invalid", `the stored session lacks the fd region.${index}`);
-    regions.push({ range: checkRegion(description, fd, regions), userAddress: description.userAddress, fd });
-  }
-  return regions;
-}
-
-function indices(rings: readonly Ring[]): number[] {
-  return rings.map(({ index }) => index);
-}
-
-/** Borrowed. */
-function eventfdsOf(rings: readonly Ring[]): Map<number, RingEventfds> {
-  return new Map(rings.map((ring) => [ring.index, { kick: ring.liveKick, call: ring.call }]));
-}
-
-/**
- * Where a ring goes on. A front-end that lost its connection has noted the used index of that moment, and what was in
- * flight has been given back since.
- */
-function resumeIndex(base: number, used: number, size: number): number {
-  const givenBackSince = (used - base) & 0xffff;
-  return givenBackSince <= size ? used : base;
-}
-
-/** @throws VhostdError connectionLost after the end */
-function encodeState(state: SessionState): SessionRecord["state"] {
-  switch (state.kind) {
-    case "connected":
-      return { kind: state.kind };
-    case "negotiated":
-    case "stopped":
-      return { kind: state.kind, features: word(state.features) };
-    case "running":
-      return { ...state, features: word(state.features), queues: [...state.queues], enabled: [...state.enabled] };
-    case "closed":
-      throw new VhostdError("connectionLost", `the session has ended: ${state.reason}`);
-  }
-}
-
-function word(value: bigint): string {
-  return `0x${value.toString(16)}`;
 }

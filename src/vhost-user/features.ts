@@ -30,11 +30,12 @@ export function offeredFeatures(target: SessionTarget): bigint {
 /** What GET_PROTOCOL_FEATURES answers. */
 export function offeredProtocolFeatures(target: SessionTarget): bigint {
   const { MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, BACKEND_SEND_FD, HOST_NOTIFIER } = ProtocolFeature;
-  const { RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS } = ProtocolFeature;
+  const { RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS, PRESETUP, EXTEND_STATUS } = ProtocolFeature;
   return (
     featureBits(MQ, REPLY_ACK, BACKEND_REQ, CONFIG, BACKEND_SEND_FD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS) |
     featureBits(...(target.deviceClass.protocolFeatures ?? [])) |
     (target.dirtyTracking ? featureBits(LOG_SHMFD) : 0n) |
+    (target.presetup ? featureBits(PRESETUP, EXTEND_STATUS) : 0n) |
     (target.doorbellShare === undefined ? 0n : featureBits(HOST_NOTIFIER))
   );
 }

@@ -1,7 +1,7 @@
 import { asError, type ErrorDetails, VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { slowClose } from "../native/slow.ts";
-import { fileInfo, pread } from "../native/sys.ts";
+import { type FileInfo, fileInfo, pread } from "../native/sys.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 import type { MEMORY_REGION, PayloadOf } from "./messages.ts";
@@ -51,6 +51,11 @@ export class GuestMemory implements RingMemory {
 
   get list(): readonly Region[] {
     return this.regions;
+  }
+
+  /** Guest-physical, exclusive; 0 where there is none. */
+  get end(): number {
+    return this.regions.reduce((end, { range }) => Math.max(end, range.iova + range.size), 0);
   }
 
   /**
@@ -240,17 +245,7 @@ export function checkRegion(description: RegionDescription, fd: OwnedFd, others:
   const refuse = (what: string, details?: ErrorDetails): never => {
     throw new VhostdError("protocol", `memory region at ${hex(guestAddress)}: ${what}`, details);
   };
-  const file = fileInfo(fd.number);
-  if (file.kind !== "regular" || (file.filesystem !== "tmpfs" && file.filesystem !== "hugetlbfs")) {
-    refuse(
-      `its fd is of kind ${file.kind} on filesystem ${file.filesystem}, must be a regular file on tmpfs or hugetlbfs`,
-      SHARE_MEMORY,
-    );
-  }
-  if (size === 0) refuse("its size is 0, must be at least 4096");
-  if (fileOffset + size > file.size) {
-    refuse(`offset ${hex(fileOffset)} + size ${hex(size)} exceeds the file's ${hex(file.size)} bytes`);
-  }
+  const file = checkSharedFile(fd, fileOffset, size, refuse);
   for (const [name, value] of Object.entries({ guestAddress, size, userAddress, fileOffset })) {
     if (value % PAGE !== 0) refuse(`${name} ${hex(value)} is not a multiple of ${PAGE}`);
   }
@@ -269,6 +264,30 @@ export function checkRegion(description: RegionDescription, fd: OwnedFd, others:
     }
   }
   return { iova: guestAddress, size, file: { dev: file.dev, ino: file.ino }, offset: fileOffset };
+}
+
+/**
+ * Memory that a front-end shares can be read without waiting for anybody but the kernel, and is as long as was said.
+ * @param refuse throws, with what is wrong
+ */
+export function checkSharedFile(
+  fd: OwnedFd,
+  offset: number,
+  size: number,
+  refuse: (what: string, details?: ErrorDetails) => never,
+): FileInfo {
+  const file = fileInfo(fd.number);
+  if (file.kind !== "regular" || (file.filesystem !== "tmpfs" && file.filesystem !== "hugetlbfs")) {
+    refuse(
+      `its fd is of kind ${file.kind} on filesystem ${file.filesystem}, must be a regular file on tmpfs or hugetlbfs`,
+      SHARE_MEMORY,
+    );
+  }
+  if (size === 0) refuse("its size is 0, must be at least 4096");
+  if (offset + size > file.size) {
+    refuse(`offset ${hex(offset)} + size ${hex(size)} exceeds the file's ${hex(file.size)} bytes`);
+  }
+  return file;
 }
 
 /** Offsets do not count: REM_MEM_REG has none. */

@@ -31,12 +31,14 @@ export const Request = {
   REM_MEM_REG: 38,
   SET_STATUS: 39,
   GET_STATUS: 40,
+  /** The standard's GET_SHARED_OBJECT; this where ProtocolFeature.PRESETUP was negotiated. */
+  PRESETUP: 41,
 } as const;
 
 /** Back-end to front-end requests, on the channel of SET_BACKEND_REQ_FD. */
 export const BackendRequest = { CONFIG_CHANGE_MSG: 2, VRING_HOST_NOTIFIER_MSG: 3 } as const;
 
-/** Protocol feature bits. */
+/** Protocol feature bits. PRESETUP and EXTEND_STATUS are NVIDIA's; the standard has others in their places. */
 export const ProtocolFeature = {
   MQ: 0,
   LOG_SHMFD: 1,
@@ -50,6 +52,8 @@ export const ProtocolFeature = {
   RESET_DEVICE: 13,
   CONFIGURE_MEM_SLOTS: 15,
   STATUS: 16,
+  PRESETUP: 18,
+  EXTEND_STATUS: 19,
 } as const;
 
 /** Names of protocol features for messages to people. */
@@ -73,6 +77,11 @@ export const MEM_TABLE_REGIONS_MAX = 8;
 export const MEM_SLOTS = 512;
 /** Bytes of configuration space in one GET_CONFIG or SET_CONFIG. */
 export const CONFIG_PAYLOAD_MAX = 256;
+/** Payload of PRESETUP: what follows sets up a device early, until the second. */
+export const PRESETUP_BEGIN = 1n;
+export const PRESETUP_END = 2n;
+/** SET_STATUS with EXTEND_STATUS, above the device status: only the doorbell of queue 0 is wanted. */
+export const STATUS_FIRST_DOORBELL_ONLY = 0x100;
 /** SET_CONFIG: what the bytes are for. */
 export const CONFIG_FLAG_MIGRATION = 1;
 
@@ -84,7 +93,10 @@ export const U64 = struct("u64", 8, { value: [0, "u64"] });
 /** Queue index and a number: entries, base index or 0/1. */
 export const VRING_STATE = struct("vring state", 8, { index: [0, "u32"], num: [4, "u32"] });
 
-/** Ring addresses in the front-end's address space. `flags` bit 0: log writes to the used ring at `log`. */
+/** In the flags of SET_VRING_ADDR: writes to the used ring are logged. */
+export const VRING_ADDR_LOG = 1;
+
+/** Ring addresses in the front-end's address space, but for `log`: guest-physical, where the used ring is in the log. */
 export const VRING_ADDR = struct("vring address", 40, {
   index: [0, "u32"],
   flags: [4, "u32"],

@@ -4,7 +4,7 @@ import { parseStored } from "../base/stored.ts";
 
 /**
  * A session as plain data. Beside it go its fds by name: "connection", "backend", "region.N" (position in `regions`),
- * "kick.N", "call.N", "err.N" (ring index).
+ * "kick.N", "call.N", "err.N" (ring index), "log".
  */
 
 const Word = Type.String({ pattern: "^0x[0-9a-f]{1,16}$" });
@@ -34,16 +34,18 @@ const SessionSchema = Type.Object(
   {
     state: Type.Union([
       Type.Object({ kind: Type.Literal("connected") }, closed),
-      Type.Object({ kind: Type.Union([Type.Literal("negotiated"), Type.Literal("stopped")]), features: Word }, closed),
+      Type.Object({ kind: Type.Enum(["negotiated", "preparing", "stopped"]), features: Word }, closed),
       Type.Object(
         { kind: Type.Literal("running"), features: Word, queues: QueueIndices, enabled: QueueIndices },
         closed,
       ),
     ]),
     protocolFeatures: Word,
-    status: Type.Integer({ minimum: 0, maximum: 0xff }),
+    status: Type.Integer({ minimum: 0, maximum: 0x1ff }),
     regions: Type.Array(RegionSchema),
     rings: Type.Array(RingSchema),
+    /** Where pages are marked; `lost` says why not all were. */
+    log: Type.Optional(Type.Object({ offset: Address, size: Address, lost: Type.Optional(Type.String()) }, closed)),
   },
   closed,
 );

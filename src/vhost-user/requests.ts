@@ -7,6 +7,7 @@ import { configValues } from "../virtio/config-space.ts";
 import type { Backend } from "./backend.ts";
 import { readConfig, writeConfig } from "./config-requests.ts";
 import type { Incoming } from "./connection.ts";
+import { setLogBase, setLogFd } from "./log-requests.ts";
 import { addRegion, removeRegion, setMemTable } from "./memory-requests.ts";
 import {
   CONFIG,
@@ -16,6 +17,8 @@ import {
   MEM_TABLE,
   MEM_TABLE_REGIONS_MAX,
   MEMORY_REGION,
+  PRESETUP_BEGIN,
+  PRESETUP_END,
   ProtocolFeature,
   protocolFeatureName,
   Request,
@@ -87,6 +90,12 @@ function raw(
   };
 }
 
+async function setUpEarly(backend: Backend, { value }: { readonly value: bigint }): Promise<void> {
+  if (value === PRESETUP_BEGIN) await backend.beginPreparing();
+  else if (value === PRESETUP_END) await backend.endPreparing();
+  else throw new VhostdError("protocol", `early set-up is ${value}, must be ${PRESETUP_BEGIN} or ${PRESETUP_END}`);
+}
+
 type Fields = Parameters<typeof struct>[2];
 
 /** A message with a fixed payload. */
@@ -119,14 +128,8 @@ const CORE: Readonly<Record<number, RequestRow>> = {
     setMemTable,
     { fds: [0, MEM_TABLE_REGIONS_MAX] },
   ),
-  // A VMM aborts its guest when this fails. Without dirty tracking it is never meant seriously.
-  [Request.SET_LOG_BASE]: raw(
-    "SET_LOG_BASE",
-    [U64.size, LOG_DESCRIPTION.size],
-    async (backend) => (backend.has(ProtocolFeature.LOG_SHMFD) ? U64.encode({ value: 0n }) : undefined),
-    AN_FD_OR_NONE,
-  ),
-  [Request.SET_LOG_FD]: raw("SET_LOG_FD", [0, U64.size], async () => {}, AN_FD_OR_NONE),
+  [Request.SET_LOG_BASE]: raw("SET_LOG_BASE", [U64.size, LOG_DESCRIPTION.size], setLogBase, AN_FD_OR_NONE),
+  [Request.SET_LOG_FD]: raw("SET_LOG_FD", [0, U64.size], setLogFd, AN_FD_OR_NONE),
   [Request.SET_VRING_NUM]: row("SET_VRING_NUM", VRING_STATE, setRingSize),
   [Request.SET_VRING_ADDR]: row("SET_VRING_ADDR", VRING_ADDR, setRingAddresses),
   [Request.SET_VRING_BASE]: row("SET_VRING_BASE", VRING_STATE, setRingBase),
@@ -170,6 +173,7 @@ const CORE: Readonly<Record<number, RequestRow>> = {
     needs: ProtocolFeature.STATUS,
   }),
   [Request.GET_STATUS]: question("GET_STATUS", (backend) => backend.status, ProtocolFeature.STATUS),
+  [Request.PRESETUP]: row("PRESETUP", U64, setUpEarly, { needs: ProtocolFeature.PRESETUP }),
 };
 
 /** Bytes of payload in the answer to a class's message. */

@@ -5,6 +5,7 @@ import {
   type PayloadOf,
   type U64,
   type VRING_ADDR,
+  VRING_ADDR_LOG,
   VRING_INDEX_MASK,
   VRING_NO_FD,
   type VRING_STATE,
@@ -37,6 +38,13 @@ export async function setRingAddresses(backend: Backend, addresses: PayloadOf<ty
   const ring = backend.ring(addresses.index);
   await backend.beginSetUp();
   const resolved = ring.resolve(addresses, backend.memory);
+  if ((addresses.flags & VRING_ADDR_LOG) !== 0 && addresses.log !== BigInt(resolved.device)) {
+    // Pages are marked where the device writes. A VMM that means another place migrates all the same.
+    backend.chatter.warn(
+      `the used ring of ring ${ring.index} is to be logged at 0x${addresses.log.toString(16)}, ` +
+        `it is logged where it is, 0x${resolved.device.toString(16)}`,
+    );
+  }
   if (!backend.runs(ring)) {
     ring.addresses = resolved;
     return;

@@ -6,6 +6,7 @@ import { descSize, deviceSize, driverSize, isRingSize, RING_ALIGNMENT, RING_SIZE
 import { type GuestMemory, regionOf } from "./guest-memory.ts";
 import type { PayloadOf, VRING_ADDR } from "./messages.ts";
 import type { RingRecord } from "./record.ts";
+import type { RingEventfds } from "./target.ts";
 
 /** Guest-physical. */
 export type RingAddresses = Pick<QueueState, "desc" | "driver" | "device">;
@@ -162,4 +163,13 @@ export function checkInside(index: number, size: number, addresses: RingAddresse
       `${name} of ring ${index} at 0x${gpa.toString(16)}, ${bytes} bytes, is not wholly inside one memory region any more`,
     );
   }
+}
+
+export function indices(rings: readonly Ring[]): number[] {
+  return rings.map(({ index }) => index);
+}
+
+/** Borrowed. */
+export function eventfdsOf(rings: readonly Ring[]): Map<number, RingEventfds> {
+  return new Map(rings.map((ring) => [ring.index, { kick: ring.liveKick, call: ring.call }]));
 }

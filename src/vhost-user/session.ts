@@ -4,12 +4,13 @@ import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { peerCredentials } from "../native/sys.ts";
-import { Backend, FRESH_RECORD } from "./backend.ts";
+import { Backend } from "./backend.ts";
 import { Connection, type Incoming } from "./connection.ts";
 import { ProtocolFeature, U64 } from "./messages.ts";
 import { parseSessionRecord, type SessionRecord } from "./record.ts";
 import { MemoryRefusal, MinorRefusal, Refusal } from "./refusal.ts";
 import { type Answer, checkMessage, type RequestTable, requestTable, rowOf } from "./requests.ts";
+import { FRESH_RECORD } from "./snapshot.ts";
 import { featuresOf, type StateKind } from "./state.ts";
 import type { SessionTarget } from "./target.ts";
 
@@ -87,6 +88,7 @@ export class Session {
     this.backend = new Backend(target, options.log, saved.record, saved.takeFd);
     this.connection = new Connection(fd, (request) => rowOf(this.table, request).payload[1]);
     target.onConfigChange(() => this.backend.configChanged());
+    target.onTrackingLost((error) => this.unlessEnded(() => this.loseTracking(error)));
   }
 
   /**
@@ -124,7 +126,7 @@ export class Session {
    * reset, guest memory unmapped and every fd closed. It does not settle after `abandon`: that is no end.
    */
   async run(): Promise<SessionEnd> {
-    this.awaitQuiet();
+    this.unlessEnded(() => this.goOn());
     const end = await Promise.race([this.serve(), this.ended.promise]);
     clearTimeout(this.quiet);
     if (this.abandoned) return await new Promise<never>(() => {});
@@ -199,6 +201,12 @@ export class Session {
     };
   }
 
+  /** Where an earlier process has left off. */
+  private async goOn(): Promise<void> {
+    await this.backend.followLogging();
+    this.awaitQuiet();
+  }
+
   private async serve(): Promise<SessionEnd> {
     try {
       for (;;) {
@@ -237,7 +245,10 @@ export class Session {
       // Nothing has changed.
       if (error instanceof MinorRefusal) return await this.answer(message, answer);
     }
-    if (row.records) await this.backend.target.checkpoint();
+    if (row.records) {
+      await this.backend.followLogging();
+      await this.backend.target.checkpoint();
+    }
     if (answer === undefined && this.awaitsReply(message)) answer = ACCEPTED;
     await this.answer(message, answer);
   }
@@ -253,22 +264,38 @@ export class Session {
   /** Begins the quiet period anew where something is done after it. */
   private awaitQuiet(): void {
     clearTimeout(this.quiet);
-    if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.isBehind) return;
-    this.quiet = setTimeout(() => {
-      this.operations
-        .run(async () => {
-          if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.isBehind) return;
-          await this.backend.catchUp();
-          await this.backend.target.checkpoint();
-          // A start may leave rings to be disabled.
-          this.awaitQuiet();
-        })
-        .catch((error: unknown) => this.ended.resolve(failure(error)));
-    }, this.quietPeriod);
+    if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.awaitsQuiet) return;
+    this.quiet = setTimeout(() => this.unlessEnded(() => this.catchUp()), this.quietPeriod);
+  }
+
+  private async catchUp(): Promise<void> {
+    if (await this.backend.catchUp()) {
+      await this.backend.followLogging();
+      await this.backend.target.checkpoint();
+    }
+    // A start may leave rings to be disabled, and a front-end may not have seen yet what was marked.
+    this.awaitQuiet();
+  }
+
+  private async loseTracking(error: Error): Promise<void> {
+    if (!this.backend.logging.isOn) return;
+    await this.backend.loseTracking(error);
+    await this.backend.target.checkpoint();
+    this.awaitQuiet();
+  }
+
+  /** Between two messages. A failure ends the session. */
+  private unlessEnded(operation: () => Promise<void>): void {
+    this.operations
+      .run(async () => {
+        if (!this.abandoned && this.backend.state.kind !== "closed") await operation();
+      })
+      .catch((error: unknown) => this.ended.resolve(failure(error)));
   }
 
   private async finish({ reason, error }: SessionEnd): Promise<void> {
     this.backend.target.onConfigChange(() => {});
+    this.backend.target.onTrackingLost(() => {});
     await this.backend.close(reason);
     this.connection[Symbol.dispose]();
     if (error === undefined) this.log.info(`session ended: ${reason}`);

@@ -1,12 +1,14 @@
 import { VhostdError } from "../base/errors.ts";
 
 /**
- * Where a session is. `running`: the function was given the rings `queues` and works on those that are `enabled`.
+ * Where a session is. `preparing`: the front-end sets up early, and nothing is started until it has said that it is done.
+ * `running`: the function was given the rings `queues` and works on those that are `enabled`.
  * `stopped`: the function holds still, the final indices are known, and a start at the same indices may go on from there.
  */
 export type SessionState =
   | { readonly kind: "connected" }
   | { readonly kind: "negotiated"; readonly features: bigint }
+  | { readonly kind: "preparing"; readonly features: bigint }
   | Running
   | { readonly kind: "stopped"; readonly features: bigint }
   | { readonly kind: "closed"; readonly reason: string };
@@ -26,6 +28,8 @@ export type StateKind = SessionState["kind"];
 
 export type SessionEvent =
   | { readonly type: "acknowledge"; readonly features: bigint }
+  | { readonly type: "prepare" }
+  | { readonly type: "prepared" }
   | ({ readonly type: "start" } & RunningQueues)
   | { readonly type: "enable"; readonly enabled: readonly number[] }
   | { readonly type: "stop" }
@@ -34,10 +38,17 @@ export type SessionEvent =
 
 /** What leads where; what is not listed is not possible. */
 const TRANSITIONS: Readonly<Record<StateKind, Readonly<Partial<Record<SessionEvent["type"], StateKind>>>>> = {
-  connected: { acknowledge: "negotiated", reset: "connected", close: "closed" },
-  negotiated: { acknowledge: "negotiated", start: "running", reset: "negotiated", close: "closed" },
-  running: { enable: "running", stop: "stopped", reset: "negotiated", close: "closed" },
-  stopped: { acknowledge: "stopped", start: "running", reset: "negotiated", close: "closed" },
+  connected: { acknowledge: "negotiated", prepare: "preparing", reset: "connected", close: "closed" },
+  negotiated: {
+    acknowledge: "negotiated",
+    prepare: "preparing",
+    start: "running",
+    reset: "negotiated",
+    close: "closed",
+  },
+  preparing: { acknowledge: "preparing", prepared: "negotiated", reset: "negotiated", close: "closed" },
+  running: { acknowledge: "running", enable: "running", stop: "stopped", reset: "negotiated", close: "closed" },
+  stopped: { acknowledge: "stopped", prepare: "preparing", start: "running", reset: "negotiated", close: "closed" },
   closed: {},
 };
 
@@ -50,6 +61,7 @@ export function transition(state: SessionState, event: SessionEvent): SessionSta
     case "connected":
       return { kind: "connected" };
     case "negotiated":
+    case "preparing":
     case "stopped":
       return { kind: next, features };
     case "running":

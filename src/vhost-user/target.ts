@@ -1,6 +1,7 @@
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
+import type { Tracking } from "../virtio/dirty-log.ts";
 import type { FreezeMode } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 
@@ -15,6 +16,8 @@ export interface SessionTarget {
   queueSizeMax(index: number): number;
   /** VHOST_F_LOG_ALL can be honoured at any moment from now on. */
   readonly dirtyTracking: boolean;
+  /** The front-end is one that sets a device up before its VM has stopped elsewhere (PRESETUP), as the operator says. */
+  readonly presetup: boolean;
 
   /** Device configuration space of the function, at most as long as the class's table says. */
   readConfig(): Promise<Uint8Array>;
@@ -29,7 +32,18 @@ export interface SessionTarget {
    * The fds are borrowed for the call.
    */
   start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void>;
-  /** Disconnects the kicks and freezes the function. Indices are final in what it returns. */
+  /** Brings the state into the function, which does not run: the start that follows changes only what is different then. */
+  prepare(wanted: DeviceState): Promise<void>;
+  /**
+   * Each page that the function writes is marked from now on, whether it runs or not; undefined for no longer. Where log
+   * or end are others than before, all pages of the new one are marked once. Only where `dirtyTracking`.
+   * @param wanted its fd is borrowed for the call
+   * @throws VhostdError where the function marks nothing, or not all, of what it writes
+   */
+  track(wanted: Tracking | undefined): Promise<void>;
+  /** The function does not mark all that it writes any more. Replaces the earlier handler. */
+  onTrackingLost(handler: (error: Error) => void): void;
+  /** Disconnects the kicks and freezes the function. Indices, and what was marked, are final when it resolves. */
   stop(memory: RingMemory, mode: FreezeMode): Promise<DeviceState>;
   /** Status 0: nothing of the front-end is in use by the function any more. */
   reset(): Promise<void>;

@@ -22,6 +22,7 @@ import {
   SINGLE_REGION_SIZE,
   U64,
   VRING_ADDR,
+  VRING_ADDR_LOG,
   VRING_NO_FD,
   VRING_STATE,
 } from "../../../src/vhost-user/messages.ts";
@@ -31,7 +32,7 @@ import { DriverRing } from "../driver-ring.ts";
 import { BackendRequests, WireChannel } from "./channel.ts";
 import { FrontendMemory, type MemoryRegion } from "./memory.ts";
 
-/** What a front-end of our own can do without; the rest of what is offered it takes. */
+/** Acknowledged while a migration runs; the rest of what is offered is taken at once. */
 const NOT_FOR_US = featureBits(FeatureBit.vhostLogAll);
 const RUNNING = Status.acknowledge | Status.driver | Status.featuresOk | Status.driverOk;
 /** A back-end that has not answered by then never will. Milliseconds. */
@@ -69,11 +70,21 @@ export interface FrontendQueue {
   readonly driver: DriverQueue;
 }
 
-/** What is told of a queue: where its ring is, and its eventfds. */
-export interface QueueSetup {
+/** Where the ring of a queue is. */
+export interface RingSetup {
   readonly index: number;
+  readonly driver: { readonly ring: Pick<DriverRing, "size" | "desc" | "driver" | "device"> };
+}
+
+/** What is told of a queue: where its ring is, and its eventfds. */
+export interface QueueSetup extends RingSetup {
   readonly kick: OwnedFd;
-  readonly driver: { readonly ring: Pick<DriverRing, "size" | "desc" | "driver" | "device">; readonly call: OwnedFd };
+  readonly driver: RingSetup["driver"] & { readonly call: OwnedFd };
+}
+
+export interface AddressOptions {
+  /** Writes to the used ring are to be logged. */
+  readonly log?: boolean;
 }
 
 /**
@@ -112,8 +123,8 @@ export class VhostUserFrontend implements Disposable {
   }
 
   /** Sends a request that has an answer of its own. @throws VhostdError connectionLost where none comes */
-  async ask(request: number, payload: Uint8Array = NOTHING): Promise<Uint8Array> {
-    await this.send(request, payload);
+  async ask(request: number, payload: Uint8Array = NOTHING, fds: readonly number[] = []): Promise<Uint8Array> {
+    await this.send(request, payload, fds);
     return await this.answer(request);
   }
 
@@ -123,7 +134,14 @@ export class VhostUserFrontend implements Disposable {
 
   /** With REPLY_ACK: waits for the reply. @returns 0n where the back-end accepted it (or was not asked) */
   async command(request: number, payload: Uint8Array = NOTHING, fds: readonly number[] = []): Promise<bigint> {
-    if (!this.has(ProtocolFeature.REPLY_ACK) || (this.replies === "as QEMU" && !QEMU_WAITS_FOR.has(request))) {
+    if (this.replies === "all" || QEMU_WAITS_FOR.has(request)) return await this.answered(request, payload, fds);
+    await this.send(request, payload, fds);
+    return 0n;
+  }
+
+  /** A command that wants a reply wherever one can be wanted. @returns as `command` */
+  async answered(request: number, payload: Uint8Array = NOTHING, fds: readonly number[] = []): Promise<bigint> {
+    if (!this.has(ProtocolFeature.REPLY_ACK)) {
       await this.send(request, payload, fds);
       return 0n;
     }
@@ -145,7 +163,7 @@ export class VhostUserFrontend implements Disposable {
   async negotiate({ features = ~0n, protocolFeatures = ~0n }: NegotiateOptions = {}): Promise<void> {
     const offered = await this.askU64(Request.GET_FEATURES);
     const offeredProtocol = await this.askU64(Request.GET_PROTOCOL_FEATURES);
-    this.protocolFeatures = offeredProtocol & protocolFeatures & ~featureBits(ProtocolFeature.LOG_SHMFD);
+    this.protocolFeatures = offeredProtocol & protocolFeatures;
     await this.send(Request.SET_PROTOCOL_FEATURES, u64(this.protocolFeatures));
     if (this.has(ProtocolFeature.MQ)) await this.ask(Request.GET_QUEUE_NUM);
     if (this.has(ProtocolFeature.CONFIGURE_MEM_SLOTS)) await this.ask(Request.GET_MAX_MEM_SLOTS);
@@ -165,6 +183,11 @@ export class VhostUserFrontend implements Disposable {
   /** Makes guest memory and hands it over: by slots where negotiated, else as a table. */
   async setupMemory(regions: readonly { readonly gpa: number; readonly size: number }[]): Promise<void> {
     for (const { gpa, size } of regions) this.memory.add(gpa, size);
+    await this.handMemory();
+  }
+
+  /** Hands over the memory there is. */
+  async handMemory(): Promise<void> {
     if (this.has(ProtocolFeature.CONFIGURE_MEM_SLOTS)) {
       for (const region of this.memory.regions) await this.addRegion(region);
     } else {
@@ -227,23 +250,33 @@ export class VhostUserFrontend implements Disposable {
   /** 8 10 9 12 13. */
   async setupQueue(queue: QueueSetup, base = 0): Promise<void> {
     const { index, kick, driver } = queue;
-    await this.command(Request.SET_VRING_NUM, VRING_STATE.encode({ index, num: driver.ring.size }));
-    await this.command(Request.SET_VRING_BASE, VRING_STATE.encode({ index, num: base }));
-    await this.setAddresses(queue);
+    await this.setupRing(queue, base);
     await this.command(Request.SET_VRING_KICK, u64(BigInt(index)), [kick.number]);
     await this.command(Request.SET_VRING_CALL, u64(BigInt(index)), [driver.call.number]);
   }
 
-  /** SET_VRING_ADDR. @param flags bit 0: log */
-  async setAddresses({ index, driver: { ring } }: QueueSetup, flags = 0): Promise<bigint> {
-    const payload = VRING_ADDR.encode({
+  /** 8 10 9. */
+  async setupRing(queue: RingSetup, base: number): Promise<void> {
+    const { index, driver } = queue;
+    await this.command(Request.SET_VRING_NUM, VRING_STATE.encode({ index, num: driver.ring.size }));
+    await this.command(Request.SET_VRING_BASE, VRING_STATE.encode({ index, num: base }));
+    await this.setAddresses(queue);
+  }
+
+  async setAddresses(queue: RingSetup, options: AddressOptions = {}): Promise<bigint> {
+    return await this.command(Request.SET_VRING_ADDR, this.ringAddresses(queue, options));
+  }
+
+  /** Payload of SET_VRING_ADDR. */
+  ringAddresses({ index, driver: { ring } }: RingSetup, { log = false }: AddressOptions = {}): Uint8Array {
+    return VRING_ADDR.encode({
       index,
-      flags,
+      flags: log ? VRING_ADDR_LOG : 0,
       descriptor: this.memory.userAddress(ring.desc),
       available: this.memory.userAddress(ring.driver),
       used: this.memory.userAddress(ring.device),
+      log: log ? BigInt(ring.device) : 0n,
     });
-    return await this.command(Request.SET_VRING_ADDR, payload);
   }
 
   async enable(index: number, enabled: boolean): Promise<bigint> {

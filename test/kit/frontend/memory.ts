@@ -14,6 +14,8 @@ export interface MemoryRegion {
 /** Guest memory of several regions, each a memfd. */
 export class FrontendMemory implements DriverMemory, Disposable {
   readonly regions: MemoryRegion[] = [];
+  /** Is told of what the guest's driver writes. */
+  onWrite: (gpa: number, length: number) => void = () => {};
 
   constructor(regions: readonly { readonly gpa: number; readonly size: number }[] = []) {
     for (const { gpa, size } of regions) this.add(gpa, size);
@@ -40,6 +42,18 @@ export class FrontendMemory implements DriverMemory, Disposable {
 
   write(gpa: number, bytes: Uint8Array): void {
     this.at(gpa).file.write(gpa, bytes);
+    this.onWrite(gpa, bytes.length);
+  }
+
+  /** Guest-physical, exclusive. */
+  get end(): number {
+    return Math.max(0, ...this.regions.map(({ file }) => file.gpa + file.size));
+  }
+
+  /** Goes on with the regions of another, which is left without any. The own ones are closed. */
+  become(other: FrontendMemory): void {
+    const before = this.regions.splice(0, Infinity, ...other.regions.splice(0));
+    for (const { file } of before) file[Symbol.dispose]();
   }
 
   userAddress(gpa: number): number {

@@ -1,6 +1,6 @@
 import { describe, expect, test } from "bun:test";
 import { silentLogger } from "../../../src/base/log.ts";
-import { OwnedFd } from "../../../src/native/fd.ts";
+import type { OwnedFd } from "../../../src/native/fd.ts";
 import { eventfd, memfd, socketPair } from "../../../src/native/sys.ts";
 import { encodeMessage, PROTOCOL_VERSION, Request, VRING_ADDR, VRING_STATE } from "../../../src/vhost-user/messages.ts";
 import { Session } from "../../../src/vhost-user/session.ts";
@@ -8,6 +8,7 @@ import { featureBits } from "../../../src/virtio/features.ts";
 import { memTable, u64, VhostUserFrontend } from "../../kit/frontend/frontend.ts";
 import { FrontendMemory } from "../../kit/frontend/memory.ts";
 import { MockTarget } from "../../kit/mock-target.ts";
+import { copySession } from "./copy-session.ts";
 import { connect, fdsLeftBy, LONG_QUIET, REGIONS, startRunning } from "./harness.ts";
 
 describe("a front-end that goes away", () => {
@@ -139,7 +140,7 @@ describe("a session as plain data and fds", () => {
     frontend.replies = "as QEMU";
     await frontend.enable(1, true);
     await dying.promise;
-    const { fds } = copy(first);
+    const { fds } = copySession(first);
     await first.abandon();
     const enabled = Promise.withResolvers<void>();
     target.before = (operation) => void (operation === "enable" && enabled.resolve());
@@ -185,7 +186,7 @@ describe("a session as plain data and fds", () => {
     await startRunning(pair.frontend, 1);
     for (const damage of damages) {
       const left = await fdsLeftBy(async () => {
-        const { data, fds } = copy(pair.session);
+        const { data, fds } = copySession(pair.session);
         const lost = fds.get("connection");
         damage(data as Record<string, unknown>, fds);
         expect(() => Session.revive(new MockTarget(), data, fds, options)).toThrow();
@@ -202,22 +203,8 @@ function begin(session: Session) {
   return { session, ended: session.run() };
 }
 
-/** What a keeper does: the record as text, the fds as duplicates. */
-function copy(session: Session) {
-  const { data, fds } = session.snapshot();
-  const duplicates = new Map(
-    [...fds].map(([name, number]) => {
-      const borrowed = new OwnedFd(number);
-      const duplicate = borrowed.dup();
-      borrowed.release();
-      return [name, duplicate];
-    }),
-  );
-  return { data: JSON.parse(JSON.stringify(data)), fds: duplicates };
-}
-
 async function rebuild(session: Session, target: MockTarget, quietPeriod = LONG_QUIET): Promise<Session> {
-  const { data, fds } = copy(session);
+  const { data, fds } = copySession(session);
   await session.abandon();
   return Session.revive(target, data, fds, { ...options, quietPeriod });
 }

@@ -72,7 +72,7 @@ describe("block front-end, QEMU 7.2", () => {
     const before = target.calls.length;
     expect(await frontend.command(Request.SET_LOG_BASE, new Uint8Array(16))).toBe(0n);
     expect(await frontend.setFeatures()).toBe(0n);
-    expect(await frontend.setAddresses(frontend.queues[0]!, 1)).toBe(0n);
+    expect(await frontend.setAddresses(frontend.queues[0]!, { log: true })).toBe(0n);
     expect(target.calls).toHaveLength(before);
   });
 });
