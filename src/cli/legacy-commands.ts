@@ -45,16 +45,31 @@ const VF_OPTIONS = {
     type: "boolean",
     short: "d",
     exclusive: true,
-    help: "move the state of a managed VF by hand; a guest stands still while it is quiesced or frozen",
+    help: "move the state of a managed VF, or log what it writes, by hand; a guest stands still while it is quiesced or frozen",
   },
-  operation: { type: "string", short: "o", value: "OP", help: "of -d: 1 run, 2 quiesce, 3 freeze, 6 status" },
-  "size-mode": { type: "string", short: "b", value: "SIZE_MODE", help: "of -d: accepted for old scripts" },
+  operation: {
+    type: "string",
+    short: "o",
+    value: "OP",
+    help: "of -d: 1 run, 2 quiesce, 3 freeze, 4 start logging, 5 stop logging, 6 status",
+  },
+  "size-mode": {
+    type: "string",
+    short: "b",
+    value: "SIZE_MODE",
+    help: "of -d -o 4: 1 bitmap, 2 bytemap, where the VF can",
+  },
   socket: { type: "string", short: "v", value: "VHOST_SOCKET", help: "of -a: vhost-user socket (/tmp/vf-ADDRESS)" },
   uuid: { type: "string", short: "u", value: "VM_UUID", help: "of -a: the VM; its VFs share one view of its memory" },
   server: { type: "boolean", help: "of -a: listen at the socket instead of connecting to it" },
   unmanaged: {
     type: "boolean",
     help: "of -a: without a PF, by its own registers, not for migration; of -l without DEVICE: those added so",
+  },
+  frontend: {
+    type: "string",
+    value: "KIND",
+    help: "of -a: standard, or nvidia-presetup: NVIDIA's QEMU with early set-up",
   },
   "no-host-notifier": { type: "boolean", help: "of -a: no front-end is given the function's doorbells to map" },
   ...DAEMON_OPTIONS,
@@ -99,6 +114,7 @@ function addParams(values: OptionValues<typeof VF_OPTIONS>) {
     server: values.server,
     unmanaged: values.unmanaged,
     host_notifier: values["no-host-notifier"] === true ? false : undefined,
+    frontend: values.frontend,
   };
 }
 

@@ -8,6 +8,7 @@ import { findMismatch } from "../rpc/mismatch.ts";
 import { type LoopbackAddress, parseLoopbackAddress } from "../rpc/tcp-address.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
 import { defaultSocket } from "./default-socket.ts";
+import { FRONTENDS, type FrontendKind, namedFrontend } from "./front-end-kind.ts";
 import { parseVfToken, parseVmUuid } from "./uuid.ts";
 
 /** What the daemon runs with. Paths are absolute. */
@@ -41,6 +42,7 @@ interface ConfiguredVf {
   readonly uuid?: string;
   readonly unmanaged?: true;
   readonly hostNotifier?: false;
+  readonly frontend?: FrontendKind;
 }
 
 export const DEFAULT_STATE_DIRECTORY = "/var/lib/vfe-vhostd";
@@ -74,6 +76,7 @@ const ConfigFile = Type.Object(
             mode: Type.Optional(Type.Union([Type.Literal("client"), Type.Literal("server")])),
             unmanaged: Type.Optional(Type.Boolean()),
             "host-notifier": Type.Optional(Type.Boolean()),
+            frontend: Type.Optional(Type.Enum([...FRONTENDS])),
           },
           exact,
         ),
@@ -129,6 +132,7 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
         ...(vm === undefined ? {} : { uuid: vm }),
         ...(entry.unmanaged === true ? { unmanaged: true } : {}),
         ...(entry["host-notifier"] === false ? { hostNotifier: false } : {}),
+        ...namedFrontend(entry.frontend),
       };
     }),
   };

@@ -1,4 +1,6 @@
 import type { PciAddress } from "../pci/address.ts";
+import type { FrontendKind } from "./front-end-kind.ts";
+import type { MigrationInfo } from "./migration.ts";
 import type { Pf, PfManagement } from "./pf.ts";
 import type { Vf, VfManagement } from "./vf.ts";
 
@@ -39,9 +41,13 @@ export interface VfInfo extends VfManagement {
   readonly unmanaged: boolean;
   /** A front-end may map its doorbells. */
   readonly host_notifier: boolean;
+  /** The messages that its front-end has. */
+  readonly frontend: FrontendKind;
   readonly interface: "vfio-user" | "group" | "iommufd" | null;
   readonly iommu_group: number | null;
   readonly numa_node: number | null;
+  /** Of its VM, as far as it has come; null where it does not migrate. */
+  readonly migration: MigrationInfo | null;
 }
 
 /** @param vfs of it that are added */
@@ -80,9 +86,11 @@ export function vfInfo(vf: Vf): VfInfo {
     reason: vf.reason,
     unmanaged: options.unmanaged === true,
     host_notifier: target.doorbellShare !== undefined,
+    frontend: options.frontend ?? "standard",
     interface: ofKernel === undefined ? "vfio-user" : (vf.interface ?? null),
     iommu_group: ofKernel?.group ?? null,
     numa_node: ofKernel?.numaNode ?? null,
+    migration: target.migration.info,
     ...vf.management,
   };
 }

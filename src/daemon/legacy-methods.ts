@@ -1,14 +1,16 @@
 import Type, { type Static } from "typebox";
 import { asError, errorNumber, sentence, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
+import type { MapForm } from "../native/dirty-log.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import { defineMethod, type Method } from "../rpc/method.ts";
-import { InternalStatus } from "../virtio/admin/vendor.ts";
+import { InternalStatus, type InternalStatusName } from "../virtio/admin/vendor.ts";
 import { FEATURE_NAMES, hasFeature } from "../virtio/features.ts";
 import { defaultSocket } from "./default-socket.ts";
 import type { VfInfo } from "./device-info.ts";
+import { FRONTENDS } from "./front-end-kind.ts";
+import { isLogging, type LoggingOperation, type ManualOperation } from "./manual-operations.ts";
 import { type Devices, queueResults } from "./methods.ts";
-import type { ManualOperation } from "./registry.ts";
 
 /**
  * The methods of the existing stack's clients, answer for answer: `errno` and `errstr` stand inside the result, also
@@ -45,7 +47,7 @@ const VfRequest = Type.Object(
     remove: Flag("lets go of `vfdev`"),
     list: Flag("lists the VFs of `mgmtpf`"),
     info: Flag("describes `vfdev`"),
-    debug: Flag("asks for or changes the internal status of `vfdev`"),
+    debug: Flag("asks for or changes the internal status of `vfdev`, or logs the pages that it writes"),
     vfdev: Device,
     mgmtpf: Device,
     socket_file: Type.Optional(Type.String({ description: "vhost-user socket" })),
@@ -53,12 +55,17 @@ const VfRequest = Type.Object(
     server: Flag("listen at the socket instead of connecting to it"),
     unmanaged: Flag("of add: without a PF; of list: all that were added so, where no `mgmtpf` is named"),
     host_notifier: Flag("of add: false where no front-end may map its doorbells"),
+    frontend: Type.Optional(Type.Enum([...FRONTENDS], { description: "of add: the messages that its front-end has" })),
     test_operation: Type.Optional(
       Type.Union([Type.Integer(), Type.String()], {
-        description: "of debug: 1 run, 2 quiesce, 3 freeze, 6 status; 4 and 5, logging, are not served",
+        description: "of debug: 1 run, 2 quiesce, 3 freeze, 4 start logging, 5 stop logging, 6 status",
       }),
     ),
-    size_mode: Type.Optional(Type.Unknown({ description: "of debug; means something to logging only" })),
+    size_mode: Type.Optional(
+      Type.Unknown({
+        description: "of debug, to start logging: 1 bitmap, 2 bytemap, preferred where the device has it",
+      }),
+    ),
   },
   exact,
 );
@@ -114,8 +121,8 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       const address = vfAddress(request.vfdev);
       const { socket_file: socket = defaultSocket(address), uuid = "", server = false } = request;
       const place = { address, socket, mode: server ? "server" : "client" } as const;
-      const { unmanaged = false, host_notifier: hostNotifier = true } = request;
-      await devices.addVf({ ...place, uuid, unmanaged, hostNotifier });
+      const { unmanaged = false, host_notifier: hostNotifier = true, frontend = "standard" } = request;
+      await devices.addVf({ ...place, uuid, unmanaged, hostNotifier, frontend });
       return {};
     }
     case "remove": {
@@ -128,10 +135,26 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       return { device: await describeOneVf(devices, vfAddress(request.vfdev)) };
     case "debug": {
       const address = vfAddress(request.vfdev);
-      const status = await devices.moveVf(address, manualOperation(request.test_operation));
-      return { device: { vf: address, lm_status: String(InternalStatus[status]) } };
+      return { device: await debugVf(devices, address, request) };
     }
   }
+}
+
+async function debugVf(
+  devices: Devices,
+  vf: PciAddress,
+  { test_operation, size_mode }: Static<typeof VfRequest>,
+): Promise<Record<string, unknown>> {
+  const operation = manualOperation(test_operation);
+  const status = (name: InternalStatusName) => ({ vf, lm_status: String(InternalStatus[name]) });
+  if (!isLogging(operation)) return status(await devices.moveVf(vf, operation));
+  const { mode, pages, milliseconds } = await devices.logVf(vf, operation, MAP_FORM[String(size_mode)]);
+  return {
+    ...status(await devices.moveVf(vf, "status")),
+    log_mode: mode,
+    ...(pages === undefined ? {} : { log_pages: String(pages) }),
+    ...(milliseconds === undefined ? {} : { log_milliseconds: String(milliseconds) }),
+  };
 }
 
 function listed(devices: Devices, { mgmtpf, unmanaged = false }: Static<typeof VfRequest>): VfInfo[] {
@@ -144,22 +167,22 @@ function listed(devices: Devices, { mgmtpf, unmanaged = false }: Static<typeof V
 }
 
 /** By the numbers of the existing stack. */
-const MANUAL_OPERATION: Readonly<Record<string, ManualOperation>> = {
+const MANUAL_OPERATION: Readonly<Record<string, ManualOperation | LoggingOperation>> = {
   1: "run",
   2: "quiesce",
   3: "freeze",
+  4: "start-logging",
+  5: "stop-logging",
   6: "status",
 };
-const LOGGING_OPERATIONS = ["4", "5"];
+/** What is none of them has no meaning, as ever. */
+const MAP_FORM: Readonly<Record<string, MapForm>> = { 1: "bitmap", 2: "bytemap" };
 
-function manualOperation(number: number | string | undefined): ManualOperation {
+function manualOperation(number: number | string | undefined): ManualOperation | LoggingOperation {
   const text = String(number);
   const operation = MANUAL_OPERATION[text];
   if (operation !== undefined) return operation;
-  const fix = "choose 1 (run), 2 (quiesce), 3 (freeze) or 6 (status)";
-  if (LOGGING_OPERATIONS.includes(text)) {
-    throw new VhostdError("notSupported", `operation ${text}: dirty pages cannot be logged by hand`, { fix });
-  }
+  const fix = "choose 1 (run), 2 (quiesce), 3 (freeze), 4 (start logging), 5 (stop logging) or 6 (status)";
   throw new VhostdError("badArguments", `operation ${number === undefined ? "is missing" : `${text} is unknown`}`, {
     fix,
   });
@@ -227,6 +250,7 @@ function describeVf(info: VfInfo): Record<string, unknown> {
     managed: info.managed,
     mover: info.mover,
     ...(info.unmanaged_reason === null ? {} : { unmanaged_reason: info.unmanaged_reason }),
+    ...(info.migration === null ? {} : { migration: info.migration }),
     ...told(info.reason),
   };
 }

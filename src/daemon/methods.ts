@@ -5,15 +5,29 @@ import type { QueueStats } from "../pci/function.ts";
 import { withDiscovery } from "../rpc/discover.ts";
 import { type Call, defineMethod, type Method } from "../rpc/method.ts";
 import { BUILD_TIME, VERSION } from "../version.ts";
+import { TRACKING_LABEL } from "../virtio/admin/vendor.ts";
 import { defaultSocket } from "./default-socket.ts";
 import type { PfInfo, VfInfo } from "./device-info.ts";
+import { FRONTENDS } from "./front-end-kind.ts";
 import { legacyMethods } from "./legacy-methods.ts";
-import { type DeviceRegistry, MANUAL_OPERATIONS } from "./registry.ts";
+import { isLogging, LOGGING_OPERATIONS, MANUAL_OPERATIONS, MAP_FORMS } from "./manual-operations.ts";
+import { MIGRATION_STATES } from "./migration.ts";
+import type { DeviceRegistry } from "./registry.ts";
 
 /** What the control interface needs of the registry. */
 export type Devices = Pick<
   DeviceRegistry,
-  "addPf" | "removePf" | "listPfs" | "addVf" | "removeVf" | "listVfs" | "vfInfo" | "vfStats" | "moveVf" | "onEvent"
+  | "addPf"
+  | "removePf"
+  | "listPfs"
+  | "addVf"
+  | "removeVf"
+  | "listVfs"
+  | "vfInfo"
+  | "vfStats"
+  | "moveVf"
+  | "logVf"
+  | "onEvent"
 >;
 
 const exact = { additionalProperties: false } as const;
@@ -36,9 +50,45 @@ const Pf = Type.Object({
   admin_queue: Type.Enum(["none", "draining", "ready", "dead"], {
     description: "draining: finishing what was in flight before a restart; dead: it does not answer any more",
   }),
+  tracking: Type.Array(Type.Enum(Object.values(TRACKING_LABEL)), {
+    description: "how it can mark the pages that its VFs write, as it says",
+  }),
   reason: Type.Union([Type.String(), Type.Null()], {
     description: "why it is gone, or cannot move the state of its VFs",
   }),
+});
+
+const Phase = (description: string) => Type.Optional(Type.Number({ description }));
+const Migration = Type.Object({
+  state: Type.Enum([...MIGRATION_STATES], {
+    description:
+      "at the source tracking, handed-over, or lost where not all is marked that it wrote; at the destination prepared, arrived",
+  }),
+  since: Type.String({ description: "time of the last change, ISO 8601" }),
+  phases: Type.Object(
+    {
+      begin_tracking: Phase("its PF was told to mark what it writes"),
+      tracking: Phase("from then to the stop, or until now"),
+      kicks_off: Phase("from the begin of the stop: its kicks were disconnected"),
+      freeze: Phase(
+        "from the begin of the stop: it was frozen, gave everything back, and all that it had written was marked",
+      ),
+      stop: Phase("the whole stop"),
+      prepare: Phase("it was set up early"),
+      start: Phase("it was started, where it had arrived"),
+    },
+    { description: "how long each phase took, where there was one, milliseconds" },
+  ),
+  dirty: Type.Union(
+    [
+      Type.Object({
+        pages: Type.Integer({ description: "of 4096 bytes, marked in its front-end's log at the last look" }),
+        pages_per_second: Type.Integer({ description: "at least so many were marked since the look before" }),
+      }),
+      Type.Null(),
+    ],
+    { description: "what it writes; null where nobody looks" },
+  ),
 });
 
 const Vf = Type.Object({
@@ -66,12 +116,16 @@ const Vf = Type.Object({
   unmanaged_reason: Type.Union([Type.String(), Type.Null()], { description: "why it is not managed" }),
   unmanaged: Type.Boolean({ description: "it was added without a PF" }),
   host_notifier: Type.Boolean({ description: "a front-end may map its doorbells" }),
+  frontend: Type.Enum([...FRONTENDS], { description: "the messages that its front-end has" }),
   interface: Type.Union([Type.Enum(["vfio-user", "group", "iommufd"]), Type.Null()], {
     description: "how the function is reached; group and iommufd are the kernel's",
   }),
   iommu_group: Type.Union([Type.Integer(), Type.Null()], { description: "of a function of this machine" }),
   numa_node: Type.Union([Type.Integer(), Type.Null()], {
     description: "that it is nearest to, where the machine has some",
+  }),
+  migration: Type.Union([Migration, Type.Null()], {
+    description: "how far the migration of its VM has come; null where it does not migrate",
   }),
 });
 
@@ -151,14 +205,20 @@ function deviceMethods(devices: Devices): Method[] {
           host_notifier: Type.Optional(
             Type.Boolean({ description: "false: no front-end is given its doorbells to map; true if not given" }),
           ),
+          frontend: Type.Optional(
+            Type.Enum([...FRONTENDS], {
+              description: "nvidia-presetup: NVIDIA's QEMU, which sets a device up early; standard if not given",
+            }),
+          ),
         },
         exact,
       ),
       result: Vf,
-      async handler({ device, socket, mode = "client", uuid = "", unmanaged = false, host_notifier = true }) {
+      async handler({ device, socket, mode = "client", uuid = "", ...more }) {
         const address = parsePciAddress(device);
         const place = { address, socket: socket ?? defaultSocket(address), mode };
-        return vfResult(await devices.addVf({ ...place, uuid, unmanaged, hostNotifier: host_notifier }));
+        const { unmanaged = false, host_notifier: hostNotifier = true, frontend = "standard" } = more;
+        return vfResult(await devices.addVf({ ...place, uuid, unmanaged, hostNotifier, frontend }));
       },
     }),
     defineMethod({
@@ -202,13 +262,16 @@ function deviceMethods(devices: Devices): Method[] {
     defineMethod({
       name: "vf.debug",
       changes: ({ operation }) => operation !== "status",
-      summary: "Asks for or changes the internal status of a managed virtual function, by hand.",
+      summary: "By hand: the internal status of a managed virtual function, and a log of the pages that it writes.",
       params: Type.Object(
         {
           device: Device,
-          operation: Type.Enum(MANUAL_OPERATIONS, {
+          operation: Type.Enum([...MANUAL_OPERATIONS, ...LOGGING_OPERATIONS], {
             description: "a guest stands still while its VF is quiesced or frozen",
           }),
+          map: Type.Optional(
+            Type.Enum([...MAP_FORMS], { description: "of start-logging: preferred, where the device has it" }),
+          ),
         },
         exact,
       ),
@@ -217,10 +280,22 @@ function deviceMethods(devices: Devices): Method[] {
         internal_status: Type.Enum(["init", "running", "quiesced", "freezed"], {
           description: "after the operation; init: reset and not started",
         }),
+        logging: Type.Optional(
+          Type.Object(
+            {
+              mode: Type.String({ description: "how the device marks the pages" }),
+              pages: Type.Optional(Type.Integer({ description: "that were written, of 4096 bytes" })),
+              milliseconds: Type.Optional(Type.Number({ description: "since the begin" })),
+            },
+            { description: "of start-logging and stop-logging; what was written is said at the end" },
+          ),
+        ),
       }),
-      async handler({ device, operation }) {
+      async handler({ device, operation, map }) {
         const vf = parsePciAddress(device);
-        return { vf, internal_status: await devices.moveVf(vf, operation) };
+        if (!isLogging(operation)) return { vf, internal_status: await devices.moveVf(vf, operation) };
+        const logging = await devices.logVf(vf, operation, map);
+        return { vf, internal_status: await devices.moveVf(vf, "status"), logging };
       },
     }),
   ];
@@ -282,7 +357,8 @@ function processMethods(devices: Devices): Method[] {
     }),
     defineMethod({
       name: "events.subscribe",
-      summary: "From now on this connection gets a notification `event` for each change of a PF or VF.",
+      summary:
+        "From now on this connection gets a notification `event` for each change of a PF or VF, and of a VF's migration.",
       params: Nothing,
       result: Nothing,
       handler(_, call) {
@@ -297,7 +373,7 @@ function processMethods(devices: Devices): Method[] {
 }
 
 function pfResult(info: PfInfo): Static<typeof Pf> {
-  return { ...info };
+  return { ...info, tracking: [...info.tracking] };
 }
 
 function vfResult(info: VfInfo): Static<typeof Vf> {

@@ -11,8 +11,10 @@ import type { AddressSpaces } from "../pci/open.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import { AdminQueue, type AdminQueueState } from "../virtio/admin/admin-queue.ts";
+import { AdminRefusal } from "../virtio/admin/admin-request.ts";
+import { LogMemory } from "../virtio/admin/log-memory.ts";
 import { type AdminDiscovery, openAdmin } from "../virtio/admin/open-admin.ts";
-import { vdevId } from "../virtio/admin/vendor.ts";
+import { TRACKING_LABEL, TRACKING_MODES, type TrackingModeName, vdevId } from "../virtio/admin/vendor.ts";
 import { VendorAdmin } from "../virtio/admin/vendor-admin.ts";
 import { VendorMover } from "../virtio/movers/vendor.ts";
 import { VirtioPciDevice } from "../virtio/pci-device.ts";
@@ -20,6 +22,9 @@ import type { Deadlines } from "./deadlines.ts";
 import { closing, joinFds, type PfRecord, RECORD_VERSION, type Snapshot, takeFds } from "./record.ts";
 import { LOAD_PLUGIN, type VfMover } from "./vf-parts.ts";
 import { whileThere } from "./while-there.ts";
+
+/** Milliseconds for its VFs to leave alone what an earlier process had mapped. */
+const CLEAN_UP_TIMEOUT = 15_000;
 
 /** What a PF needs of the daemon around it. */
 export interface PfSurroundings {
@@ -31,6 +36,8 @@ export interface PfSurroundings {
   readonly onTrouble: (address: PciAddress, state: "gone" | "admin queue dead", reason: string) => void;
   /** The function is closed next because it is gone; nothing of it is to be kept. */
   readonly onGone: (address: PciAddress) => Promise<void>;
+  /** What is mapped for the PF has changed: its record is written again, or for the first time. */
+  readonly onMapped: (pf: Pf) => Promise<void>;
 }
 
 /** What a PF can do for its VFs. */
@@ -40,6 +47,8 @@ export interface PfManagement {
   /** The commands by which it does so and their version, "vendor 1.0.0"; null where it has none. */
   readonly migration: string | null;
   readonly admin_queue: "none" | AdminQueueState["kind"];
+  /** How it can mark the pages that its VFs write, as it says; the best first. */
+  readonly tracking: readonly (typeof TRACKING_LABEL)[TrackingModeName][];
   /** Why it is gone or cannot move the state of its VFs, or null. */
   readonly reason: string | null;
 }
@@ -66,18 +75,23 @@ export class Pf implements AsyncDisposable {
   /** Milliseconds. */
   private readonly closeTimeout: number;
   private readonly log: Logger;
+  /** Where it marks the pages that its VFs write. */
+  private readonly logMemory: LogMemory;
 
   private constructor(
     readonly address: PciAddress,
     readonly entry: BusEntry,
     private readonly parts: PfParts,
-    { log, onTrouble, onGone, deadlines }: PfSurroundings,
+    { log, onTrouble, onGone, onMapped, deadlines }: PfSurroundings,
   ) {
     this.closeTimeout = deadlines.close;
     const { device, admin } = parts;
     this.deviceClass = parts.deviceClass;
     const own = log.child(`pf ${address}`);
     this.log = own;
+    this.logMemory = new LogMemory(parts.domain, async () => {
+      if (!this.closed && this.lost === null) await onMapped(this);
+    });
     void device.gone.then((reason) => {
       if (this.closed) return;
       this.lost = reason.message;
@@ -157,13 +171,15 @@ export class Pf implements AsyncDisposable {
     const device = new VirtioPciDevice(fn, record.layout);
     const admin = reviveAdmin(device, record.admin, takeFds(fds, "admin"));
     undo.move();
-    return new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
+    const pf = new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
+    pf.cleanUp();
+    return pf;
   }
 
   get management(): PfManagement {
     const { admin } = this.parts;
     if (admin.kind === "none") {
-      return { managed: false, migration: null, admin_queue: "none", reason: this.lost ?? admin.reason };
+      return { managed: false, migration: null, admin_queue: "none", tracking: [], reason: this.lost ?? admin.reason };
     }
     const { state } = admin.admin.queue;
     const dead = state.kind === "dead" ? state.reason : null;
@@ -171,6 +187,7 @@ export class Pf implements AsyncDisposable {
       managed: this.lost === null && dead === null,
       migration: `${admin.kind} ${admin.version}`,
       admin_queue: state.kind,
+      tracking: admin.tracking.map((mode) => TRACKING_LABEL[mode]),
       reason: this.lost ?? (dead === null ? null : `its admin queue is dead: ${dead}`),
     };
   }
@@ -194,7 +211,8 @@ export class Pf implements AsyncDisposable {
         fix: `look at the virtfn links in ${entry.directory}`,
       });
     }
-    const managed = { admin: admin.admin, vdevId: vdevId(found[0]) };
+    const tracking = { modes: admin.tracking, memory: this.logMemory, log: (text: string) => this.log.warn(text) };
+    const managed = { admin: admin.admin, vdevId: vdevId(found[0]), tracking };
     return {
       make: (host, snapshot) => new VendorMover(host, managed, snapshot),
       unmanagedReason: () => this.management.reason ?? admin.admin.obstacle(managed.vdevId) ?? "its PF can move it",
@@ -218,9 +236,27 @@ export class Pf implements AsyncDisposable {
       admin:
         admin.kind === "none"
           ? { kind: "none", reason: admin.reason }
-          : { kind: "vendor", version: admin.version, queue: queue?.data ?? null },
+          : { kind: "vendor", version: admin.version, tracking: [...admin.tracking], queue: queue?.data ?? null },
     };
     return { record, fds: joinFds(parts) };
+  }
+
+  /** Where an earlier process had pages marked: that ends, and is begun anew by who wants it. */
+  private cleanUp(): void {
+    const { admin } = this.parts;
+    if (admin.kind === "none" || !this.logMemory.hasLeft) return;
+    const { dirtyPages } = admin.admin;
+    const deadline = Deadline.after(CLEAN_UP_TIMEOUT, `ending what an earlier process had ${this.address} mark`);
+    const stop = async (index: number) => {
+      // Of one whose pages are not marked it is refused.
+      await dirtyPages.stop(vdevId(index), { address: 0 }, deadline, "once").catch((error) => {
+        if (!(error instanceof AdminRefusal)) throw error;
+      });
+    };
+    const stopped = Promise.all([...this.entry.virtfns.keys()].map(stop)).then(() => {});
+    this.logMemory.clean(stopped).catch((error) => {
+      if (!this.closed) this.log.warn("logs of an earlier process stay mapped", asError(error));
+    });
   }
 
   /** Closes the admin queue and the function. */
@@ -262,5 +298,6 @@ export class Pf implements AsyncDisposable {
 function reviveAdmin(device: VirtioPciDevice, record: PfRecord["admin"], fds: Map<string, OwnedFd>): AdminDiscovery {
   if (record.kind === "none") return record;
   const queue = AdminQueue.revive(device, record.queue as Json, fds);
-  return { kind: "vendor", admin: new VendorAdmin(queue), version: record.version };
+  const tracking = TRACKING_MODES.filter((mode) => record.tracking?.includes(mode) === true);
+  return { kind: "vendor", admin: new VendorAdmin(queue), version: record.version, tracking };
 }

@@ -4,6 +4,7 @@ import { parseStored } from "../base/stored.ts";
 import { parsePciAddress } from "../pci/address.ts";
 import { PciLayoutSchema } from "../virtio/data-path-record.ts";
 import type { PciLayout } from "../virtio/pci-layout.ts";
+import { FRONTENDS, type FrontendKind, namedFrontend } from "./front-end-kind.ts";
 import type { VfOptions } from "./vf-parts.ts";
 
 /**
@@ -23,7 +24,13 @@ export type PfRecord = {
   readonly domain: Json;
   readonly admin:
     | { readonly kind: "none"; readonly reason: string }
-    | { readonly kind: "vendor"; readonly version: string; readonly queue: Json };
+    | {
+        readonly kind: "vendor";
+        readonly version: string;
+        readonly queue: Json;
+        /** How it can mark the pages that its VFs write. */
+        readonly tracking?: readonly string[];
+      };
 };
 
 export type DomainRecord = {
@@ -44,6 +51,7 @@ export type VfRecord = {
     readonly uuid?: string;
     readonly unmanaged?: true;
     readonly hostNotifier?: false;
+    readonly frontend?: FrontendKind;
   };
   readonly function: Json;
   readonly dataPath: Json;
@@ -64,7 +72,12 @@ const PfSchema = Type.Object({
   domain: Type.Unknown(),
   admin: Type.Union([
     Type.Object({ kind: Type.Literal("none"), reason: Type.String() }),
-    Type.Object({ kind: Type.Literal("vendor"), version: Type.String(), queue: Type.Unknown() }),
+    Type.Object({
+      kind: Type.Literal("vendor"),
+      version: Type.String(),
+      queue: Type.Unknown(),
+      tracking: Type.Optional(Type.Array(Type.String())),
+    }),
   ]),
 });
 
@@ -84,6 +97,7 @@ const VfSchema = Type.Object({
     uuid: Type.Optional(Type.String()),
     unmanaged: Type.Optional(Type.Literal(true)),
     hostNotifier: Type.Optional(Type.Literal(false)),
+    frontend: Type.Optional(Type.Enum([...FRONTENDS])),
   }),
   function: Type.Unknown(),
   dataPath: Type.Unknown(),
@@ -109,7 +123,7 @@ export function parseVfRecord(value: Json): VfRecord {
 
 /** What the operator said when the VF was added. */
 export function optionsOf(record: VfRecord): VfOptions {
-  const { address, socket, mode, uuid, unmanaged, hostNotifier } = record.options;
+  const { address, socket, mode, uuid, unmanaged, hostNotifier, frontend } = record.options;
   return {
     address: parsePciAddress(address),
     socket,
@@ -117,6 +131,7 @@ export function optionsOf(record: VfRecord): VfOptions {
     ...(uuid === undefined ? {} : { uuid }),
     ...(unmanaged === undefined ? {} : { unmanaged }),
     ...(hostNotifier === undefined ? {} : { hostNotifier }),
+    ...namedFrontend(frontend),
   };
 }
 

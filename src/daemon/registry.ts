@@ -1,6 +1,7 @@
 import { VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
+import type { MapForm } from "../native/dirty-log.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { Bus, BusEntry } from "../pci/bus.ts";
@@ -12,7 +13,11 @@ import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { DEADLINES, type Deadlines } from "./deadlines.ts";
 import { type PfInfo, pfInfo, type VfInfo, vfInfo } from "./device-info.ts";
 import { DomainTable } from "./domains.ts";
+import { namedFrontend } from "./front-end-kind.ts";
 import type { Keeper } from "./keeper.ts";
+import type { ManualLog } from "./manual-logging.ts";
+import { type LoggingOperation, MANUAL_STATUS, type ManualOperation } from "./manual-operations.ts";
+import { migrationEvent } from "./migration.ts";
 import type { OpenRings } from "./open-rings.ts";
 import { Pf, type PfSurroundings } from "./pf.ts";
 import { parentMissing, pfMissing, type Slot, stillClosing, vfExists, vfMissing } from "./presence.ts";
@@ -21,26 +26,18 @@ import { Renewal } from "./renewal.ts";
 import { checkSocketPath } from "./socket-path.ts";
 import { parseVmUuid } from "./uuid.ts";
 import { Vf } from "./vf.ts";
-import { controlOwner, type VfMover, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
+import { controlOwner, guestOf, type VfMover, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;
 
-export interface AddVf {
-  readonly address: PciAddress;
-  readonly socket: string;
-  readonly mode: "client" | "server";
+export interface AddVf extends Pick<VfOptions, "address" | "socket" | "mode" | "frontend"> {
   readonly uuid?: string;
   /** By its own registers only; it need not be a VF, nor its PF in service. */
   readonly unmanaged?: boolean;
   /** A front-end may map its doorbells, where the function lets it. */
   readonly hostNotifier?: boolean;
 }
-
-/** What an operator may do to the internal status of a managed VF. */
-const MANUAL_STATUS = { run: "running", quiesce: "quiesced", freeze: "freezed" } as const;
-export const MANUAL_OPERATIONS = ["status", "run", "quiesce", "freeze"] as const;
-export type ManualOperation = (typeof MANUAL_OPERATIONS)[number];
 
 export interface RegistryEvent {
   readonly type: string;
@@ -101,6 +98,7 @@ export class DeviceRegistry {
         if (this.usesGroupOf(entry)) return undefined;
         return await (options.stillHeld ?? stillHeld)(entry, deadline);
       },
+      onMigration: (vf, info) => this.emit(migrationEvent(vf, info)),
       onState: ({ address, state, reason }) => this.emit({ type: "vf", vf: address, state: state.name, reason }),
     };
     this.pfSurroundings = {
@@ -111,6 +109,7 @@ export class DeviceRegistry {
       onTrouble: (address, state, reason) => this.emit({ type: "pf", pf: address, state, reason }),
       // As long as the keeper has its fds, the kernel waits for somebody to let go of it.
       onGone: (address) => options.keeper.delete(`pf/${address}`),
+      onMapped: (pf) => options.keeper.put(`pf/${pf.address}`, () => pf.snapshot()),
     };
   }
 
@@ -183,6 +182,7 @@ export class DeviceRegistry {
       ...(uuid === undefined ? {} : { uuid }),
       ...(wanted.unmanaged === true ? { unmanaged: true } : {}),
       ...(wanted.hostNotifier === false ? { hostNotifier: false } : {}),
+      ...namedFrontend(wanted.frontend),
     };
     if (this.vfs.size >= MOST_VFS)
       throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
@@ -235,7 +235,13 @@ export class DeviceRegistry {
    * @throws VhostdError vfNotFound, notSupported, quiesceFailed, freezeFailed, adminQueue
    */
   async moveVf(address: PciAddress, operation: ManualOperation): Promise<InternalStatusName> {
-    return await this.liveVf(address).move(operation === "status" ? undefined : MANUAL_STATUS[operation]);
+    return await this.liveVf(address).move(MANUAL_STATUS[operation]);
+  }
+
+  /** Begins or ends to log the pages that a VF writes. @throws VhostdError vfNotFound; see ManualLogging */
+  async logVf(address: PciAddress, operation: LoggingOperation, form?: MapForm): Promise<ManualLog> {
+    const { byHand } = this.liveVf(address).target;
+    return await (operation === "start-logging" ? byHand.start(form) : byHand.stop());
   }
 
   /** The VFs of one PF, or all of them. @throws VhostdError pfNotFound */
@@ -490,9 +496,4 @@ export class DeviceRegistry {
       throw new VhostdError("busy", `VF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
     return slot.live;
   }
-}
-
-/** What tells one VM from another, as far as the operator says. */
-function guestOf({ uuid, socket }: VfOptions): string {
-  return uuid ?? socket;
 }

@@ -2,6 +2,7 @@ import { setTimeout as pause } from "node:timers/promises";
 import { asError, sentence } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { LinkRecord } from "./link.ts";
+import type { Migration } from "./migration.ts";
 import type { OpenRings } from "./open-rings.ts";
 
 /** What outlives the VF that it was found out by: of one that was here before, or is opened again. */
@@ -10,6 +11,7 @@ export interface VfBefore {
   readonly link?: LinkRecord | undefined;
   /** How its last session ended. */
   readonly trouble?: string | undefined;
+  readonly migration?: Migration | undefined;
 }
 
 /** A VF whose function is opened again. */

@@ -50,6 +50,7 @@ const noDevices: Devices = {
   },
   vfStats: () => Promise.reject(new Error("no devices")),
   moveVf: () => Promise.reject(new Error("no devices")),
+  logVf: () => Promise.reject(new Error("no devices")),
   onEvent: () => ({ [Symbol.dispose]() {} }),
 };
 

@@ -25,6 +25,11 @@ export class VfMemory {
     await this.checkpoint();
   }
 
+  /** End of guest memory, guest-physical, exclusive; 0 where there is none. */
+  get end(): number {
+    return this.domain.endOf(this.owner);
+  }
+
   /** A map that is under way ends before its next piece: nobody wants the rest. */
   giveUp(): void {
     this.domain.giveUp(this.owner);

@@ -14,7 +14,9 @@ import { type ClassLookup, DataPath } from "../virtio/data-path.ts";
 import type { MoverFactory } from "../virtio/mover.ts";
 import type { Deadlines } from "./deadlines.ts";
 import type { DomainTable } from "./domains.ts";
+import type { FrontendKind } from "./front-end-kind.ts";
 import type { Keeper } from "./keeper.ts";
+import type { MigrationInfo } from "./migration.ts";
 import { takeFds, type VfRecord } from "./record.ts";
 import type { VfState } from "./vf-state.ts";
 import { whileThere } from "./while-there.ts";
@@ -34,6 +36,8 @@ export interface VfSurroundings {
     readonly state: VfState;
     readonly reason: string | null;
   }) => void;
+  /** What is known of a VF's migration has changed. */
+  readonly onMigration: (vf: PciAddress, info: MigrationInfo | null) => void;
   /** A VF whose function was given away serves nobody any more, and is to be opened again. */
   readonly renew: (vf: PciAddress) => void;
   /** Who else has a function open that was closed here, in words; undefined where nobody is known. Never rejects. */
@@ -52,6 +56,8 @@ export interface VfOptions {
   readonly unmanaged?: true;
   /** Where false no front-end is given its doorbells. */
   readonly hostNotifier?: false;
+  /** A front-end with messages of its own beside the standard's; left out for those of the standard. */
+  readonly frontend?: FrontendKind;
 }
 
 /** How a VF's PF lets its state be moved. */
@@ -216,6 +222,11 @@ function acquireDomain(
 /** The name of a VF's record. */
 export function vfKey(address: PciAddress): string {
   return `vf/${address}`;
+}
+
+/** What tells one VM from another, as far as the operator says. */
+export function guestOf({ uuid, socket }: VfOptions): string {
+  return uuid ?? socket;
 }
 
 /** The name of the VM whose memory this VF may reach. */

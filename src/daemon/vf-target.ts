@@ -1,14 +1,17 @@
 import { Deadline } from "../base/deadline.ts";
-import { asError } from "../base/errors.ts";
+import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OperationQueue } from "../base/operation-queue.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DeviceClass } from "../plugin.ts";
 import type { DoorbellShare, RingEventfds, SessionTarget } from "../vhost-user/target.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
-import type { FreezeMode } from "../virtio/mover.ts";
+import type { Tracking } from "../virtio/dirty-log.ts";
+import type { FreezeMode, StopNote } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 import type { Deadlines } from "./deadlines.ts";
+import { ManualLogging } from "./manual-logging.ts";
+import { Migration } from "./migration.ts";
 import type { OpenRings } from "./open-rings.ts";
 import type { Patience } from "./patience.ts";
 import type { VfMemory } from "./vf-memory.ts";
@@ -36,6 +39,10 @@ export interface TargetHost {
   onReset(): void;
   /** The configuration space was read. */
   onConfig(config: Uint8Array): void;
+  /** What is known of its migration has changed. */
+  onMigration(): void;
+  /** Process of the front-end that is connected. */
+  peer(): number | undefined;
   checkpoint(): Promise<void>;
 }
 
@@ -44,21 +51,36 @@ export class VfTarget implements SessionTarget {
   readonly deviceClass: DeviceClass;
   readonly deviceFeatures: bigint;
   readonly queues: number;
-  readonly dirtyTracking = false;
+  readonly presetup: boolean;
+  readonly migration: Migration;
+  /** The log of an operator. */
+  readonly byHand: ManualLogging;
   /** Left out where the function shares none, or where the operator does not want it. */
   readonly doorbellShare?: (queue: number) => Promise<DoorbellShare | undefined>;
   /** A front-end may have mapped doorbells of the function, and hold it open in the kernel. */
   private shared = false;
+  /** The function is to mark the pages that it writes. */
+  private tracked = false;
   private configHandler: () => void = () => {};
+  private lostHandler: (error: Error) => void = () => {};
 
   constructor(private readonly vf: TargetHost) {
     const { parts, options } = vf;
     this.deviceClass = parts.deviceClass;
     this.deviceFeatures = parts.dataPath.features;
     this.queues = usableQueues(parts);
+    this.presetup = options.frontend === "nvidia-presetup";
+    this.migration = new Migration(vf.log, () => vf.onMigration());
+    const { address } = options;
+    this.byHand = new ManualLogging({ ...vf, address, frontEndLogs: () => this.migration.isMarking });
+    parts.dataPath.onTrackingLost((error) => this.trackingLost(error));
     // The doorbells of a process are sockets or memory of its own.
     const mayShare = parts.entry.transport.kind === "vfio" && options.hostNotifier !== false;
     if (mayShare && this.sharesSome()) this.doorbellShare = async (queue) => this.share(queue);
+  }
+
+  get dirtyTracking(): boolean {
+    return this.vf.parts.dataPath.capabilities.dirtyTracking;
   }
 
   /** A front-end was given doorbells: its mappings keep the kernel from resetting the function when it is closed. */
@@ -98,7 +120,8 @@ export class VfTarget implements SessionTarget {
       vf.become({ name: "configuring" });
       try {
         const deadline = Deadline.after(vf.deadlines.start, `start of ${this.address}`);
-        await vf.parts.dataPath.start(wanted, eventfds, deadline);
+        const { dataPath } = vf.parts;
+        await this.migration.start(wanted, vf.peer(), () => dataPath.start(wanted, eventfds, deadline));
         // It may have got lost meanwhile.
         vf.checkUsable();
         vf.become({ name: "running" });
@@ -112,12 +135,40 @@ export class VfTarget implements SessionTarget {
     });
   }
 
+  prepare(wanted: DeviceState): Promise<void> {
+    const { vf } = this;
+    return vf.operations.run(async () => {
+      vf.checkUsable();
+      const deadline = Deadline.after(vf.deadlines.start, `early set-up of ${this.address}`);
+      await this.migration.prepare(() => vf.parts.dataPath.prepare(wanted, deadline));
+    });
+  }
+
+  track(wanted: Tracking | undefined): Promise<void> {
+    const { vf } = this;
+    return vf.operations.run(async () => {
+      const what = `${wanted === undefined ? "ending" : "beginning"} to mark what ${this.address} writes`;
+      await this.byHand.giveWay("its front-end logs itself");
+      await this.migration.track(wanted, async () => {
+        this.tracked = wanted !== undefined;
+        await vf.parts.dataPath.track(wanted, Deadline.after(vf.deadlines.start, what));
+      });
+    });
+  }
+
+  onTrackingLost(handler: (error: Error) => void): void {
+    this.lostHandler = handler;
+  }
+
   stop(memory: RingMemory, mode: FreezeMode): Promise<DeviceState> {
     const { vf } = this;
     return vf.operations.run(async () => {
       vf.checkUsable();
       vf.become({ name: "stopping" });
-      const state = await this.drain((deadline) => vf.parts.dataPath.stop(memory, mode, deadline));
+      const { dataPath } = vf.parts;
+      const halt = (note?: StopNote) => this.drain((deadline) => dataPath.stop(memory, mode, deadline, note));
+      // One that keeps something goes on at once.
+      const state = await (mode === "drained" ? this.migration.stop(halt) : halt());
       vf.rings.stopped(state);
       vf.checkUsable();
       vf.become({ name: "idle" });
@@ -128,6 +179,7 @@ export class VfTarget implements SessionTarget {
   reset(): Promise<void> {
     return this.vf.operations.run(async () => {
       await this.comeToRest();
+      this.migration.wasReset();
       this.vf.rings.givenUp();
     });
   }
@@ -135,6 +187,8 @@ export class VfTarget implements SessionTarget {
   release(memory: RingMemory): Promise<void> {
     const { vf } = this;
     return vf.operations.run(async () => {
+      const { tracked } = this;
+      this.tracked = false;
       const { name } = vf.state();
       // From "stopping" where a stop has failed: the device may have come to its senses.
       if ((name === "running" || name === "stopping") && vf.parts.dataPath.moverKind !== "registers") {
@@ -145,8 +199,16 @@ export class VfTarget implements SessionTarget {
           vf.log.warn("what the function had taken is not all given back", asError(error));
         }
       }
-      await this.comeToRest();
+      try {
+        await this.comeToRest();
+      } finally {
+        await this.trackNoMore();
+        this.migration.ended();
+      }
       vf.rings.reset(memory);
+      const state = vf.state();
+      // What it had noted and nobody has collected went with it.
+      if (tracked && state.name === "failed") throw new VhostdError("io", `it has failed: ${state.reason}`);
     });
   }
 
@@ -178,6 +240,21 @@ export class VfTarget implements SessionTarget {
     return this.vf.checkpoint();
   }
 
+  /** Lets go of what is this process's. */
+  abandon(): void {
+    this.migration.abandon();
+    this.byHand.abandon();
+  }
+
+  /** Nobody is harmed by what is missing in a log of an operator's. */
+  private trackingLost(error: Error): void {
+    if (this.byHand.isOn) this.byHand.lost(error.message);
+    else {
+      this.migration.lost();
+      this.lostHandler(error);
+    }
+  }
+
   /** @param again it has been tried before: there is as little time as at the last */
   private drain<T>(work: (deadline: Deadline) => Promise<T>, again = false): Promise<T> {
     const { drain, lastDrain } = this.vf.deadlines;
@@ -190,6 +267,19 @@ export class VfTarget implements SessionTarget {
     // A device that can only be drained, not frozen, comes to no end while its guest goes on.
     if (!dataPath.capabilities.resumeAnywhere) await dataPath.mute(deadline);
     this.vf.rings.stopped(await dataPath.stop(memory, "drained", deadline));
+  }
+
+  /** The log is the front-end's, which goes. */
+  private async trackNoMore(): Promise<void> {
+    await this.byHand.giveWay("the session of its front-end has ended");
+    const { parts, deadlines, log } = this.vf;
+    const deadline = Deadline.after(deadlines.reset, `ending to mark what ${this.address} writes`);
+    await parts.dataPath.track(undefined, deadline).catch((error) => {
+      log.warn(
+        "its PF may still mark what it writes; what it marks in stays mapped until the PF is removed",
+        asError(error),
+      );
+    });
   }
 
   private async comeToRest(): Promise<void> {

@@ -115,6 +115,7 @@ export class Vf {
     const link = before.link === undefined ? parts : { record: before.link };
     const vf = new Vf(options, parts, around, { name: "attaching" }, rings, link);
     vf.trouble = before.trouble;
+    if (before.migration !== undefined) vf.target.migration.follows(before.migration);
     undo.defer(() => around.keeper.delete(vf.key));
     undo.defer(() => vf.vanish());
     await vf.checkpoint();
@@ -148,7 +149,10 @@ export class Vf {
     vf.become({ name: parts.dataPath.running ? "running" : "idle" });
     const { session } = record;
     if (session === null) vf.frontEnds.start();
-    else vf.frontEnds.revive(session, takeFds(fds, "session"));
+    else {
+      vf.frontEnds.revive(session, takeFds(fds, "session"));
+      vf.target.migration.joined(vf.frontEnds.session?.peer);
+    }
     if (vf.frontEnds.session?.isBehind === true) void vf.manual.letGoOn();
     // Nobody was there to be told of a change.
     void vf.link.look();
@@ -231,7 +235,8 @@ export class Vf {
 
   /** What a VF that takes its place has to know. */
   get before(): VfBefore {
-    return { rings: this.rings, link: this.link.snapshot(), trouble: this.trouble };
+    const { migration } = this.target;
+    return { rings: this.rings, link: this.link.snapshot(), trouble: this.trouble, migration };
   }
 
   /** After its last session: closes the function, which a VF that takes its place opens again. */
@@ -283,6 +288,7 @@ export class Vf {
   async abandon(): Promise<void> {
     this.link[Symbol.dispose]();
     await this.frontEnds.abandon();
+    this.target.abandon();
     this.parts.dataPath.abandon();
     this.parts.fn.abandon();
   }
@@ -399,6 +405,8 @@ export class Vf {
         this.trouble = undefined;
       },
       onConfig: (config) => this.link.seen(config),
+      onMigration: () => this.around.onMigration(this.address, this.target.migration.info),
+      peer: () => this.frontEnds.session?.peer,
       checkpoint: () => this.checkpoint(),
     });
   }

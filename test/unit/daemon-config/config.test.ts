@@ -55,6 +55,7 @@ mode = "server"
 uuid = "ee8b6429-eb1e-45e7-9dab-aff843b99075"
 unmanaged = true
 host-notifier = false
+frontend = "nvidia-presetup"
 `;
 
 test("every option; relative paths start at the file", async () => {
@@ -79,6 +80,7 @@ test("every option; relative paths start at the file", async () => {
         uuid: "ee8b6429-eb1e-45e7-9dab-aff843b99075",
         unmanaged: true,
         hostNotifier: false,
+        frontend: "nvidia-presetup",
       },
     ] as never,
   } as never);
@@ -101,6 +103,11 @@ describe("mistakes are named with their line", () => {
     ["a wrong type", `bus = "/sys"`, `vhostd.toml:1: key "bus" is "/sys", expected a list`],
     ["a wrong word", `\nlog-level = "loud"`, `vhostd.toml:2: key "log-level" is "loud", expected "error" or "warn"`],
     ["a missing key in a table", `[[pf]]\ndevice = "a"\n\n[[pf]]\n`, `vhostd.toml:4: key "pf[1].device" is missing`],
+    [
+      "an unknown kind of front-end",
+      `[[vf]]\ndevice = "a"\nfrontend = "qemu"`,
+      `vhostd.toml:3: key "vf[0].frontend" is "qemu", expected "standard" or "nvidia-presetup"`,
+    ],
     ["an unknown key in a table", `[[vf]]\ndevice = "a"\nmodus = "b"`, `vhostd.toml:3: key "vf[0].modus" is not known`],
     ["no TOML", "bus = [", "vhostd.toml: "],
     ["an address that is none", `[[pf]]\ndevice = "eth0"`, `vhostd.toml:2: "eth0" is not a PCI address`],

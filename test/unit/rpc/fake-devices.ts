@@ -1,7 +1,10 @@
 import { VhostdError } from "../../../src/base/errors.ts";
 import type { PfInfo, VfInfo } from "../../../src/daemon/device-info.ts";
+import type { ManualLog } from "../../../src/daemon/manual-logging.ts";
+import type { LoggingOperation, ManualOperation } from "../../../src/daemon/manual-operations.ts";
 import type { Devices } from "../../../src/daemon/methods.ts";
-import type { AddVf, ManualOperation, RegistryEvent } from "../../../src/daemon/registry.ts";
+import type { AddVf, RegistryEvent } from "../../../src/daemon/registry.ts";
+import type { MapForm } from "../../../src/native/dirty-log.ts";
 import type { PciAddress } from "../../../src/pci/address.ts";
 import type { QueueStats } from "../../../src/pci/function.ts";
 import type { InternalStatusName } from "../../../src/virtio/admin/vendor.ts";
@@ -24,7 +27,7 @@ export class FakeDevices implements Devices {
     if (this.pfs.has(pf)) throw new VhostdError("pfExists", `PF ${pf} has been added already`);
     const info: PfInfo = {
       ...{ pf, class: "net", vfs: 0, kind: "software" },
-      ...{ managed: true, migration: "vendor 1.0.0", admin_queue: "ready", reason: null },
+      ...{ managed: true, migration: "vendor 1.0.0", admin_queue: "ready", tracking: [], reason: null },
     };
     this.pfs.set(pf, info);
     this.emit({ type: "pf", pf, state: "added" });
@@ -42,10 +45,18 @@ export class FakeDevices implements Devices {
     return [...this.pfs.values()];
   }
 
-  async addVf({ address, socket, mode, uuid = "", unmanaged = false, hostNotifier }: AddVf): Promise<VfInfo> {
+  async addVf({
+    address,
+    socket,
+    mode,
+    uuid = "",
+    unmanaged = false,
+    hostNotifier,
+    frontend = "standard",
+  }: AddVf): Promise<VfInfo> {
     await this.gate;
     const pf = unmanaged ? null : this.pf(`${address.slice(0, 8)}00.0` as PciAddress).pf;
-    const more = { unmanaged, host_notifier: hostNotifier !== false };
+    const more = { unmanaged, host_notifier: hostNotifier !== false, frontend };
     const info = vfInfo(address, pf, { socket_file: socket, mode, vm_uuid: uuid, ...more });
     this.vfs.set(address, info);
     return info;
@@ -80,6 +91,12 @@ export class FakeDevices implements Devices {
     const wanted = { status: current, run: "running", quiesce: "quiesced", freeze: "freezed" } as const;
     this.internal.set(vf, wanted[operation]);
     return wanted[operation];
+  }
+
+  async logVf(vf: PciAddress, operation: LoggingOperation, form: MapForm = "bitmap"): Promise<ManualLog> {
+    this.vfInfo(vf);
+    const mode = `pull-${form}`;
+    return operation === "start-logging" ? { mode } : { mode, pages: 12, milliseconds: 3.25 };
   }
 
   onEvent(handler: (event: RegistryEvent) => void): Disposable {
@@ -123,9 +140,11 @@ export function vfInfo(vf: PciAddress, pf: PciAddress | null, more: Partial<VfIn
     unmanaged_reason: null,
     unmanaged: false,
     host_notifier: false,
+    frontend: "standard",
     interface: "vfio-user",
     iommu_group: null,
     numa_node: null,
+    migration: null,
     ...more,
   };
 }

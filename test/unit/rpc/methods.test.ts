@@ -200,6 +200,35 @@ describe("methods of old clients", () => {
     expect(await invoke("vf.debug", { device: VF, operation: "run" })).toEqual({ vf: VF, internal_status: "running" });
   });
 
+  test("debug: the pages that a VF writes", async () => {
+    await invoke("mgmtpf", { add: true, dev: PF });
+    await invoke("vf", { add: true, vfdev: VF });
+    const debug = (test_operation: number | string, size_mode?: unknown) =>
+      invoke("vf", { debug: true, vfdev: VF, test_operation, ...(size_mode === undefined ? {} : { size_mode }) });
+    const answer = (more: object) => ({ device: { vf: VF, lm_status: "0", ...more }, errno: 0, errstr: "Success" });
+    expect(await debug(4)).toEqual(answer({ log_mode: "pull-bitmap" }));
+    expect(await debug("4", 1)).toEqual(answer({ log_mode: "pull-bitmap" }));
+    expect(await debug(4, "2")).toEqual(answer({ log_mode: "pull-bytemap" }));
+    expect(await debug(5)).toEqual(answer({ log_mode: "pull-bitmap", log_pages: "12", log_milliseconds: "3.25" }));
+    expect(await invoke("vf.debug", { device: VF, operation: "start-logging", map: "bytemap" })).toEqual({
+      vf: VF,
+      internal_status: "init",
+      logging: { mode: "pull-bytemap" },
+    });
+    expect(await invoke("vf.debug", { device: VF, operation: "stop-logging" })).toMatchObject({
+      logging: { pages: 12, milliseconds: 3.25 },
+    });
+  });
+
+  test("a VF whose VM migrates says so", async () => {
+    const since = "2026-01-01T00:00:00.000Z";
+    const phases = { begin_tracking: 1.5, tracking: 2000 };
+    const migration = { state: "tracking", since, phases, dirty: { pages: 3, pages_per_second: 2 } } as const;
+    devices.vfs.set(VF, vfInfo(VF, PF, { migration }));
+    expect(await invoke("vf.info", { device: VF })).toMatchObject({ migration });
+    expect(await invoke("vf", { info: true, vfdev: VF })).toMatchObject({ device: { migration } });
+  });
+
   test("debug of a VF that is not managed says why not", async () => {
     devices.vfs.set(VF, vfInfo(VF, PF, { managed: false, unmanaged_reason: "its PF has no admin queue" }));
     expect(await invoke("vf", { debug: true, vfdev: VF, test_operation: 6 })).toMatchObject({
@@ -230,6 +259,17 @@ describe("methods of old clients", () => {
     expect(await invoke("vf.list", {})).toMatchObject({ vfs: [{ vf: VF }, { vf: "0000:5a:00.2" }] });
   });
 
+  test("with a front-end that has messages of its own", async () => {
+    await invoke("mgmtpf", { add: true, dev: PF });
+    await invoke("vf", { add: true, vfdev: "5a:00.1", frontend: "nvidia-presetup" });
+    await invoke("vf.add", { device: "5a:00.2" });
+    expect(await invoke("vf.info", { device: "5a:00.1" })).toMatchObject({ frontend: "nvidia-presetup" });
+    expect(await invoke("vf.info", { device: "5a:00.2" })).toMatchObject({ frontend: "standard" });
+    expect(await invoke("vf", { add: true, vfdev: "5a:00.3", frontend: "presetup" })).toMatchObject({
+      errstr: expect.stringContaining("nvidia-presetup"),
+    });
+  });
+
   const failures: [string, string, unknown, number][] = [
     ["no PF named", "mgmtpf", { add: true }, -1000],
     ["a PF that does not exist", "mgmtpf", { add: true, dev: "af:00.0" }, -1001],
@@ -245,7 +285,7 @@ describe("methods of old clients", () => {
     ["debug of a VF that was not added", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 6 }, -1003],
     ["debug without an operation", "vf", { debug: true, vfdev: "5a:00.1" }, -1007],
     ["debug with an unknown operation", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 7 }, -1007],
-    ["logging by hand", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 4, size_mode: 1 }, -95],
+    ["logging of a VF that was not added", "vf", { debug: true, vfdev: "5a:00.1", test_operation: 4 }, -1003],
   ];
   for (const [what, method, params, errno] of failures) {
     test(`${what}: errno ${errno} inside the result`, async () => {
@@ -258,7 +298,7 @@ test("rpc.discover names every method with its parameters", async () => {
   const { methods } = (await invoke("rpc.discover", {})) as { methods: { name: string; params: { name: string }[] }[] };
   const byName = Object.fromEntries(methods.map(({ name, params }) => [name, params.map((param) => param.name)]));
   expect(byName).toMatchObject({
-    "vf.add": ["device", "socket", "mode", "uuid", "unmanaged", "host_notifier"],
+    "vf.add": ["device", "socket", "mode", "uuid", "unmanaged", "host_notifier", "frontend"],
     "rpc.discover": [],
     stats: ["device"],
   });
