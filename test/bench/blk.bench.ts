@@ -1,12 +1,9 @@
-import { mkdtemp, open, rm } from "node:fs/promises";
+import { mkdtemp, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { Deadline } from "../../src/base/deadline.ts";
-import { eventfd } from "../../src/native/sys.ts";
-import { Request } from "../../src/vhost-user/messages.ts";
-import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
-import { u64, VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { Child } from "../kit/guest/child.ts";
 import { Stack } from "../kit/guest/stack.ts";
+import { BlkLoad, makeDisk } from "./blk-load.ts";
 import { type Benchmark, type Figure, figure } from "./kit.ts";
 import { benchCpu, buildProgram, output } from "./native.ts";
 
@@ -16,19 +13,7 @@ const DEPTHS = [
   { depth: 32, least: 2 },
 ] as const;
 const RUNS = 7;
-const SECONDS = "0.5";
 const TMPFS = "/dev/shm";
-const BLOCK = 4096;
-const BLOCKS = 16_384;
-const GUEST = 0x1_0000_0000;
-const MEMORY = 8 << 20;
-const RING = 128;
-const FEATURES = featureBits(
-  FeatureBit.version1,
-  FeatureBit.ringIndirectDesc,
-  FeatureBit.ringEventIdx,
-  FeatureBit.vhostUserProtocolFeatures,
-);
 const TIMEOUT = 15_000;
 
 /**
@@ -56,12 +41,12 @@ async function compare(directory: string): Promise<Figure[]> {
   await ours.addVf(join(directory, "vhostd.sock"), "--server");
   await using theirs = await startStorageDaemon(directory, disk);
   for (const { pid } of [ours.softvf, ours.daemon, theirs]) await output(["taskset", "-acp", cpu, `${pid}`]);
-  using here = await Load.connect(join(directory, "vhostd.sock"));
-  using there = await Load.connect(join(directory, "qemu.sock"));
+  using here = await BlkLoad.connect(join(directory, "vhostd.sock"));
+  using there = await BlkLoad.connect(join(directory, "qemu.sock"));
   const figures: Figure[] = [];
   for (const { depth, least } of DEPTHS) {
     const runs: { readonly ours: number; readonly theirs: number }[] = [];
-    const run = (load: Load) => load.run(["taskset", "-c", cpu, program], depth);
+    const run = (load: BlkLoad) => load.run(["taskset", "-c", cpu, program], depth);
     for (let round = 0; round < RUNS; round++) runs.push({ ours: await run(here), theirs: await run(there) });
     const column = (of: (run: (typeof runs)[number]) => number) => runs.map(of);
     const ratios = column((run) => run.ours / run.theirs);
@@ -82,15 +67,6 @@ async function compare(directory: string): Promise<Figure[]> {
   return figures;
 }
 
-/** Each block begins with its number: the load generator compares. */
-async function makeDisk(path: string): Promise<void> {
-  const bytes = new Uint8Array(BLOCKS * BLOCK).fill(0xa5);
-  const view = new DataView(bytes.buffer);
-  for (let block = 0; block < BLOCKS; block++) view.setBigUint64(block * BLOCK, BigInt(block), true);
-  await using file = await open(path, "w");
-  await file.writeFile(bytes);
-}
-
 async function startStorageDaemon(directory: string, disk: string): Promise<Child> {
   const socket = join(directory, "qemu.sock");
   const listens = join(directory, "qemu.pid");
@@ -106,42 +82,4 @@ async function startStorageDaemon(directory: string, disk: string): Promise<Chil
     return (await Bun.file(listens).exists()) || undefined;
   }, 10);
   return child;
-}
-
-/** A session with one queue, and the load generator on it. */
-class Load implements Disposable {
-  private readonly call = eventfd();
-
-  private constructor(private readonly frontend: VhostUserFrontend) {}
-
-  static async connect(socket: string): Promise<Load> {
-    const frontend = VhostUserFrontend.connect(socket);
-    await frontend.negotiate({ features: FEATURES });
-    if (frontend.features !== FEATURES) throw new Error(`${socket} offers other features than those compared`);
-    await frontend.setupMemory([{ gpa: GUEST, size: MEMORY }]);
-    await frontend.startQueues(1, { size: RING });
-    const load = new Load(frontend);
-    // Not the queue's own, which JavaScript waits on.
-    await frontend.command(Request.SET_VRING_CALL, u64(0n), [load.call.number]);
-    return load;
-  }
-
-  /** @returns requests per second */
-  async run(program: readonly string[], depth: number): Promise<number> {
-    const [
-      {
-        kick,
-        driver: { ring },
-      },
-    ] = this.frontend.queues as [VhostUserFrontend["queues"][number]];
-    const [{ file }] = this.frontend.memory.regions as [VhostUserFrontend["memory"]["regions"][number]];
-    const { desc, driver, device, arena } = ring;
-    const words = [depth, SECONDS, BLOCKS, RING, GUEST, desc, driver, device, arena.start].map(String);
-    return Number(await output([...program, ...words], [file.file.number, kick.number, this.call.number]));
-  }
-
-  [Symbol.dispose](): void {
-    this.frontend[Symbol.dispose]();
-    this.call[Symbol.dispose]();
-  }
 }

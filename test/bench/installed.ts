@@ -4,6 +4,7 @@ import { join } from "node:path";
 import { Deadline } from "../../src/base/deadline.ts";
 import { parsePciAddress } from "../../src/pci/address.ts";
 import { RpcClient } from "../../src/rpc/client.ts";
+import { controlSocket } from "../../src/softvf/config.ts";
 import { vfAddress } from "../../src/softvf/topology.ts";
 import { ROOT } from "../../tools/command.ts";
 import { installPrograms } from "../../tools/package.ts";
@@ -13,6 +14,8 @@ const PROGRAMS = join(ROOT, ".cache/bench");
 const PF = parsePciAddress("0000:5a:00.0");
 const DISK_SIZE = 1 << 20;
 const TIMEOUT = 60_000;
+
+type Parameters = Readonly<Record<string, unknown>>;
 
 /** The programs in the form that users install, in a directory of their own. Made anew: never older than the sources. */
 export async function install(): Promise<void> {
@@ -60,14 +63,23 @@ export class InstalledMachine implements AsyncDisposable {
     return join(this.directory, `vhost-${vf}.sock`);
   }
 
-  async addVf(vf: number, mode: "client" | "server"): Promise<void> {
-    await this.call("vf.add", { device: vfAddress(PF, vf), socket: this.socket(vf), mode });
+  /** @param more parameters of vf.add */
+  async addVf(vf: number, mode: "client" | "server", more: Parameters = {}): Promise<void> {
+    await this.call("vf.add", { device: vfAddress(PF, vf), socket: this.socket(vf), mode, ...more });
   }
 
-  async call(method: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
-    const deadline = Deadline.after(TIMEOUT, method);
-    using client = await RpcClient.connect(join(this.runtimeDirectory, "rpc.sock"), deadline);
-    return await client.call(method, params, deadline);
+  call(method: string, params: Parameters): Promise<unknown> {
+    return call(join(this.runtimeDirectory, "rpc.sock"), method, params);
+  }
+
+  /** Asks the software PF's process. */
+  callSoftvf(method: string, params: Parameters): Promise<unknown> {
+    return call(controlSocket(join(this.directory, "softvf")), method, params);
+  }
+
+  /** Changes live options of the PF. */
+  async setPf(options: Parameters): Promise<void> {
+    await this.callSoftvf("set", { address: PF, options });
   }
 
   /** Waits until no front-end is connected to the VF and nothing of the last one is left. */
@@ -93,6 +105,12 @@ export class InstalledMachine implements AsyncDisposable {
     await this.softvf?.[Symbol.asyncDispose]();
     await rm(this.directory, { recursive: true, force: true });
   }
+}
+
+async function call(socket: string, method: string, params: Parameters): Promise<unknown> {
+  const deadline = Deadline.after(TIMEOUT, method);
+  using client = await RpcClient.connect(socket, deadline);
+  return await client.call(method, params, deadline);
 }
 
 async function startSoftvf(directory: string, vfs: number): Promise<Child> {
