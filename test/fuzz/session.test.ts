@@ -14,13 +14,22 @@ import { fuzzedSessions } from "../kit/fuzz/vhost-user.ts";
 import { FUZZ_TIMEOUT, fuzz } from "../kit/fuzz.ts";
 import { MockTarget } from "../kit/mock-target.ts";
 
-const { MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS } = ProtocolFeature;
+const { MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS } = ProtocolFeature;
+const { PRESETUP, EXTEND_STATUS } = ProtocolFeature;
 /** What MockTarget offers. */
 const OFFERED = {
-  features: featureBits(0, FeatureBit.version1, FeatureBit.ringIndirectDesc, FeatureBit.ringEventIdx),
-  protocolFeatures: featureBits(MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS),
+  features: featureBits(
+    ...[0, FeatureBit.version1, FeatureBit.ringIndirectDesc, FeatureBit.ringEventIdx, FeatureBit.vhostLogAll],
+  ),
+  protocolFeatures: featureBits(
+    ...[MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS],
+    ...[PRESETUP, EXTEND_STATUS],
+  ),
   queues: 4,
 };
+
+/** Messages that change something. */
+const LOSES_TRACKING = 25;
 
 /** A whole session with a mock VF; fails where it does not end, or leaves anything behind. */
 async function session(talk: (connection: OwnedFd, pool: FdPool) => Promise<unknown>): Promise<void> {
@@ -28,13 +37,18 @@ async function session(talk: (connection: OwnedFd, pool: FdPool) => Promise<unkn
   {
     using pool = new FdPool();
     const [ours, theirs] = socketPair();
-    const target = new MockTarget();
+    const target = new MockTarget({ dirtyTracking: true, presetup: true });
+    // Now and then it stops to mark what it writes.
+    target.onCheckpoint = () => {
+      if (target.checkpoints % LOSES_TRACKING === 0) target.loseTracking(new Error("the device has lost its log"));
+    };
     const ended = new Session(ours, target, { log: silentLogger }).run();
     await talk(theirs, pool);
     const end = await Deadline.after(10_000, "end of the session").race(ended);
     expect(end.reason).not.toBe("");
     expect(target.mapped).toEqual([]);
     expect(target.running).toBeUndefined();
+    expect(target.tracking).toBeUndefined();
   }
   expect(liveFds()).toBe(before);
 }

@@ -9,6 +9,8 @@ import { type AdminDiscovery, openAdmin } from "../../src/virtio/admin/open-admi
 import {
   ADMIN_HEADER,
   AdminClass,
+  DirtyPagesCommand,
+  type DirtyPagesCommandName,
   MigrationCommand,
   type MigrationCommandName,
   VDEV_DATA,
@@ -18,12 +20,15 @@ import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import { VirtioPciDevice } from "../../src/virtio/pci-device.ts";
 import { type FakeChain, FakeDeviceRing, FakeDma } from "./fake-dma.ts";
 import { FakeFunction, type FakeFunctionOptions } from "./fake-function.ts";
+import { answerOfTracking } from "./fake-tracking.ts";
 import { FakeVf, honestAnswer } from "./fake-vf.ts";
 
 const PF_FEATURES = featureBits(FeatureBit.accessPlatform, FeatureBit.adminVq);
 const TIMEOUT = 5000;
 /** The size of the file is sealed. */
 const EPERM = 1;
+
+export type FakeCommandName = MigrationCommandName | DirtyPagesCommandName;
 
 /** A command as the device has taken it off the ring. */
 export interface FakeCommand {
@@ -32,7 +37,7 @@ export interface FakeCommand {
   readonly class: number;
   readonly command: number;
   /** undefined for a command of another class, or one that there is not. */
-  readonly name: MigrationCommandName | undefined;
+  readonly name: FakeCommandName | undefined;
   readonly vdevId: number;
   readonly data: Uint8Array;
   readonly payload: Uint8Array;
@@ -67,7 +72,8 @@ export class FakeAdmin implements AsyncDisposable {
   interrupts = true;
   readonly domain: DmaDomain;
   readonly queue: number;
-  private readonly dma = new FakeDma();
+  /** Memory as it reaches it. */
+  readonly dma = new FakeDma();
   private readonly ring: FakeDeviceRing;
   private readonly routes = new Map<number, OwnedFd>();
   private opened: VendorAdmin | undefined;
@@ -112,11 +118,23 @@ export class FakeAdmin implements AsyncDisposable {
 
   /** What a device does that keeps to the specification and has these VFs. */
   honest(command: FakeCommand): FakeAnswer {
-    return honestAnswer(this.vfs, command);
+    return command.class === AdminClass.dirtyPages
+      ? answerOfTracking(this.vfs, command, this.dma)
+      : honestAnswer(this.vfs, command);
+  }
+
+  /** A VF writes these pages: it marks them where it was told to, if it was. */
+  write(vdevId: number, ...pages: number[]): void {
+    this.vfs[vdevId - 1]!.tracking?.write(pages, this.dma);
+  }
+
+  /** What is mapped for the PF, beside its admin queue. */
+  get maps(): number {
+    return this.dma.files.length - 1;
   }
 
   /** Commands of one name that were taken, of one VF where said. */
-  commands(name: MigrationCommandName, vdevId?: number): FakeCommand[] {
+  commands(name: FakeCommandName, vdevId?: number): FakeCommand[] {
     return this.seen.filter((one) => one.name === name && (vdevId === undefined || one.vdevId === vdevId));
   }
 
@@ -166,12 +184,10 @@ export class FakeAdmin implements AsyncDisposable {
     const status = writable.at(-1);
     const result = writable.length > 1 ? writable[0] : undefined;
     const number = ADMIN_HEADER.read(header);
-    const names = Object.entries(MigrationCommand) as [MigrationCommandName, number][];
-    const found = names.find(([, value]) => value === number.command)?.[0];
     const command: FakeCommand = {
       head,
       ...number,
-      name: number.class === AdminClass.migration ? found : undefined,
+      name: nameOf(number),
       vdevId: data.length < VDEV_DATA.size ? 0 : VDEV_DATA.read(data).vdevId,
       data,
       payload,
@@ -192,6 +208,12 @@ export class FakeAdmin implements AsyncDisposable {
     const eventfd = this.routes.get(this.fn.queues[this.queue]!.vector);
     if (this.interrupts && eventfd !== undefined) signalEventfd(eventfd.number);
   }
+}
+
+function nameOf(number: { readonly class: number; readonly command: number }): FakeCommandName | undefined {
+  const known = { [AdminClass.migration]: MigrationCommand, [AdminClass.dirtyPages]: DirtyPagesCommand }[number.class];
+  const names = Object.entries(known ?? {}) as [FakeCommandName, number][];
+  return names.find(([, value]) => value === number.command)?.[0];
 }
 
 /** Why the queue is dead, or undefined. */

@@ -15,6 +15,7 @@ import {
 import { Status } from "../../src/virtio/features.ts";
 import type { FakeAnswer, FakeCommand } from "./fake-admin.ts";
 import type { FakeFunction } from "./fake-function.ts";
+import type { FakeTracking } from "./fake-tracking.ts";
 
 /** A VF as its PF manages it. Give it the registers of the VF where they matter. */
 export class FakeVf {
@@ -24,6 +25,8 @@ export class FakeVf {
   state: VendorState | undefined;
   /** Bytes that it saves instead. */
   blob: Uint8Array | undefined;
+  /** While the pages that it writes are marked. */
+  tracking: FakeTracking | undefined;
   /** Statuses that were asked for and taken, in order. */
   readonly steps: InternalStatusName[] = [];
   /** Every state that was restored. */
@@ -102,9 +105,12 @@ export function honestAnswer(
     }
     case "restore":
       return { status: vf.restore(Number(TRANSFER_DATA.read(data).offset), payload) };
+    default:
+      return { status: refused(AdminStatus.invalidCommand) };
   }
 }
 
-function refused(code: number): number {
+/** A status that says not to try again. */
+export function refused(code: number): number {
   return code | ADMIN_DO_NOT_RETRY;
 }

@@ -2,6 +2,7 @@ import type { DmaRange } from "../../src/pci/address-space.ts";
 import type { DeviceClass } from "../../src/plugin.ts";
 import type { DoorbellShare, RingEventfds, SessionTarget } from "../../src/vhost-user/target.ts";
 import type { DeviceState } from "../../src/virtio/device-state.ts";
+import type { Tracking } from "../../src/virtio/dirty-log.ts";
 import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import type { FreezeMode } from "../../src/virtio/mover.ts";
 import { availIndex, type RingMemory } from "../../src/virtio/split-ring.ts";
@@ -13,6 +14,9 @@ export interface MockTargetOptions {
   readonly queueSizeMax?: number;
   readonly config?: Uint8Array;
   readonly doorbellShare?: SessionTarget["doorbellShare"];
+  /** false unless said. */
+  readonly dirtyTracking?: boolean;
+  readonly presetup?: boolean;
 }
 
 /** A class of no particular device, with one field that can be written. */
@@ -38,6 +42,8 @@ const MOCK_FEATURES = featureBits(
 
 type Operation =
   | "start"
+  | "prepare"
+  | "track"
   | "stop"
   | "reset"
   | "release"
@@ -57,7 +63,14 @@ export class MockTarget implements SessionTarget {
   readonly deviceClass: DeviceClass;
   readonly deviceFeatures: bigint;
   readonly queues: number;
-  readonly dirtyTracking = false;
+  readonly dirtyTracking: boolean;
+  readonly presetup: boolean;
+  /** What it marks pages for now. */
+  tracking: Tracking | undefined;
+  /** What it was prepared with, until it is started or reset. */
+  prepared: DeviceState | undefined;
+  /** Has the session told that not all is marked any more. */
+  loseTracking: (error: Error) => void = () => {};
   /** One line a call, in order: "map 0x0+0x100000", "setKick 1 off". */
   readonly calls: string[] = [];
   readonly mapped: DmaRange[] = [];
@@ -82,6 +95,8 @@ export class MockTarget implements SessionTarget {
     this.deviceClass = options.deviceClass ?? mockDeviceClass;
     this.deviceFeatures = options.deviceFeatures ?? MOCK_FEATURES;
     this.queues = options.queues ?? 4;
+    this.dirtyTracking = options.dirtyTracking ?? false;
+    this.presetup = options.presetup ?? false;
     this.sizeMax = options.queueSizeMax ?? 256;
     if (options.doorbellShare !== undefined) this.doorbellShare = options.doorbellShare;
     this.config = options.config ?? Uint8Array.of(1, 2, 3, 4, 5, 6, 7, 8, 9, 10);
@@ -112,10 +127,28 @@ export class MockTarget implements SessionTarget {
     this.mapped.splice(index, 1);
   }
 
+  async prepare(wanted: DeviceState): Promise<void> {
+    await this.note("prepare", wanted.queues.map(({ index, lastAvail }) => `${index}@${lastAvail}`).join(" "));
+    this.prepared = wanted;
+  }
+
+  async track(wanted: Tracking | undefined): Promise<void> {
+    await this.note(
+      "track",
+      wanted === undefined ? "off" : `${wanted.log.size} bytes, end 0x${wanted.end.toString(16)}`,
+    );
+    this.tracking = wanted;
+  }
+
+  onTrackingLost(handler: (error: Error) => void): void {
+    this.loseTracking = handler;
+  }
+
   async start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
     if (this.running !== undefined) throw new Error("started twice");
     await this.note("start", wanted.queues.map(({ index, lastAvail }) => `${index}@${lastAvail}`).join(" "));
     this.running = wanted;
+    this.prepared = undefined;
     this.eventfds = new Map(eventfds);
     this.onStart();
   }
@@ -137,11 +170,13 @@ export class MockTarget implements SessionTarget {
   async reset(): Promise<void> {
     await this.note("reset");
     this.running = undefined;
+    this.prepared = undefined;
   }
 
   async release(): Promise<void> {
     await this.note("release");
     this.running = undefined;
+    this.prepared = undefined;
   }
 
   async enable(queues: ReadonlySet<number>, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {

@@ -2,7 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { readdirSync, readFileSync, readlinkSync } from "node:fs";
 import { Deadline } from "../../src/base/deadline.ts";
 import { VhostdError } from "../../src/base/errors.ts";
-import { MANUAL_OPERATIONS } from "../../src/daemon/registry.ts";
+import { MANUAL_OPERATIONS } from "../../src/daemon/manual-operations.ts";
 import { liveFds } from "../../src/native/fd.ts";
 import { MemoryKeeper } from "../kit/memory-keeper.ts";
 import { RegistryLab, type RegistryLabOptions } from "../kit/registry-lab.ts";

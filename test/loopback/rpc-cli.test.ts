@@ -76,7 +76,7 @@ describe("the commands of the existing stack", () => {
     [["vf", "-i", "5a:00.1"], 1003],
     [["vf", "-d", "-o", "6", "5a:00.1"], 1003],
     [["vf", "-d", "5a:00.1"], 1007],
-    [["vf", "-d", "-o", "5", "5a:00.1"], 95],
+    [["vf", "-d", "-o", "5", "5a:00.1"], 1003],
   ];
   for (const [args, number] of failures) {
     test(`${args.join(" ")}: error ${number} on both outputs`, async () => {

@@ -5,6 +5,9 @@ import {
   LOG_DESCRIPTION,
   MEM_TABLE,
   MEMORY_REGION,
+  PRESETUP_BEGIN,
+  PRESETUP_END,
+  ProtocolFeature,
   Request,
   SINGLE_REGION_PADDING,
   SINGLE_REGION_SIZE,
@@ -13,6 +16,7 @@ import {
   VRING_NO_FD,
   VRING_STATE,
 } from "../../../src/vhost-user/messages.ts";
+import { FeatureBit, featureBits, hasFeature } from "../../../src/virtio/features.ts";
 import {
   type FdKind,
   type FuzzedMessage,
@@ -32,6 +36,7 @@ export interface Offered {
   readonly queues: number;
 }
 
+const LOG_ALL = featureBits(FeatureBit.vhostLogAll);
 const REGIONS = 4;
 const RING_SIZE = 64;
 /** Answered at any time: shows how far the back-end has come. */
@@ -81,6 +86,8 @@ class Knowledge {
   readonly sized = new Set<number>();
   readonly placed = new Set<number>();
   readonly kicked = new Set<number>();
+  /** An early set-up has begun. */
+  preparing = false;
 
   /** A device may run on the rings that were kicked. */
   get complete(): boolean {
@@ -107,6 +114,7 @@ const RING_REGION = 0;
 const ringPlace = (index: number) => index * 0x4000;
 
 function proposals({ features, protocolFeatures, queues }: Offered) {
+  const isStatus = (value: number) => value <= 0xff || hasFeature(protocolFeatures, ProtocolFeature.EXTEND_STATUS);
   return {
     question: (request: number): Proposal => ({ message: message(request) }),
     negotiatedQuestion: (request: number): Proposal => ({ message: message(request), fits: negotiated }),
@@ -116,8 +124,8 @@ function proposals({ features, protocolFeatures, queues }: Offered) {
         known.negotiated = true;
       },
     }),
-    features: (): Proposal => ({
-      message: message(Request.SET_FEATURES, u64(features)),
+    features: (logging = false): Proposal => ({
+      message: message(Request.SET_FEATURES, u64(logging ? features : features & ~LOG_ALL)),
       sent: (known) => {
         known.features = true;
       },
@@ -171,12 +179,13 @@ function proposals({ features, protocolFeatures, queues }: Offered) {
     }),
     status: (value: number): Proposal => ({
       message: message(Request.SET_STATUS, u64(value)),
-      fits: (known) => known.negotiated && ((value & 4) === 0 || known.complete),
+      fits: (known) => known.negotiated && isStatus(value) && ((value & 4) === 0 || known.complete),
     }),
     reset: (): Proposal => ({
       message: message(Request.RESET_DEVICE),
       fits: negotiated,
       sent: (known) => {
+        known.preparing = false;
         for (let index = 0; index < queues; index++) known.stopped(index);
       },
     }),
@@ -192,16 +201,34 @@ function proposals({ features, protocolFeatures, queues }: Offered) {
       message: message(Request.SET_BACKEND_REQ_FD, NOTHING, ["socket"]),
       fits: negotiated,
     }),
-    log: (): Proposal => ({
-      message: message(Request.SET_LOG_BASE, LOG_DESCRIPTION.encode({ size: REGION_SIZE, offset: 0 }), ["memory"]),
+    log: (size: number, offset: number, kind: FdKind): Proposal => ({
+      message: message(Request.SET_LOG_BASE, LOG_DESCRIPTION.encode({ size, offset }), [kind]),
+    }),
+    earlySetup: (begins: boolean): Proposal => ({
+      message: message(Request.PRESETUP, u64(begins ? PRESETUP_BEGIN : PRESETUP_END)),
+      fits: (known) => {
+        const possible = begins ? !known.preparing && known.kicked.size === 0 : known.preparing;
+        return known.negotiated && hasFeature(protocolFeatures, ProtocolFeature.PRESETUP) && possible;
+      },
+      sent: (known) => {
+        known.preparing = begins;
+        if (!begins) for (let index = 0; index < queues; index++) known.stopped(index);
+      },
     }),
     logFd: (kind: FdKind): Proposal => ({ message: message(Request.SET_LOG_FD, NOTHING, [kind]) }),
   };
 }
 
 /** How each session begins: as far as this, correctly. */
-const BEGINNINGS = ["connected", "negotiated", "memory", "running"] as const;
+const BEGINNINGS = ["connected", "negotiated", "memory", "prepared", "running", "logging"] as const;
 type Beginning = (typeof BEGINNINGS)[number];
+
+/** Of those that have a device run; what was not offered is left out. */
+function furthest({ features, protocolFeatures }: Offered): Beginning[] {
+  const early = hasFeature(protocolFeatures, ProtocolFeature.PRESETUP) ? (["prepared"] as const) : [];
+  const logged = hasFeature(features, FeatureBit.vhostLogAll) ? (["logging"] as const) : [];
+  return ["running", ...early, ...logged];
+}
 
 function beginning(as: Beginning, offered: Offered): Proposal[] {
   const the = proposals(offered);
@@ -213,13 +240,21 @@ function beginning(as: Beginning, offered: Offered): Proposal[] {
     the.ringFd(Request.SET_VRING_CALL, index, "eventfd"),
   ]);
   const enabled = Array.from({ length: offered.queues }, (_, index) => the.enable(index, 1));
+  const early = [0, 1].flatMap((index) => [
+    the.ringSize(index),
+    the.ringAddresses(index),
+    the.ringFd(Request.SET_VRING_KICK, index, undefined),
+  ]);
   const steps: Readonly<Record<Beginning, readonly Proposal[]>> = {
     connected: [],
     negotiated: [the.question(Request.GET_PROTOCOL_FEATURES), the.protocol(), the.question(Request.SET_OWNER)],
     memory: [the.addRegion(0, "memory"), the.addRegion(1, "memory")],
+    prepared: [the.earlySetup(true), the.features(), ...early, the.earlySetup(false)],
     running: [the.features(), the.status(0x8), ...rings, ...enabled, the.status(0xf)],
+    logging: [the.log(4096, 0, "memory"), the.features(true)],
   };
-  return BEGINNINGS.slice(0, BEGINNINGS.indexOf(as) + 1).flatMap((step) => steps[step]);
+  const upTo = BEGINNINGS.slice(0, BEGINNINGS.indexOf(as) + 1);
+  return upTo.filter((step) => step !== "prepared" || as === step).flatMap((step) => steps[step]);
 }
 
 function anyProposal(offered: Offered): fc.Arbitrary<Proposal> {
@@ -230,6 +265,8 @@ function anyProposal(offered: Offered): fc.Arbitrary<Proposal> {
   const slot = fc.nat(REGIONS - 1);
   const memory = fc.constantFrom<FdKind>("memory", "memory", "memory", "cut memory");
   const signal = fc.constantFrom<FdKind | undefined>("eventfd", "eventfd", "eventfd", "full eventfd", undefined);
+  // All, enough for all regions, too small for some of them.
+  const logSize = fc.constantFrom(REGION_SIZE, REGION_SIZE, 4096, 4096, 40);
   const ringFd = fc.constantFrom(Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR);
   const weighted: [number, fc.Arbitrary<Proposal>][] = [
     [60, fc.constantFrom(GET_FEATURES, GET_PROTOCOL_FEATURES, SET_OWNER).map(the.question)],
@@ -241,17 +278,19 @@ function anyProposal(offered: Offered): fc.Arbitrary<Proposal> {
     [20, fc.tuple(ringFd, ring, signal).map(([request, index, kind]) => the.ringFd(request, index, kind))],
     [4, ring.map(the.stopRing)],
     [20, fc.constant(the.features())],
+    [10, fc.constant(the.features(true))],
     [20, fc.constant(the.protocol())],
     [50, fc.tuple(fc.nat(60), fc.nat(12)).map(([offset, length]) => the.readConfig(offset, length))],
     [4, fc.constant(the.writeConfig())],
     [1, fc.constant(the.reset())],
     [1, fc.constant(the.question(RESET_OWNER))],
     [2, fc.constant(the.backChannel())],
-    [3, fc.constantFrom(0, 1, 3, 8, 0xb, 0xf).map(the.status)],
+    [3, fc.constantFrom(0, 1, 3, 8, 0xb, 0xf, 0x10f).map(the.status)],
     [3, fc.tuple(slot, memory).map(([index, kind]) => the.addRegion(index, kind))],
     [3, slot.map(the.removeRegion)],
     [1, fc.tuple(fc.subarray([0, 1, 2, 3]), memory).map(([slots, kind]) => the.memoryTable(slots, kind))],
-    [2, fc.constant(the.log())],
+    [6, fc.tuple(logSize, fc.constantFrom(0, 0, 4096), memory).map((values) => the.log(...values))],
+    [15, fc.boolean().map(the.earlySetup)],
     [2, fc.constantFrom<FdKind>("eventfd", "full eventfd").map(the.logFd)],
   ];
   return fc.oneof(...weighted.map(([weight, arbitrary]) => ({ weight, arbitrary })));
@@ -298,7 +337,7 @@ export function fuzzedSessions(
   const begin = fc
     .tuple(
       fc.oneof(
-        { weight: running, arbitrary: fc.constant<Beginning>("running") },
+        { weight: running, arbitrary: fc.constantFrom(...furthest(offered)) },
         { weight: 100 - running, arbitrary: fc.constantFrom<Beginning>("connected", "negotiated", "memory", "memory") },
       ),
       fc.constantFrom(...SHUFFLES),

@@ -16,12 +16,14 @@ export interface StackOptions {
   readonly deviceClass?: string;
   /** How many; 1 unless said. */
   readonly vfs?: number;
-  /** Option of the class: virtqueues of each VF, or whatever it counts. */
-  readonly queues: number;
+  /** Option of the class: virtqueues of each VF, or whatever it counts. 1 unless said. */
+  readonly queues?: number;
   /** Disk image of the VFs, where their class has one. */
   readonly disk?: string;
   /** `vendor` unless said. */
   readonly migration?: Migration;
+  /** vfe-softvf's configuration file, in place of all of these. The first of its PFs is to have the address of this stack's. */
+  readonly config?: string;
   /** More options of vfe-softvf. */
   readonly softvf?: readonly string[];
   /** Words in front of vfe-softvf's command: those of a network namespace, say. */
@@ -50,15 +52,13 @@ export class Stack implements AsyncDisposable {
 
   /** Starts the software PF; the daemon is started apart. */
   static async start(options: StackOptions): Promise<Stack> {
-    const { deviceClass = "blk", vfs = 1, queues, disk, migration = "vendor" } = options;
     const runtime = join(options.directory, "softvf");
     const softvf = new Child(
       [
         ...(options.prefix ?? []),
         ...program("vfe-softvf"),
-        ...["--pf", PF, "--class", deviceClass, "--vfs", `${vfs}`, "--queues", `${queues}`],
-        ...(disk === undefined ? [] : ["--disk", disk]),
-        ...["--migration", migration, "--runtime-dir", runtime, ...(options.softvf ?? [])],
+        ...(options.config === undefined ? functionOptions(options) : ["--config", options.config]),
+        ...["--runtime-dir", runtime, ...(options.softvf ?? [])],
       ],
       { name: "vfe-softvf", log: join(options.directory, "softvf.log") },
     );
@@ -168,6 +168,19 @@ export class Stack implements AsyncDisposable {
     const [text, errors, code] = await Promise.all([child.stdout.text(), child.stderr.text(), child.exited]);
     return { code, output: text + errors };
   }
+}
+
+function functionOptions({
+  deviceClass = "blk",
+  vfs = 1,
+  queues = 1,
+  disk,
+  migration = "vendor",
+}: StackOptions): string[] {
+  return [
+    ...["--pf", PF, "--class", deviceClass, "--vfs", `${vfs}`, "--queues", `${queues}`, "--migration", migration],
+    ...(disk === undefined ? [] : ["--disk", disk]),
+  ];
 }
 
 function program(name: string): string[] {

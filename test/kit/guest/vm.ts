@@ -1,4 +1,5 @@
 import { join } from "node:path";
+import { type Qemu, SYSTEM_QEMU } from "../machine/qemu.ts";
 import type { Accelerator } from "./accelerator.ts";
 import { Child } from "./child.ts";
 import { Qmp } from "./qmp.ts";
@@ -37,6 +38,8 @@ export interface VmOptions {
   /** Of its files, and in errors. */
   readonly name: string;
   readonly accelerator: Accelerator;
+  /** The installed one unless said. */
+  readonly qemu?: Qemu;
   readonly processors?: number;
   /** MiB, shared with the back-end as a memfd. */
   readonly memory?: number;
@@ -59,8 +62,9 @@ export class Vm implements AsyncDisposable {
     private readonly consolePath: string,
   ) {
     this.qmp = qmp;
-    const path = join(options.directory, `${options.name}.log`);
-    this.qemu = new Child(["qemu-system-x86_64", ...this.commandLine()], { name: `QEMU ${options.name}`, log: path });
+    const log = join(options.directory, `${options.name}.log`);
+    const { command, environment } = options.qemu ?? SYSTEM_QEMU;
+    this.qemu = new Child([...command, ...this.commandLine()], { name: `QEMU ${options.name}`, log, environment });
     this.qemu.exited.then((how) => qmp.fail(new Error(`QEMU ended (${how}): ${this.qemu.tail()}`)));
   }
 
