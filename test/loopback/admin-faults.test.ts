@@ -30,9 +30,9 @@ type Command = keyof typeof COMMANDS;
 
 /** What needs which commands. */
 const MOMENTS = {
-  start: ["status", "modify", "restore"],
+  start: ["modify", "restore"],
   stop: ["status", "modify", "pending", "save"],
-  hangUp: ["status", "modify", "pending", "save"],
+  hangUp: ["modify", "pending", "save"],
 } as const satisfies Readonly<Record<string, readonly Command[]>>;
 type Moment = keyof typeof MOMENTS;
 

@@ -29,9 +29,13 @@ function expectedFeatures({ added = [], hidden = [] }: LoadedSubject, device: bi
   return ofClass | (device & SHARED_BITS) | featureBits(FeatureBit.vhostUserProtocolFeatures);
 }
 
-/** @throws Error naming the bits where a guest is offered other features */
-export function checkOffered(subject: LoadedSubject, device: bigint, offered: bigint): void {
-  const expected = expectedFeatures(subject, device);
+/**
+ * @param logged the front-end can have the pages marked that the device writes
+ * @throws Error naming the bits where a guest is offered other features
+ */
+export function checkOffered(subject: LoadedSubject, device: bigint, offered: bigint, logged = false): void {
+  const logging = logged ? featureBits(FeatureBit.vhostLogAll) : 0n;
+  const expected = expectedFeatures(subject, device) | logging;
   const named = (bits: bigint) => describeFeatures(bits, subject.deviceClass.features.names).join(", ");
   const leaking = offered & ~expected;
   demand(

@@ -60,7 +60,8 @@ async function isOffered(subject: LoadedSubject, mover: Mover): Promise<void> {
   using frontend = lab.dial();
   await frontend.negotiate();
   const info = lab.registry.vfInfo(lab.vf);
-  checkOffered(subject, info.device_feature, await frontend.askU64(Request.GET_FEATURES));
+  const offered = await frontend.askU64(Request.GET_FEATURES);
+  checkOffered(subject, info.device_feature, offered, mover.mover === "vendor");
 
   const size = configSize(configSpace);
   const whole = (await frontend.getConfig(0, size)) ?? null;
