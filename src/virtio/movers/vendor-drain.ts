@@ -58,7 +58,8 @@ async function firstFreeze(steps: InternalSteps, task: DrainTask, deadline: Dead
   try {
     await steps.freeze(deadline.before(kept));
   } catch (cause) {
-    if (!isImpatience(cause)) throw cause;
+    // Behind a command that is never answered nothing else is either.
+    if (!isImpatience(cause) || steps.blocked) throw cause;
     const reason = await save(deadline)
       .then((saved) => undrained(rewound(saved, memory, host.deviceClass), memory, modeOf))
       .catch(() => undefined);

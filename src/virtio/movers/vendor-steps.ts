@@ -19,6 +19,11 @@ export class InternalSteps implements ManualControl {
     private readonly name: string,
   ) {}
 
+  /** A command that may still alter it was not answered, or nothing is any more. */
+  get blocked(): boolean {
+    return this.admin.obstacle(this.vdevId) !== undefined;
+  }
+
   status(deadline: Deadline): Promise<InternalStatusName> {
     return this.admin.status(this.vdevId, deadline);
   }

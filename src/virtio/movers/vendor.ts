@@ -153,13 +153,27 @@ export class VendorMover implements StateMover {
     using _alone = this.tracking.hold();
     const isFrozen = this.registers === undefined && this.current.kind === "frozen";
     const registers = isFrozen ? undefined : this.fallback();
+    if (registers !== undefined) return await this.freezeBy(registers, memory, mode, deadline);
     const { current } = this;
-    if (registers === undefined) {
-      if (current.kind === "running") return await this.stop(current.state, memory, () => mode, deadline);
-      if (current.kind !== "frozen") throw this.notRunning();
-      await this.tracking.finish(deadline);
-      return current.state;
+    if (current.kind === "running") {
+      try {
+        return await this.stop(current.state, memory, () => mode, deadline);
+      } catch (error) {
+        // A command that may still alter it was never answered: its registers are left, and some time.
+        const left = deadline.expired ? undefined : this.fallback();
+        if (left === undefined) throw error;
+        this.host.log(`it is stopped by its registers, because its PF does not do it: ${asError(error).message}`);
+        return await this.freezeBy(left, memory, mode, deadline).catch((second) => {
+          throw error instanceof VhostdError ? withMore(error, `: ${asError(second).message}`) : error;
+        });
+      }
     }
+    if (current.kind !== "frozen") throw this.notRunning();
+    await this.tracking.finish(deadline);
+    return current.state;
+  }
+
+  private async freezeBy(registers: RegistersMover, memory: RingMemory, mode: FreezeMode, deadline: Deadline) {
     const state = await registers.freeze(memory, mode, deadline);
     await this.tracking.finish(deadline);
     return state;

@@ -69,3 +69,23 @@ test("queues that were disabled are no surprise, and stand where they were used 
     ],
   });
 });
+
+test("one whose PF does not answer when it is to be frozen is stopped by its registers, and goes on", async () => {
+  const { pf, mover, rings, vf, host } = await setUp(2, { receives: (queue) => queue === 0 });
+  await mover.configure(wantedState(2, 5), soon());
+  vf.state = toVendorState(wantedState(2, 5), host, 0);
+  rings.set(0, { available: 90, used: 30 });
+  rings.set(1, { available: 12, used: 12 });
+  pf.answer = (asked) => (asked.name === "modifyStatus" ? "silence" : pf.honest(asked));
+  const asked = pf.commands("modifyStatus").length;
+  const state = await mover.freeze(rings, "drained", soon(400));
+  expect(pf.commands("modifyStatus").length).toBe(asked + 1);
+  expect(state.queues.map(({ lastAvail, lastUsed }) => [lastAvail, lastUsed])).toEqual([
+    [30, 30],
+    [12, 12],
+  ]);
+  const restored = vf.restored.length;
+  await mover.configure(state, soon());
+  expect(mover.snapshot().kind).toBe("running");
+  expect(vf.restored.length).toBe(restored);
+});
