@@ -41,6 +41,8 @@ const LARGE_PAGE = 0x80n;
 const ADDRESS = 0x000f_ffff_ffff_f000n;
 const ENTRIES = 512;
 const PAGE = 4096;
+/** Walks of tables that change meanwhile. */
+const TRIES = 100;
 
 /**
  * The translation tables of the machine's IOMMU as the IOMMU itself sees them: read out of the machine's memory by the
@@ -61,15 +63,19 @@ export class IommuView {
 
   /** What the IOMMU translates for a function, bus master or not. */
   async translation(address: string): Promise<Translation> {
-    const tables = await this.tablesOf(address);
-    if (typeof tables === "string") return { kind: tables };
-    const ranges: TranslatedRange[] = [];
-    await this.walk(tables.root, tables.levels, 0, (start, end) => {
-      const last = ranges.at(-1);
-      if (last?.end === start) ranges[ranges.length - 1] = { start: last.start, end };
-      else ranges.push({ start, end });
-    });
-    return ranges.length === 0 ? { kind: "nothing" } : { kind: "ranges", ranges };
+    for (let tries = 0; tries < TRIES; tries++) {
+      const tables = await this.tablesOf(address);
+      if (typeof tables === "string") return { kind: tables };
+      const ranges: TranslatedRange[] = [];
+      const steady = await this.walk(tables.root, tables.levels, 0, (start, end) => {
+        const last = ranges.at(-1);
+        if (last?.end === start) ranges[ranges.length - 1] = { start: last.start, end };
+        else ranges.push({ start, end });
+      });
+      if (!steady || !Bun.deepEquals(await this.tablesOf(address), tables)) continue;
+      return ranges.length === 0 ? { kind: "nothing" } : { kind: "ranges", ranges };
+    }
+    throw new Error(`the tables of ${address} were others each of ${TRIES} times that they had been read`);
   }
 
   /**
@@ -123,20 +129,48 @@ export class IommuView {
     return { root: Number(low & ADDRESS), levels: Number(high & 7n) + LEVELS_BEYOND_WIDTH };
   }
 
-  private async walk(table: number, level: number, base: number, found: (start: number, end: number) => void) {
+  /**
+   * @returns false where a table was taken out of the tree while it was read: it may have been anything by then. The kernel
+   * clears what leads to a table before it gives the table back
+   */
+  private async walk(
+    table: number,
+    level: number,
+    base: number,
+    found: (start: number, end: number) => void,
+  ): Promise<boolean> {
     const size = PAGE * ENTRIES ** (level - 1);
-    const entries = await this.words(table, ENTRIES);
+    const entries = await this.tryWords(table, ENTRIES);
+    if (entries === undefined) return false;
+    const below: number[] = [];
     for (const [index, entry] of entries.entries()) {
       if ((entry & READ_WRITE) === 0n) continue;
       const start = base + index * size;
-      if (level === 1 || (entry & LARGE_PAGE) !== 0n) found(start, start + size);
-      else await this.walk(Number(entry & ADDRESS), level - 1, start, found);
+      if (level === 1 || (entry & LARGE_PAGE) !== 0n) {
+        found(start, start + size);
+        continue;
+      }
+      below.push(index);
+      if (!(await this.walk(Number(entry & ADDRESS), level - 1, start, found))) return false;
     }
+    if (below.length === 0) return true;
+    const now = await this.tryWords(table, ENTRIES);
+    return (
+      now !== undefined && below.every((index) => ((now[index]! ^ entries[index]!) & (ADDRESS | READ_WRITE)) === 0n)
+    );
   }
 
   /** Little-endian words of physical memory. "g": of 8 bytes, "w": of 4. */
   private async words(address: number, count: number, unit: "g" | "w" = "g"): Promise<bigint[]> {
+    const words = await this.tryWords(address, count, unit);
+    if (words === undefined) throw new Error(`the machine has no memory at 0x${address.toString(16)}`);
+    return words;
+  }
+
+  /** undefined where the machine has no memory there. */
+  private async tryWords(address: number, count: number, unit: "g" | "w" = "g"): Promise<bigint[] | undefined> {
     const text = await this.monitor(`xp /${count}${unit}x 0x${address.toString(16)}`);
+    if (text.includes("Cannot access memory")) return undefined;
     const words = text
       .split("\n")
       .flatMap((line) => line.slice(line.indexOf(":") + 1).match(/0x[0-9a-f]+/g) ?? [])
