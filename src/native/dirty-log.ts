@@ -9,6 +9,11 @@ const PIECE = 1 << 20;
 /** How a map says which pages were written: a bit each, or a byte each that is not 0. */
 export type MapForm = "bitmap" | "bytemap";
 
+/** Bytes of map for so many pages. */
+export function mapBytes(form: MapForm, pages: number): number {
+  return form === "bitmap" ? Math.ceil(pages / 8) : pages;
+}
+
 /** A shared mapping of a file that is no longer than the file, so that nothing behind it is touched. */
 class SharedBytes implements Disposable {
   private held: number | undefined;

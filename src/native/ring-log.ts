@@ -1,9 +1,7 @@
 import type { Deadline } from "../base/deadline.ts";
 import { VhostdError } from "../base/errors.ts";
 import { checkInteger, checkSize } from "./arguments.ts";
-
-/** How a page is marked: bit n % 8 of byte n / 8 of the map is set, or byte n is 1. */
-export type LogMap = "bitmap" | "bytemap";
+import { type MapForm, mapBytes } from "./dirty-log.ts";
 
 /** Memory whose pages are marked, as the function addresses it. Bytes; all are multiples of the page size. */
 export interface LogRange {
@@ -22,9 +20,9 @@ export interface LogPlace {
 /** The part of native/ring/ring-napi.cc that is about marking pages. */
 export interface NativeRingLog {
   /** @param lender with `places`: another NativeRingLog */
-  startLog(map: LogMap, address: number, length: number, pageSize: number): string;
+  startLog(map: MapForm, address: number, length: number, pageSize: number): string;
   startLog(
-    map: LogMap,
+    map: MapForm,
     address: number,
     length: number,
     pageSize: number,
@@ -46,10 +44,9 @@ export interface RingLogHost {
   turn(operation: () => void, deadline: Deadline): Promise<void>;
 }
 
-/** Bytes of map for that many pages. */
-export function mapSize(map: LogMap, { length, pageSize }: LogRange): number {
-  const pages = length / pageSize;
-  return map === "bitmap" ? Math.ceil(pages / 8) : pages;
+/** Bytes of a map of that memory. */
+export function mapSize(form: MapForm, { length, pageSize }: LogRange): number {
+  return mapBytes(form, length / pageSize);
 }
 
 /**
@@ -69,7 +66,7 @@ export class RingLog {
    * @throws VhostdError invalid where that is not mapped and writable; timedOut; cancelled where it is not wanted
    */
   async start(
-    map: LogMap,
+    map: MapForm,
     range: LogRange,
     lent: { readonly places: readonly LogPlace[]; readonly from: RingLog } | undefined,
     wanted: () => boolean,

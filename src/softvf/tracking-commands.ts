@@ -7,13 +7,14 @@ import {
   START_TRACKING_DATA,
   TRACKED_RANGE_DATA,
   TRACKING_IDENTITY_RESULT,
+  TRACKING_KIND,
   TRACKING_MAP_PIECE,
   TrackingMode,
   type TrackingModeName,
 } from "../virtio/admin/vendor.ts";
 import { AdminError } from "./admin-error.ts";
 import { needRoom, readData } from "./command-data.ts";
-import { kindOf, type TrackingPlan, type VfTracker } from "./vf-tracker.ts";
+import type { TrackingPlan, VfTracker } from "./vf-tracker.ts";
 
 /** Answered to trackingIdentity. A report of that many pages has 512 KiB, whatever the mode. */
 const LIMITS = { log2PagesPullBitmap: 22, log2PagesPullBytemap: 19, rangesMax: 256 } as const;
@@ -115,8 +116,8 @@ function decodePlan(start: Start, data: Uint8Array, modes: ReadonlySet<TrackingM
     throw new AdminError("error", `mode ${mode ?? start.mode} is not offered; ${[...modes].join(", ")}`);
   }
   const range = decodeRange(start);
-  const { map, push } = kindOf(mode);
-  const needed = mapSize(map, range);
+  const { form, push } = TRACKING_KIND[mode];
+  const needed = mapSize(form, range);
   if (!push) {
     const pages = range.length / range.pageSize;
     if (pages > PULL_PAGES_MAX) throw new AdminError("error", `${pages} pages to be kept; at most ${PULL_PAGES_MAX}`);

@@ -1,6 +1,6 @@
 import { Deadline } from "../base/deadline.ts";
-import { type LogMap, type LogPlace, type LogRange, mapSize, type RingLog } from "../native/ring-log.ts";
-import type { TrackingModeName } from "../virtio/admin/vendor.ts";
+import { type LogPlace, type LogRange, mapSize, type RingLog } from "../native/ring-log.ts";
+import { TRACKING_KIND, type TrackingModeName } from "../virtio/admin/vendor.ts";
 import { AdminError, inAdminTerms } from "./admin-error.ts";
 
 /** Milliseconds for a worker's piece of I/O: the administrator is told to try again sooner than a driver gives up. */
@@ -12,17 +12,6 @@ export interface TrackingPlan {
   readonly range: LogRange;
   /** Of the map in the PF's memory, in push modes: at least as large as it must be. */
   readonly places: readonly LogPlace[];
-}
-
-const KINDS: Readonly<Record<TrackingModeName, { readonly map: LogMap; readonly push: boolean }>> = {
-  pushBitmap: { map: "bitmap", push: true },
-  pushBytemap: { map: "bytemap", push: true },
-  pullBitmap: { map: "bitmap", push: false },
-  pullBytemap: { map: "bytemap", push: false },
-};
-
-export function kindOf(mode: TrackingModeName) {
-  return KINDS[mode];
 }
 
 /**
@@ -46,10 +35,10 @@ export class VfTracker {
       throw new AdminError("error", `${describe(this.current)} is tracked already, and one range can be`);
     }
     const { epoch } = this;
-    const { map, push } = kindOf(plan.mode);
+    const { form, push } = TRACKING_KIND[plan.mode];
     const lent = push ? { places: plan.places, from: this.pf } : undefined;
     await inAdminTerms(async () => {
-      await this.log.start(map, plan.range, lent, () => epoch === this.epoch, turnDeadline());
+      await this.log.start(form, plan.range, lent, () => epoch === this.epoch, turnDeadline());
       if (epoch === this.epoch) this.current = plan;
     });
   }
@@ -67,17 +56,17 @@ export class VfTracker {
   /** Bytes of map to be reported. @throws AdminError internal where not all is marked any more */
   pending(address: number): number {
     const { mode, range } = this.whole(address);
-    const { map, push } = kindOf(mode);
-    return push ? 0 : mapSize(map, range);
+    const { form, push } = TRACKING_KIND[mode];
+    return push ? 0 : mapSize(form, range);
   }
 
   /** A part of the map, which is cleared. @throws AdminError */
   report(address: number, offset: number, length: number): Uint8Array {
     const { mode, range } = this.whole(address);
-    const { map, push } = kindOf(mode);
+    const { form, push } = TRACKING_KIND[mode];
     if (push)
       throw new AdminError("error", `${describe(this.current!)} is tracked in memory of the PF: nothing is reported`);
-    const size = mapSize(map, range);
+    const size = mapSize(form, range);
     if (offset + length > size) {
       throw new AdminError("dataTransfer", `${length} bytes at ${offset} of a map of ${size}`);
     }

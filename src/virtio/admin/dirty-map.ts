@@ -1,10 +1,10 @@
 import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
-import { Bytemap, type DirtyLogMapping } from "../../native/dirty-log.ts";
+import { Bytemap, type DirtyLogMapping, type MapForm, mapBytes } from "../../native/dirty-log.ts";
 import { type DirtyLog, LOG_PAGE, type Tracking } from "../dirty-log.ts";
 import type { DirtyPagesAdmin, MapPlace } from "./dirty-pages-admin.ts";
 import type { LogMemory } from "./log-memory.ts";
-import type { TrackingModeName } from "./vendor.ts";
+import { TRACKING_KIND, type TrackingModeName } from "./vendor.ts";
 
 /** Reports that are asked for at once, so that one VF leaves room on the admin queue for others. */
 const REPORTS_AT_ONCE = 4;
@@ -43,15 +43,6 @@ export function pagesBelow(end: number): number {
   return Math.ceil(end / LOG_PAGE);
 }
 
-/** Bytes of log with a bit for each of so many pages. */
-export function logSize(pages: number): number {
-  return Math.ceil(pages / 8);
-}
-
-function mapBytes(mode: TrackingModeName, pages: number): number {
-  return mode === "pushBitmap" || mode === "pullBitmap" ? logSize(pages) : pages;
-}
-
 /**
  * Makes the map of one mode, which marks in `log`, the front-end's.
  * @throws VhostdError invalid, iommuDomain, io; nothing is mapped then
@@ -64,7 +55,7 @@ export async function makeMap(
   deadline: Deadline,
 ): Promise<DirtyMap> {
   const pages = pagesBelow(end);
-  const bytes = mapBytes(mode, pages);
+  const bytes = mapBytes(TRACKING_KIND[mode].form, pages);
   if (bytes > MAP_MAX) {
     throw new VhostdError(
       "invalid",
@@ -78,13 +69,13 @@ export async function makeMap(
       return await ownBytemap(source.memory, mapping, pages);
     case "pullBitmap":
     case "pullBytemap":
-      return await reports(mode, source, mapping, pages, deadline);
+      return await reports(TRACKING_KIND[mode].form, source, mapping, pages, deadline);
   }
 }
 
 /** The front-end's own log, which the device writes itself: what it has more than that is not its PF's business. */
 async function sharedBitmap(memory: LogMemory, { fd, offset }: DirtyLog, pages: number): Promise<DirtyMap> {
-  const length = logSize(pages);
+  const length = mapBytes("bitmap", pages);
   const { address, release } = await memory.share({ fd, offset, size: length });
   return { place: { address, length }, collect: async () => {}, release, abandon: () => {} };
 }
@@ -113,21 +104,21 @@ async function ownBytemap(memory: LogMemory, mapping: DirtyLogMapping, pages: nu
 }
 
 async function reports(
-  mode: "pullBitmap" | "pullBytemap",
+  form: MapForm,
   { commands, vdevId }: MapSource,
   mapping: DirtyLogMapping,
   pages: number,
   deadline: Deadline,
 ): Promise<DirtyMap> {
-  const limit = (await commands.identity(deadline))[mode];
-  const bitmap = mode === "pullBitmap";
-  const size = mapBytes(mode, pages);
+  const limit = (await commands.identity(deadline))[form];
+  const bitmap = form === "bitmap";
+  const size = mapBytes(form, pages);
   const pull = async (offset: number, deadline: Deadline) => {
     const bytes = await commands.report(vdevId, { address: 0 }, offset, Math.min(limit, size - offset), deadline);
     // Bits behind the last page are no pages.
     if (bitmap && offset + bytes.length === size && pages % 8 !== 0)
       bytes[bytes.length - 1]! &= 0xff >> (8 - (pages % 8));
-    mapping.merge(bitmap ? 8 * offset : offset, bytes, bitmap ? "bitmap" : "bytemap");
+    mapping.merge(bitmap ? 8 * offset : offset, bytes, form);
   };
   return {
     place: undefined,
@@ -152,7 +143,7 @@ export function checkLog({ log, end }: Tracking): void {
   if (offset % LOG_PAGE !== 0) {
     throw new VhostdError("invalid", `the dirty log begins at ${offset} of its file, no multiple of ${LOG_PAGE}`);
   }
-  const needed = logSize(pagesBelow(end));
+  const needed = mapBytes("bitmap", pagesBelow(end));
   if (size >= needed) return;
   throw new VhostdError(
     "invalid",

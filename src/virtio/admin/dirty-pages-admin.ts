@@ -1,5 +1,6 @@
 import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
+import type { MapForm } from "../../native/dirty-log.ts";
 import { TRANSFER_MAX } from "./admin-memory.ts";
 import type { AdminChannel, AdminRequest } from "./admin-request.ts";
 import {
@@ -34,10 +35,7 @@ export interface MapPlace {
 }
 
 /** How much of a map one report can have, in bytes of the map. */
-export interface ReportLimits {
-  readonly pullBitmap: number;
-  readonly pullBytemap: number;
-}
+export type ReportLimits = Readonly<Record<MapForm, number>>;
 
 /**
  * Commands of class 65: which pages a VF has written. All throw AdminRefusal and VhostdError io, adminQueue and busy, as
@@ -51,8 +49,8 @@ export class DirtyPagesAdmin {
     const resultLength = TRACKING_IDENTITY_RESULT.size;
     const result = TRACKING_IDENTITY_RESULT.read(await this.ask("trackingIdentity", 0, { resultLength }, deadline));
     return {
-      pullBitmap: mapBytes(result.log2PagesPullBitmap - 3),
-      pullBytemap: mapBytes(result.log2PagesPullBytemap),
+      bitmap: reportBytes(result.log2PagesPullBitmap - 3),
+      bytemap: reportBytes(result.log2PagesPullBytemap),
     };
   }
 
@@ -122,7 +120,7 @@ export class DirtyPagesAdmin {
 }
 
 /** Bytes of map in one report, as the device has it and as there is room for. @throws VhostdError io */
-function mapBytes(log2: number): number {
+function reportBytes(log2: number): number {
   if (log2 < 0) throw new VhostdError("io", "the PF reports dirty pages in parts of less than a byte");
   return log2 >= Math.log2(TRANSFER_MAX) ? TRANSFER_MAX : 2 ** log2;
 }

@@ -1,9 +1,10 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError } from "../../base/errors.ts";
+import { mapBytes } from "../../native/dirty-log.ts";
 import { LOG_PAGE } from "../dirty-log.ts";
 import { AdminRefusal } from "./admin-request.ts";
 import type { MapSource } from "./dirty-map.ts";
-import type { TrackingModeName } from "./vendor.ts";
+import { TRACKING_KIND, type TrackingModeName } from "./vendor.ts";
 
 /** Guest memory that is tracked to see whether it can be: as many pages as a word of the log has bits. */
 const PAGES = 64;
@@ -38,14 +39,14 @@ export async function proveTracking(
 
 async function prove(mode: TrackingModeName, source: MapSource, deadline: Deadline): Promise<void> {
   const { commands, vdevId, memory } = source;
-  const size = mode === "pushBitmap" || mode === "pullBitmap" ? PAGES / 8 : PAGES;
-  const pull = mode === "pullBitmap" || mode === "pullBytemap" ? mode : undefined;
-  const limit = pull === undefined ? 0 : (await commands.identity(deadline))[pull];
-  const map = pull === undefined ? await memory.own(size) : undefined;
+  const { form, push } = TRACKING_KIND[mode];
+  const size = mapBytes(form, PAGES);
+  const limit = push ? 0 : (await commands.identity(deadline))[form];
+  const map = push ? await memory.own(size) : undefined;
   const place = map && { address: map.address, length: size };
   try {
     await commands.start(vdevId, mode, RANGE, place, deadline);
-    if (pull !== undefined) await commands.report(vdevId, RANGE, 0, Math.min(limit, size), deadline);
+    if (!push) await commands.report(vdevId, RANGE, 0, Math.min(limit, size), deadline);
     await commands.stop(vdevId, RANGE, deadline);
   } catch (error) {
     // The map stays for what was never answered and may be done yet, be it the second try of what was refused at the first,

@@ -1,12 +1,12 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError } from "../../base/errors.ts";
 import { OperationQueue } from "../../base/operation-queue.ts";
-import { DirtyLogMapping, type MapForm } from "../../native/dirty-log.ts";
+import { DirtyLogMapping, mapBytes } from "../../native/dirty-log.ts";
 import { fileInfo } from "../../native/sys.ts";
 import { LOG_PAGE, type Tracking } from "../dirty-log.ts";
 import { AdminRefusal } from "./admin-request.ts";
-import { checkLog, type DirtyMap, logSize, type MapSource, makeMap, pagesBelow } from "./dirty-map.ts";
-import type { TrackingModeName } from "./vendor.ts";
+import { checkLog, type DirtyMap, type MapSource, makeMap, pagesBelow } from "./dirty-map.ts";
+import { TRACKING_KIND, type TrackingModeName } from "./vendor.ts";
 
 /** Milliseconds between two looks at what the device has marked. */
 const LOOK_INTERVAL = 500;
@@ -16,12 +16,6 @@ const LOOK_TIMEOUT = 10_000;
 const LAST_TIMEOUT = 1_000;
 /** The range is named by its begin. */
 const RANGE = { address: 0 } as const;
-const FORM: Readonly<Record<TrackingModeName, MapForm>> = {
-  pushBitmap: "bitmap",
-  pullBitmap: "bitmap",
-  pushBytemap: "bytemap",
-  pullBytemap: "bytemap",
-};
 
 /** What a tracker needs of the VF and its PF. */
 export interface TrackerHost extends MapSource {
@@ -179,7 +173,7 @@ export class DirtyTracker {
     const pages = pagesBelow(wanted.end);
     const mode = this.modeFor(wanted);
     using undo = new DisposableStack();
-    const mapping = undo.use(new DirtyLogMapping(fd, offset, logSize(pages)));
+    const mapping = undo.use(new DirtyLogMapping(fd, offset, mapBytes("bitmap", pages)));
     const map = await makeMap(mode, this.host, wanted, mapping, deadline);
     try {
       await commands.start(vdevId, mode, rangeOf(pages), map.place, deadline);
@@ -194,8 +188,8 @@ export class DirtyTracker {
 
   /** What was tried when the VF was attached, unless something else is preferred. */
   private modeFor({ own }: Tracking): TrackingModeName {
-    if (own?.form === undefined || FORM[this.mode] === own.form) return this.mode;
-    return this.host.modes.find((mode) => FORM[mode] === own.form) ?? this.mode;
+    if (own?.form === undefined || TRACKING_KIND[this.mode].form === own.form) return this.mode;
+    return this.host.modes.find((mode) => TRACKING_KIND[mode].form === own.form) ?? this.mode;
   }
 
   /** Nothing is marked any more, also where nothing was. @throws VhostdError; what the device may write stays mapped then */
@@ -228,7 +222,7 @@ export class DirtyTracker {
   private async collectAll({ mode, map }: Marking, deadline: Deadline): Promise<void> {
     const { commands, vdevId } = this.host;
     // What it writes itself does not show whether it still does.
-    if (mode === "pushBitmap" || mode === "pushBytemap") await commands.pending(vdevId, RANGE, deadline);
+    if (TRACKING_KIND[mode].push) await commands.pending(vdevId, RANGE, deadline);
     await map.collect(deadline, () => true);
   }
 

@@ -1,4 +1,5 @@
 import { struct } from "../../base/layout.ts";
+import type { MapForm } from "../../native/dirty-log.ts";
 
 /**
  * The vendor's administration commands, as NVIDIA's firmware speaks them today: a form older than the commands of
@@ -34,6 +35,13 @@ export type DirtyPagesCommandName = keyof typeof DirtyPagesCommand;
 /** How pages are marked: by the device in memory that it was given (push), or kept by it until they are asked for (pull). */
 export const TrackingMode = { pushBitmap: 1, pushBytemap: 2, pullBitmap: 3, pullBytemap: 4 } as const;
 export type TrackingModeName = keyof typeof TrackingMode;
+/** What the map of each mode is like, and whether the device is given the memory of it. */
+export const TRACKING_KIND: Readonly<Record<TrackingModeName, { readonly form: MapForm; readonly push: boolean }>> = {
+  pushBitmap: { form: "bitmap", push: true },
+  pushBytemap: { form: "bytemap", push: true },
+  pullBitmap: { form: "bitmap", push: false },
+  pullBytemap: { form: "bytemap", push: false },
+};
 /** The best first: without a copy, then without memory that the device has to write. */
 export const TRACKING_MODES = ["pushBitmap", "pullBitmap", "pullBytemap", "pushBytemap"] as const;
 /** For people. */
