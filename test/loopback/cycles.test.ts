@@ -2,6 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { eventfd, signalEventfd } from "../../src/native/sys.ts";
 import { Request } from "../../src/vhost-user/messages.ts";
 import { usedIndex } from "../../src/virtio/split-ring.ts";
+import { Dice } from "../kit/dice.ts";
 import { DriverQueue } from "../kit/driver-queue.ts";
 import { DriverRing } from "../kit/driver-ring.ts";
 import { u64, type VhostUserFrontend } from "../kit/frontend/frontend.ts";
@@ -24,23 +25,6 @@ const STEPS = {
   vendor: ["stopAndGoOn", "renewFds", "resetByStatus", "die", "hangUp", "addRing"],
 } as const;
 type Step = (typeof STEPS)["vendor"][number];
-
-/** Numbers of a seed: the same ones each time (mulberry32). */
-class Dice {
-  constructor(private state: number) {}
-
-  /** 0 to `sides - 1`. */
-  roll(sides: number): number {
-    this.state = (this.state + 0x6d2b79f5) | 0;
-    let mixed = Math.imul(this.state ^ (this.state >>> 15), 1 | this.state);
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
-    return ((mixed ^ (mixed >>> 14)) >>> 0) % sides;
-  }
-
-  pick<T>(choices: readonly T[]): T {
-    return choices[this.roll(choices.length)]!;
-  }
-}
 
 /** A guest that does I/O on all its queues all the time, and the VMM around it. */
 class BusyGuest {

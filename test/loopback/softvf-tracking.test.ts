@@ -214,6 +214,8 @@ describe("blk", () => {
     expect(await log.pending()).toBe(0);
     await bench.push.unmap();
     expect(await log.pending()).toBe(-INTERNAL);
+    // What was marked before: the device may have written into its ring late.
+    bench.push.take();
     await read(driver, 0, 512);
     expect(bench.push.take().every((byte) => byte === 0)).toBe(true);
     expect(await log.stop()).toBe(0);

@@ -4,14 +4,14 @@ import { Deadline } from "../../src/base/deadline.ts";
 import { atLength } from "../kit/at-length.ts";
 import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { lockedMemory } from "../kit/machine/bare-function.ts";
+import { run } from "../kit/machine/disk-guest.ts";
 import { FRONTEND_MEMORY, FrontendProcess } from "../kit/machine/frontend-process.ts";
-import { MachineLab } from "../kit/machine/lab.ts";
+import { MACHINE_TEST_TIMEOUT, MachineLab } from "../kit/machine/lab.ts";
 import { VirtioWindow } from "../kit/machine/virtio-window.ts";
 import { type BackgroundIo, VerifiedDisk } from "../kit/verified-disk.ts";
 
 /** Processes that end in the middle of I/O. The lab looks into the kernel's log afterwards: there was no DMA fault. */
 
-const TIMEOUT = 180_000;
 /** Bytes that a front-end's guest has. */
 const GUEST = FRONTEND_MEMORY.reduce((sum, { size }) => sum + size, 0);
 /** Milliseconds in which the kernel has reset what a dead process had open. */
@@ -26,23 +26,17 @@ let two: string;
 beforeAll(async () => {
   lab = await MachineLab.create();
   [one, two] = lab.bind("blk0", "blk1");
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 afterAll(async () => {
   await lab?.[Symbol.asyncDispose]();
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 beforeEach(async () => {
-  for (const { vf } of ((await lab.call("vf.list")) as { vfs: { vf: string }[] }).vfs) await lab.remove(vf);
-}, TIMEOUT);
-
-async function run(frontend: VhostUserFrontend): Promise<void> {
-  await frontend.negotiate();
-  await frontend.setupMemory(FRONTEND_MEMORY);
-  await frontend.startQueues(1);
-}
+  await lab.removeAll();
+}, MACHINE_TEST_TIMEOUT);
 
 /** Requests without an end, of which some are done. */
 async function busy(frontend: VhostUserFrontend): Promise<BackgroundIo> {
-  await run(frontend);
+  await run(frontend, 1);
   const io = new VerifiedDisk().runOn(frontend.queues[0]!.driver, 8);
   await io.progress(SOME);
   return io;
@@ -52,7 +46,7 @@ async function busy(frontend: VhostUserFrontend): Promise<BackgroundIo> {
 async function session(address: string): Promise<void> {
   {
     using frontend = lab.dial(address);
-    await run(frontend);
+    await run(frontend, 1);
     await new VerifiedDisk().steps(frontend.queues[0]!.driver, 3);
   }
   await lab.reaches(address, "idle");
@@ -87,7 +81,7 @@ test(
     await io.progress(SOME);
     await io.stop();
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -110,7 +104,7 @@ test(
     }
     expect(lab.takeFaults()).toEqual([]);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -130,7 +124,7 @@ test(
     await lab.add(one);
     await session(one);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -146,7 +140,7 @@ test(
     for (let i = 0; i < SESSIONS; i++) await session(one);
     {
       using frontend = lab.dial(one);
-      await run(frontend);
+      await run(frontend, 1);
       expect(lockedMemory(pid)).toBe(bare.locked + GUEST);
     }
     await lab.reaches(one, "idle");
@@ -154,5 +148,5 @@ test(
     await lab.remove(one);
     expect({ fds: await fds(), locked: lockedMemory(pid) }).toEqual(bare);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );

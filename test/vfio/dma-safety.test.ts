@@ -15,7 +15,7 @@ import { BlkStatus, BlkType, header } from "../kit/blk-requests.ts";
 import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { IommuView, isBusMaster } from "../kit/machine/iommu-view.ts";
 import type { DmaFault } from "../kit/machine/kernel-log.ts";
-import { MachineLab } from "../kit/machine/lab.ts";
+import { MACHINE_TEST_TIMEOUT, MachineLab } from "../kit/machine/lab.ts";
 import { ReachWatch } from "../kit/machine/reach-watch.ts";
 import { VirtioWindow } from "../kit/machine/virtio-window.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
@@ -33,7 +33,6 @@ const TRANSFER = 8192;
 const VM = "6a9c0a4e-51f2-4c5e-8d39-0f1f3c2b7a11";
 /** Milliseconds in which a device that was told to would long have written. */
 const LONG_ENOUGH = 300;
-const TIMEOUT = 180_000;
 
 let lab: MachineLab;
 let view: IommuView;
@@ -44,13 +43,13 @@ beforeAll(async () => {
   lab = await MachineLab.create();
   [a, b] = lab.bind("blk0", "blk1");
   view = await IommuView.of(lab.machine);
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 afterEach(async () => {
-  for (const { vf } of ((await lab.call("vf.list")) as { vfs: { vf: string }[] }).vfs) await lab.remove(vf);
-}, TIMEOUT);
+  await lab.removeAll();
+}, MACHINE_TEST_TIMEOUT);
 afterAll(async () => {
   await lab?.[Symbol.asyncDispose]();
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 
 test(
   "a function reaches what its guest has given, at each step of its life",
@@ -87,7 +86,7 @@ test(
     await watch.step("vf -r", {}, () => lab.remove(a));
     expect(await isBusMaster(a)).toBe(false);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -126,7 +125,7 @@ test(
       expect(await isBusMaster(a)).toBe(false);
     }
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -161,7 +160,7 @@ test(
     first[Symbol.dispose]();
     other[Symbol.dispose]();
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -215,7 +214,7 @@ test(
     await lab.remove(a);
     await lab.remove(b);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -227,7 +226,7 @@ test(
     using memory = memfd("guest", LOW.size);
     const { dev, ino } = fileInfo(memory.number);
     const range = { iova: LOW.gpa, size: LOW.size, file: { dev, ino }, offset: 0 };
-    const deadline = Deadline.after(TIMEOUT, "a step of the test");
+    const deadline = Deadline.after(MACHINE_TEST_TIMEOUT, "a step of the test");
     const open = async (address: string) => {
       const entry = await bus.find(parsePciAddress(address));
       return await domain.open(entry!, deadline);
@@ -251,7 +250,7 @@ test(
     expect(await view.reach(a)).toEqual({ kind: "nothing" });
     expect(await view.reach(b)).toEqual({ kind: "nothing" });
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 /** The memory that a VF's own control queue has is the daemon's. */
@@ -280,7 +279,7 @@ test(
     });
     await watch.step("vf -r", { [net]: [] }, () => lab.remove(net));
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 function extent({ gpa, size }: { readonly gpa: number; readonly size: number }): Extent {

@@ -4,13 +4,13 @@ import { RpcClient } from "../../src/rpc/client.ts";
 import { Request } from "../../src/vhost-user/messages.ts";
 import { Status } from "../../src/virtio/features.ts";
 import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
-import { MachineLab } from "../kit/machine/lab.ts";
+import { run } from "../kit/machine/disk-guest.ts";
+import { MACHINE_TEST_TIMEOUT, MachineLab } from "../kit/machine/lab.ts";
 import { StolenSpace } from "../kit/machine/stolen-space.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
 
 /** Memory that is taken from a running queue behind everybody's back: what a bug of the daemon or of the kernel would do. */
 
-const TIMEOUT = 180_000;
 const RINGS = { gpa: 2 ** 32, size: 4 << 20 };
 const OTHER = { gpa: 0, size: 1 << 20 };
 
@@ -21,13 +21,13 @@ let b = "";
 beforeAll(async () => {
   lab = await MachineLab.create();
   [a, b] = lab.bind("blk0", "blk1");
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 afterEach(async () => {
-  for (const { vf } of ((await lab.call("vf.list")) as { vfs: { vf: string }[] }).vfs) await lab.remove(vf);
-}, TIMEOUT);
+  await lab.removeAll();
+}, MACHINE_TEST_TIMEOUT);
 afterAll(async () => {
   await lab?.[Symbol.asyncDispose]();
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 
 test(
   "memory that vanishes under a running queue: a reset is asked for, the other VF does not notice",
@@ -77,7 +77,7 @@ test(
     await lab.remove(a);
     await lab.remove(b);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -109,7 +109,7 @@ test(
     await lab.remove(a);
     await lab.remove(b);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 /** What the daemon tells of its VFs. */
@@ -121,7 +121,7 @@ class Events implements Disposable {
   }
 
   static async of({ rpcSocket }: MachineLab): Promise<Events> {
-    const deadline = Deadline.after(TIMEOUT, "the daemon's events");
+    const deadline = Deadline.after(MACHINE_TEST_TIMEOUT, "the daemon's events");
     const client = await RpcClient.connect(rpcSocket, deadline);
     const events = new Events(client);
     await client.call("events.subscribe", {}, deadline);
@@ -139,9 +139,7 @@ class Events implements Disposable {
 
 async function boot(address: string): Promise<VhostUserFrontend> {
   const guest = lab.dial(address);
-  await guest.negotiate();
-  await guest.setupMemory([OTHER, RINGS]);
-  await guest.startQueues(1);
+  await run(guest, 1, [OTHER, RINGS]);
   return guest;
 }
 

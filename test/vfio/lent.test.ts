@@ -6,11 +6,11 @@ import { SystemError } from "../../src/base/errors.ts";
 import { slowIoctl } from "../../src/native/slow.ts";
 import { eventfd, signalEventfd } from "../../src/native/sys.ts";
 import { DeviceRequest } from "../../src/pci/vfio/device-uapi.ts";
-import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
-import { FRONTEND_MEMORY, FrontendProcess } from "../kit/machine/frontend-process.ts";
+import { exchange, run } from "../kit/machine/disk-guest.ts";
+import { FrontendProcess } from "../kit/machine/frontend-process.ts";
 import { FunctionDriver } from "../kit/machine/function-driver.ts";
 import { givenDoorbells } from "../kit/machine/host-notifier.ts";
-import { MachineLab } from "../kit/machine/lab.ts";
+import { MACHINE_TEST_TIMEOUT, MachineLab } from "../kit/machine/lab.ts";
 import { rejection } from "../kit/rejection.ts";
 import { VerifiedDisk } from "../kit/verified-disk.ts";
 
@@ -18,7 +18,6 @@ import { VerifiedDisk } from "../kit/verified-disk.ts";
 
 const QUEUES = 2;
 const SOME = 50;
-const TIMEOUT = 180_000;
 /** In one of so many something else was served, also where the machine is busy. */
 const RESETS = 50;
 /** So much else, while something waited for a reset. */
@@ -32,24 +31,13 @@ let other: string;
 beforeAll(async () => {
   lab = await MachineLab.create();
   [lent, other] = lab.bind("blk2", "blk1");
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 afterAll(async () => {
   await lab?.[Symbol.asyncDispose]();
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 beforeEach(async () => {
-  for (const { vf } of ((await lab.call("vf.list")) as { vfs: { vf: string }[] }).vfs) await lab.remove(vf);
-}, TIMEOUT);
-
-async function run(frontend: VhostUserFrontend): Promise<void> {
-  await frontend.negotiate();
-  await frontend.setupMemory(FRONTEND_MEMORY);
-  await frontend.startQueues(QUEUES);
-}
-
-/** Verified requests in all queues. */
-async function exchange({ queues }: VhostUserFrontend): Promise<void> {
-  await Promise.all(queues.map(({ index, driver }) => new VerifiedDisk(index * 256).steps(driver, SOME)));
-}
+  await lab.removeAll();
+}, MACHINE_TEST_TIMEOUT);
 
 /** The counter of an eventfd, which stays. */
 function unread(fd: number): number {
@@ -109,7 +97,7 @@ test(
     // Inside the kernel this thread would have let none pass.
     expect({ status: served(status), config: served(config) }).toEqual({ status: true, config: true });
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -143,7 +131,7 @@ test(
     // The relay, if it waited for the function, would wait until the reset has ended.
     expect(served(during)).toBe(true);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -151,19 +139,19 @@ test(
   async () => {
     await lab.add(lent);
     using frontend = lab.dial(lent);
-    await run(frontend);
+    await run(frontend, QUEUES);
     const given = (count: number) => () => givenDoorbells(frontend).length >= count || undefined;
-    await Deadline.after(TIMEOUT / 2, "the doorbells").poll(given(QUEUES), 10);
-    await exchange(frontend);
+    await Deadline.after(MACHINE_TEST_TIMEOUT / 2, "the doorbells").poll(given(QUEUES), 10);
+    await exchange(frontend, SOME);
     const bases = await frontend.stop({ order: "new" });
     await frontend.resumeQueues(bases);
-    await Deadline.after(TIMEOUT / 2, "the doorbells").poll(given(2 * QUEUES), 10);
-    await exchange(frontend);
+    await Deadline.after(MACHINE_TEST_TIMEOUT / 2, "the doorbells").poll(given(2 * QUEUES), 10);
+    await exchange(frontend, SOME);
     // The relay would have left them where they are.
     const taken = () => frontend.queues.every(({ kick }) => unread(kick.number) === 0) || undefined;
-    await Deadline.after(TIMEOUT / 4, "the daemon to take the kicks").poll(taken, 10);
+    await Deadline.after(MACHINE_TEST_TIMEOUT / 4, "the daemon to take the kicks").poll(taken, 10);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -172,31 +160,31 @@ test(
     await lab.add(lent);
     await lab.add(other);
     using busy = lab.dial(other);
-    await run(busy);
-    await exchange(busy);
+    await run(busy, QUEUES);
+    await exchange(busy, SOME);
     await using hostile = await FrontendProcess.start(lab.socket(lent), join(lab.directory, "hostile.log"), {
       queues: QUEUES,
       resets: true,
     });
     await hostile.resets(1);
     for (let round = 0; round < 5; round++) {
-      await Promise.all([lab.call("vf.list"), lab.info(lent), exchange(busy)]);
+      await Promise.all([lab.call("vf.list"), lab.info(lent), exchange(busy, SOME)]);
     }
     // Still at it.
     await hostile.resets(1);
     await lab.remove(lent);
     await hostile.resets(2);
-    await exchange(busy);
+    await exchange(busy, SOME);
     expect((await rejection(lab.add(lent))).message).toContain(`${hostile.pid}`);
     await hostile.resets(1);
-    await exchange(busy);
+    await exchange(busy, SOME);
 
     await hostile.kill();
     await lab.add(lent);
     using frontend = lab.dial(lent);
-    await run(frontend);
-    await exchange(frontend);
-    await exchange(busy);
+    await run(frontend, QUEUES);
+    await exchange(frontend, SOME);
+    await exchange(busy, SOME);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );

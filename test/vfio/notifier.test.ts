@@ -4,13 +4,12 @@ import { Deadline } from "../../src/base/deadline.ts";
 import { drainEventfd } from "../../src/native/sys.ts";
 import { ProtocolFeature } from "../../src/vhost-user/messages.ts";
 import { Status } from "../../src/virtio/features.ts";
-import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
-import { FRONTEND_MEMORY, FrontendProcess } from "../kit/machine/frontend-process.ts";
+import { exchange, run } from "../kit/machine/disk-guest.ts";
+import { FrontendProcess } from "../kit/machine/frontend-process.ts";
 import { givenDoorbells, HostNotifiers } from "../kit/machine/host-notifier.ts";
-import { MachineLab } from "../kit/machine/lab.ts";
+import { MACHINE_TEST_TIMEOUT, MachineLab } from "../kit/machine/lab.ts";
 import { VirtioWindow } from "../kit/machine/virtio-window.ts";
 import { rejection } from "../kit/rejection.ts";
-import { VerifiedDisk } from "../kit/verified-disk.ts";
 
 /**
  * Doorbells that a front-end maps itself, and what becomes of the function when it does not let go of them: the kernel
@@ -20,7 +19,6 @@ import { VerifiedDisk } from "../kit/verified-disk.ts";
 const QUEUES = 2;
 /** Requests in each queue where a test wants to see that it works. */
 const SOME = 50;
-const TIMEOUT = 180_000;
 /** Milliseconds in which a device that works would have taken a request a hundred times. */
 const LONG_ENOUGH = 300;
 
@@ -35,24 +33,13 @@ beforeAll(async () => {
   lab = await MachineLab.create();
   [own, shared] = lab.bind("blk2", "blk1");
   window = new VirtioWindow(own);
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 afterAll(async () => {
   await lab?.[Symbol.asyncDispose]();
-}, TIMEOUT);
+}, MACHINE_TEST_TIMEOUT);
 beforeEach(async () => {
-  for (const { vf } of ((await lab.call("vf.list")) as { vfs: { vf: string }[] }).vfs) await lab.remove(vf);
-}, TIMEOUT);
-
-async function run(frontend: VhostUserFrontend): Promise<void> {
-  await frontend.negotiate();
-  await frontend.setupMemory(FRONTEND_MEMORY);
-  await frontend.startQueues(QUEUES);
-}
-
-/** Verified requests in all queues. */
-async function exchange({ queues }: VhostUserFrontend): Promise<void> {
-  await Promise.all(queues.map(({ index, driver }) => new VerifiedDisk(index * 256).steps(driver, SOME)));
-}
+  await lab.removeAll();
+}, MACHINE_TEST_TIMEOUT);
 
 function startProcess(): Promise<FrontendProcess> {
   const log = join(lab.directory, `front-end${logs++}.log`);
@@ -63,8 +50,8 @@ function startProcess(): Promise<FrontendProcess> {
 async function worksAgain(): Promise<void> {
   await lab.add(own);
   using frontend = lab.dial(own);
-  await run(frontend);
-  await exchange(frontend);
+  await run(frontend, QUEUES);
+  await exchange(frontend, SOME);
 }
 
 test(
@@ -72,12 +59,12 @@ test(
   async () => {
     await lab.add(own);
     using frontend = lab.dial(own);
-    await run(frontend);
+    await run(frontend, QUEUES);
     using _doorbells = await HostNotifiers.use(frontend);
-    await exchange(frontend);
+    await exchange(frontend, SOME);
     expect(frontend.queues.map(({ kick }) => drainEventfd(kick.number))).toEqual([0, 0]);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -85,10 +72,10 @@ test(
   async () => {
     await lab.add(own);
     using frontend = lab.dial(own);
-    await run(frontend);
+    await run(frontend, QUEUES);
     {
       using _doorbells = await HostNotifiers.use(frontend);
-      await exchange(frontend);
+      await exchange(frontend, SOME);
     }
     expect(givenDoorbells(frontend)).toHaveLength(QUEUES);
     const bases = await frontend.stop({ order: "new" });
@@ -96,35 +83,25 @@ test(
     const again = () => givenDoorbells(frontend).length === 2 * QUEUES || undefined;
     await Deadline.after(10_000, "the doorbells after a second start").poll(again, 10);
     using _doorbells = await HostNotifiers.use(frontend);
-    await exchange(frontend);
+    await exchange(frontend, SOME);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
-test(
-  "nothing is given where the operator wants that, and it works by kicks",
-  async () => {
-    await lab.add(own, { hostNotifier: false });
-    using frontend = lab.dial(own);
-    await run(frontend);
+test.each([
+  ["the operator wants that, and it works by kicks", () => own, { hostNotifier: false }],
+  ["queues share a doorbell page", () => shared, {}],
+] as const)(
+  "nothing is given where %s",
+  async (_name, address, options) => {
+    await lab.add(address(), options);
+    using frontend = lab.dial(address());
+    await run(frontend, QUEUES);
     expect(frontend.has(ProtocolFeature.HOST_NOTIFIER)).toBe(false);
-    await exchange(frontend);
+    await exchange(frontend, SOME);
     expect(givenDoorbells(frontend)).toEqual([]);
   },
-  TIMEOUT,
-);
-
-test(
-  "nothing is given where queues share a doorbell page",
-  async () => {
-    await lab.add(shared);
-    using frontend = lab.dial(shared);
-    await run(frontend);
-    expect(frontend.has(ProtocolFeature.HOST_NOTIFIER)).toBe(false);
-    await exchange(frontend);
-    expect(givenDoorbells(frontend)).toEqual([]);
-  },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -156,7 +133,7 @@ test(
     await frontend.thaw();
     await worksAgain();
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -174,13 +151,13 @@ test(
     // Others are served meanwhile.
     await lab.add(shared);
     using other = lab.dial(shared);
-    await run(other);
-    await exchange(other);
+    await run(other, QUEUES);
+    await exchange(other, SOME);
 
     await frontend.kill();
     await worksAgain();
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );
 
 test(
@@ -194,8 +171,8 @@ test(
     await lab.reaches(own, "idle");
     expect(window.status).toBe(0);
     using frontend = lab.dial(own);
-    await run(frontend);
-    await exchange(frontend);
+    await run(frontend, QUEUES);
+    await exchange(frontend, SOME);
   },
-  TIMEOUT,
+  MACHINE_TEST_TIMEOUT,
 );

@@ -7,6 +7,7 @@ import { RpcClient } from "../../src/rpc/client.ts";
 import { atLength } from "../kit/at-length.ts";
 import type { VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { holdings } from "../kit/fuzz/holdings.ts";
+import { exchange, run } from "../kit/machine/disk-guest.ts";
 import { FormerFrontend, type Kept } from "../kit/machine/former-frontend.ts";
 import { FRONTEND_MEMORY } from "../kit/machine/frontend-process.ts";
 import { HostNotifiers } from "../kit/machine/host-notifier.ts";
@@ -47,7 +48,7 @@ afterAll(async () => {
   await lab?.[Symbol.asyncDispose]();
 }, MACHINE_TEST_TIMEOUT);
 beforeEach(async () => {
-  for (const { vf } of ((await lab.call("vf.list")) as { vfs: { vf: string }[] }).vfs) await lab.remove(vf);
+  await lab.removeAll();
 }, MACHINE_TEST_TIMEOUT);
 
 function startFormer(kept: Kept): Promise<FormerFrontend> {
@@ -69,20 +70,6 @@ function comesBack(address: string): Promise<VhostUserFrontend> {
   return Deadline.after(SERVED, `connection to ${address}`).poll(() => tryDial(address), 10);
 }
 
-async function run(
-  frontend: VhostUserFrontend,
-  memory: readonly { readonly gpa: number; readonly size: number }[] = FRONTEND_MEMORY,
-): Promise<void> {
-  await frontend.negotiate();
-  await frontend.setupMemory(memory);
-  await frontend.startQueues(QUEUES);
-}
-
-/** Verified requests in all queues. */
-async function exchange({ queues }: VhostUserFrontend): Promise<void> {
-  await Promise.all(queues.map(({ index, driver }) => new VerifiedDisk(index * 256).steps(driver, SOME)));
-}
-
 /** Waits until the VF waits for whoever holds its function. @returns its reason */
 async function waitsFor(former: FormerFrontend): Promise<string> {
   return await Deadline.after(SERVED, `${lent}: waits for process ${former.pid}`).poll(async () => {
@@ -99,10 +86,10 @@ function named({ pid }: FormerFrontend): string {
 /** The next front-end is served, and nobody else writes to its memory. */
 async function servesNext(): Promise<void> {
   using frontend = await comesBack(lent);
-  await run(frontend);
+  await run(frontend, QUEUES);
   {
     using _doorbells = await HostNotifiers.use(frontend);
-    await exchange(frontend);
+    await exchange(frontend, SOME);
   }
   // Of its memory the rings and buffers alone were written to.
   const [low] = FRONTEND_MEMORY;
@@ -164,7 +151,7 @@ test(
     await lab.add(lent, { vm: VM });
     await lab.add(other, { vm: VM });
     using neighbour = await comesBack(other);
-    await run(neighbour, ELSEWHERE);
+    await run(neighbour, QUEUES, ELSEWHERE);
     const io = new VerifiedDisk().runOn(neighbour.queues[0]!.driver, 4);
     await io.progress(SOME);
     await using former = await startFormer("mapping");

@@ -1,7 +1,7 @@
 import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import { Bytemap, type DirtyLogMapping, type MapForm, mapBytes } from "../../native/dirty-log.ts";
-import { type DirtyLog, LOG_PAGE, type Tracking } from "../dirty-log.ts";
+import { type DirtyLog, LOG_BYTE, LOG_PAGE, type Tracking } from "../dirty-log.ts";
 import type { DirtyPagesAdmin, MapPlace } from "./dirty-pages-admin.ts";
 import type { LogMemory } from "./log-memory.ts";
 import { TRACKING_KIND, type TrackingModeName } from "./vendor.ts";
@@ -13,6 +13,8 @@ const REPORTS_AT_ONCE = 4;
  * memory ends, however little it has, and all of a map may be pinned for the PF.
  */
 const MAP_MAX = 2 ** 29;
+/** Bytes of guest memory that a byte of a map stands for. */
+const MEMORY_OF_BYTE: Readonly<Record<MapForm, number>> = { bitmap: LOG_BYTE, bytemap: LOG_PAGE };
 
 /** Where a device notes the pages that it writes, and how that comes into the log. */
 export interface DirtyMap {
@@ -55,11 +57,13 @@ export async function makeMap(
   deadline: Deadline,
 ): Promise<DirtyMap> {
   const pages = pagesBelow(end);
-  const bytes = mapBytes(TRACKING_KIND[mode].form, pages);
+  const { form } = TRACKING_KIND[mode];
+  const bytes = mapBytes(form, pages);
   if (bytes > MAP_MAX) {
     throw new VhostdError(
       "invalid",
       `guest memory ends at 0x${end.toString(16)}, for which a map needs ${bytes} bytes; at most ${MAP_MAX}`,
+      { fix: `let the VM have no memory at 0x${(MAP_MAX * MEMORY_OF_BYTE[form]).toString(16)} or above` },
     );
   }
   switch (mode) {
@@ -148,6 +152,9 @@ export function checkLog({ log, end }: Tracking): void {
   throw new VhostdError(
     "invalid",
     `the dirty log has ${size} bytes; guest memory ends at 0x${end.toString(16)}, for which it needs ${needed}`,
-    { data: { size, needed, end } },
+    {
+      data: { size, needed, end },
+      fix: `the VMM has to give a log with a bit for each page of ${LOG_PAGE} bytes below the end of guest memory`,
+    },
   );
 }

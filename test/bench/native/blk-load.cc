@@ -8,9 +8,6 @@
  * on where they are. RING_INDIRECT_DESC and RING_EVENT_IDX are negotiated. Prints requests per second.
  */
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -19,29 +16,18 @@
 #include <cstdlib>
 #include <vector>
 
+#include "load.h"
+
 namespace {
 
-constexpr int kMemory = 3;
+using namespace load;
+
 constexpr int kKick = 4;
 constexpr int kCall = 5;
 constexpr uint32_t kBlock = 4096;
 constexpr uint32_t kSector = 512;
-constexpr double kWarmUpSeconds = 0.1;
 constexpr uint16_t kNext = 1;
-constexpr uint16_t kWrite = 2;
 constexpr uint16_t kIndirect = 4;
-
-struct Descriptor {
-  uint64_t address;
-  uint32_t length;
-  uint16_t flags;
-  uint16_t next;
-};
-
-struct UsedElement {
-  uint32_t id;
-  uint32_t length;
-};
 
 /** What a request needs beside its descriptor, in guest memory. */
 struct Request {
@@ -57,35 +43,18 @@ struct Request {
 };
 static_assert(sizeof(Request) == 2 * kBlock, "requests are aligned to blocks");
 
-[[noreturn]] void fail(const char* what) {
-  perror(what);
-  exit(1);
-}
-
-double now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec + time.tv_nsec * 1e-9;
-}
-
 void fullFence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 class Load {
  public:
-  Load(char** arguments) {
+  explicit Load(char** arguments) : memory_(number(arguments[5])) {
     depth_ = number(arguments[1]);
     blocks_ = number(arguments[3]);
     size_ = static_cast<uint16_t>(number(arguments[4]));
-    gpa_ = number(arguments[5]);
-    struct stat file;
-    if (fstat(kMemory, &file) != 0) fail("guest memory");
-    memory_ = static_cast<uint8_t*>(
-        mmap(nullptr, static_cast<size_t>(file.st_size), PROT_READ | PROT_WRITE, MAP_SHARED, kMemory, 0));
-    if (memory_ == MAP_FAILED) fail("mmap");
-    descriptors_ = at<Descriptor>(number(arguments[6]));
-    available_ = at<uint16_t>(number(arguments[7]));
-    used_ = at<uint16_t>(number(arguments[8]));
-    requests_ = at<Request>(number(arguments[9]));
+    descriptors_ = memory_.at<Descriptor>(number(arguments[6]));
+    available_ = memory_.at<uint16_t>(number(arguments[7]));
+    used_ = memory_.at<uint16_t>(number(arguments[8]));
+    requests_ = memory_.at<Request>(number(arguments[9]));
     // A thread that waits for nothing else reads until there is something.
     if (fcntl(kCall, F_SETFL, fcntl(kCall, F_GETFL) & ~O_NONBLOCK) != 0) fail("call");
     next_ = available_[1];
@@ -108,17 +77,6 @@ class Load {
   }
 
  private:
-  static uint64_t number(const char* text) { return strtoull(text, nullptr, 10); }
-
-  template <typename T>
-  T* at(uint64_t address) const {
-    return reinterpret_cast<T*>(memory_ + (address - gpa_));
-  }
-
-  uint64_t addressOf(const void* place) const {
-    return gpa_ + static_cast<uint64_t>(static_cast<const uint8_t*>(place) - memory_);
-  }
-
   uint16_t usedIndex() const { return __atomic_load_n(&used_[1], __ATOMIC_ACQUIRE); }
 
   void submitAll() {
@@ -130,8 +88,7 @@ class Load {
     const uint16_t event = __atomic_load_n(&used_[2 + 4 * size_], __ATOMIC_RELAXED);
     // 2.7.10: did the index pass the one that the device waits for?
     if (static_cast<uint16_t>(next_ - event - 1) >= static_cast<uint16_t>(next_ - before)) return;
-    const uint64_t one = 1;
-    if (write(kKick, &one, sizeof one) != sizeof one) fail("kick");
+    kick(kKick);
   }
 
   void submit(uint32_t slot) {
@@ -140,10 +97,10 @@ class Load {
     request.header = {0, 0, block * (kBlock / kSector)};
     *reinterpret_cast<uint64_t*>(request.data) = ~block;
     request.status = 0xff;
-    request.table[0] = {addressOf(&request.header), sizeof request.header, kNext, 1};
-    request.table[1] = {addressOf(request.data), kBlock, kNext | kWrite, 2};
-    request.table[2] = {addressOf(&request.status), 1, kWrite, 0};
-    descriptors_[slot] = {addressOf(request.table), sizeof request.table, kIndirect, 0};
+    request.table[0] = {memory_.addressOf(&request.header), sizeof request.header, kNext, 1};
+    request.table[1] = {memory_.addressOf(request.data), kBlock, kNext | kWrite, 2};
+    request.table[2] = {memory_.addressOf(&request.status), 1, kWrite, 0};
+    descriptors_[slot] = {memory_.addressOf(request.table), sizeof request.table, kIndirect, 0};
     available_[2 + next_ % size_] = static_cast<uint16_t>(slot);
     next_++;
   }
@@ -184,11 +141,10 @@ class Load {
     return random_;
   }
 
+  const GuestMemory memory_;
   uint64_t depth_ = 0;
   uint64_t blocks_ = 0;
   uint16_t size_ = 0;
-  uint64_t gpa_ = 0;
-  uint8_t* memory_ = nullptr;
   Descriptor* descriptors_ = nullptr;
   uint16_t* available_ = nullptr;
   uint16_t* used_ = nullptr;

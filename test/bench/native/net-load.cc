@@ -9,10 +9,6 @@
  * and wants no calls. Neither RING_INDIRECT_DESC nor RING_EVENT_IDX is negotiated. Prints frames received per second.
  */
 #include <sched.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
@@ -20,42 +16,18 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "load.h"
+
 namespace {
 
-constexpr int kMemory = 3;
-constexpr double kWarmUpSeconds = 0.1;
+using namespace load;
+
 constexpr double kPatienceSeconds = 5;
 constexpr uint32_t kBuffer = 2048;
 constexpr uint32_t kHeader = 12;
 constexpr uint32_t kAddresses = 12;
-constexpr uint16_t kWrite = 2;
 constexpr uint16_t kNoInterrupt = 1;
 constexpr uint16_t kNoNotify = 1;
-
-struct Descriptor {
-  uint64_t address;
-  uint32_t length;
-  uint16_t flags;
-  uint16_t next;
-};
-
-struct UsedElement {
-  uint32_t id;
-  uint32_t length;
-};
-
-[[noreturn]] void fail(const char* what) {
-  perror(what);
-  exit(1);
-}
-
-double now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec + time.tv_nsec * 1e-9;
-}
-
-uint64_t number(const char* text) { return strtoull(text, nullptr, 10); }
 
 /** A split virtqueue whose buffer n is always that of descriptor n. */
 struct Queue {
@@ -65,7 +37,7 @@ struct Queue {
   uint8_t* buffers;
   uint64_t buffersAddress;
   uint16_t size;
-  int kick;
+  int kickFd;
   uint16_t next = 0;
   uint16_t published = 0;
   uint16_t seen = 0;
@@ -94,8 +66,7 @@ struct Queue {
     __atomic_store_n(&available[1], next, __ATOMIC_RELEASE);
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if ((__atomic_load_n(&used[0], __ATOMIC_RELAXED) & kNoNotify) != 0) return;
-    const uint64_t one = 1;
-    if (write(kick, &one, sizeof one) != sizeof one) fail("kick");
+    kick(kickFd);
   }
 
   const UsedElement& take() { return reinterpret_cast<const UsedElement*>(used + 2)[seen++ % size]; }
@@ -103,13 +74,8 @@ struct Queue {
 
 class Load {
  public:
-  explicit Load(char** arguments) : frames_(number(arguments[1])), length_(number(arguments[2])) {
-    struct stat file;
-    if (fstat(kMemory, &file) != 0) fail("guest memory");
-    memory_ = static_cast<uint8_t*>(
-        mmap(nullptr, static_cast<size_t>(file.st_size), PROT_READ | PROT_WRITE, MAP_SHARED, kMemory, 0));
-    if (memory_ == MAP_FAILED) fail("mmap");
-    gpa_ = number(arguments[5]);
+  explicit Load(char** arguments)
+      : frames_(number(arguments[1])), length_(number(arguments[2])), memory_(number(arguments[5])) {
     const uint16_t size = static_cast<uint16_t>(number(arguments[4]));
     const uint64_t buffers = number(arguments[12]);
     receive_ = makeQueue(arguments + 6, size, 4, buffers);
@@ -145,21 +111,16 @@ class Load {
   }
 
  private:
-  Queue makeQueue(char** places, uint16_t size, int kick, uint64_t buffers) const {
+  Queue makeQueue(char** places, uint16_t size, int kickFd, uint64_t buffers) const {
     Queue queue{};
-    queue.descriptors = at<Descriptor>(number(places[0]));
-    queue.available = at<uint16_t>(number(places[1]));
-    queue.used = at<uint16_t>(number(places[2]));
-    queue.buffers = at<uint8_t>(buffers);
+    queue.descriptors = memory_.at<Descriptor>(number(places[0]));
+    queue.available = memory_.at<uint16_t>(number(places[1]));
+    queue.used = memory_.at<uint16_t>(number(places[2]));
+    queue.buffers = memory_.at<uint8_t>(buffers);
     queue.buffersAddress = buffers;
     queue.size = size;
-    queue.kick = kick;
+    queue.kickFd = kickFd;
     return queue;
-  }
-
-  template <typename T>
-  T* at(uint64_t address) const {
-    return reinterpret_cast<T*>(memory_ + (address - gpa_));
   }
 
   void begin() {
@@ -205,8 +166,7 @@ class Load {
 
   const uint64_t frames_;
   const uint32_t length_;
-  uint8_t* memory_ = nullptr;
-  uint64_t gpa_ = 0;
+  const GuestMemory memory_;
   Queue receive_{};
   Queue transmit_{};
   bool begun_ = false;

@@ -183,6 +183,12 @@ export class MachineLab implements AsyncDisposable {
     await this.call("vf.remove", { device: address });
   }
 
+  /** Every VF that the daemon has. */
+  async removeAll(): Promise<void> {
+    const { vfs } = (await this.call("vf.list")) as { readonly vfs: readonly { readonly vf: string }[] };
+    for (const { vf } of vfs) await this.remove(vf);
+  }
+
   /** vhost-user socket of a VF. */
   socket(address: string): string {
     return join(this.directory, `${address}.sock`);

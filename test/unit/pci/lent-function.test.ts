@@ -1,44 +1,24 @@
-import { afterEach, expect, test } from "bun:test";
-import { Deadline } from "../../../src/base/deadline.ts";
-import { liveFds } from "../../../src/native/fd.ts";
+import { expect, test } from "bun:test";
 import { drainEventfd, eventfd, signalEventfd } from "../../../src/native/sys.ts";
-import { VfioFunction } from "../../../src/pci/vfio/function.ts";
 import { msixRanges } from "../../../src/pci/vfio/msix.ts";
 import { rejection } from "../../kit/rejection.ts";
-import { eventually, holdFds } from "../native/open-fds.ts";
-import { ENTRY, FakeVfioDevice, PLACES } from "./fake-vfio-device.ts";
+import { eventually } from "../native/open-fds.ts";
+import { type FakeVfioDevice, PLACES } from "./fake-vfio-device.ts";
+import { closeAfterEach, mappings, open as openFunction, soon } from "./vfio-harness.ts";
 
 /** A function of which somebody else has the fd, who may have the kernel hold up whoever touches it. */
 
 const BAR = PLACES.whole.index;
 /** Of the doorbell in the BAR. */
 const AT = 0x3004;
-const soon = (ms = 1000) => Deadline.after(ms, "the test");
-const undo = new Set<AsyncDisposable | Disposable>();
 
-afterEach(async () => {
-  for (const one of [...undo].reverse())
-    await (Symbol.asyncDispose in one ? one[Symbol.asyncDispose]() : one[Symbol.dispose]());
-  undo.clear();
-  expect(liveFds()).toBe(0);
-});
+closeAfterEach();
 
-// After the hook above: what that closes counts.
-holdFds();
-
-function use<T extends AsyncDisposable | Disposable>(value: T): T {
-  undo.add(value);
-  return value;
-}
-
-async function open(prepare: (device: FakeVfioDevice) => void = () => {}) {
-  const device = use(new FakeVfioDevice());
-  prepare(device);
-  const left: string[] = [];
-  const leave = () => left.push(device.fd.closed ? "closed" : "open");
-  const fn = use(await VfioFunction.over(ENTRY, device.fd, leave, soon(), device.calls));
+async function open(prepare?: (device: FakeVfioDevice) => void) {
+  const opened = await openFunction(prepare);
+  const { device, fn } = opened;
   const value = () => device.peek(PLACES.whole.offset + AT, 2);
-  return { device, fn, left, doorbell: fn.doorbell(BAR, AT), value };
+  return { ...opened, doorbell: fn.doorbell(BAR, AT), value };
 }
 
 /** Accesses are held up until `release` is called. */
@@ -49,11 +29,6 @@ function holdUp(device: FakeVfioDevice): () => void {
     device.beforeAccess = () => {};
     gate.resolve();
   };
-}
-
-async function mappings(): Promise<number> {
-  const maps = await Bun.file("/proc/self/maps").text();
-  return maps.split("\n").filter((line) => line.includes("memfd:vfio-device")).length;
 }
 
 /** Configuration space with an MSI-X capability at 0x50, behind another. */

@@ -1,5 +1,4 @@
-import { afterEach, expect, test } from "bun:test";
-import { Deadline } from "../../../src/base/deadline.ts";
+import { expect, test } from "bun:test";
 import { SystemError, VhostdError } from "../../../src/base/errors.ts";
 import { liveFds } from "../../../src/native/fd.ts";
 import { Mapping } from "../../../src/native/mmio.ts";
@@ -8,43 +7,14 @@ import { DeviceRequest } from "../../../src/pci/vfio/device-uapi.ts";
 import { VfioFunction } from "../../../src/pci/vfio/function.ts";
 import { IrqIndex } from "../../../src/vfio-user/messages.ts";
 import { rejection } from "../../kit/rejection.ts";
-import { eventually, holdFds } from "../native/open-fds.ts";
+import { eventually } from "../native/open-fds.ts";
 import { ENTRY, FakeVfioDevice, PLACES } from "./fake-vfio-device.ts";
+import { closeAfterEach, mappings, open, soon, use } from "./vfio-harness.ts";
 
 const EAGAIN = 11;
 const EIO = 5;
-const soon = (ms = 1000) => Deadline.after(ms, "the test");
-const undo = new Set<AsyncDisposable | Disposable>();
 
-afterEach(async () => {
-  for (const one of [...undo].reverse())
-    await (Symbol.asyncDispose in one ? one[Symbol.asyncDispose]() : one[Symbol.dispose]());
-  undo.clear();
-  expect(liveFds()).toBe(0);
-});
-
-// After the hook above: what that closes counts.
-holdFds();
-
-function use<T extends AsyncDisposable | Disposable>(value: T): T {
-  undo.add(value);
-  return value;
-}
-
-async function open(prepare: (device: FakeVfioDevice) => void = () => {}) {
-  const device = use(new FakeVfioDevice());
-  prepare(device);
-  const left: string[] = [];
-  const leave = () => left.push(device.fd.closed ? "closed" : "open");
-  const fn = use(await VfioFunction.over(ENTRY, device.fd, leave, soon(), device.calls));
-  return { device, fn, left };
-}
-
-/** The mappings of the fake's file in this process. */
-async function mappings(): Promise<number> {
-  const maps = await Bun.file("/proc/self/maps").text();
-  return maps.split("\n").filter((line) => line.includes("memfd:vfio-device")).length;
-}
+closeAfterEach();
 
 test("registers of a mapped BAR are accessed in their width", async () => {
   const { device, fn } = await open();
