@@ -66,6 +66,10 @@ const VF_OPTIONS = {
     type: "boolean",
     help: "of -a: without a PF, by its own registers, not for migration; of -l without DEVICE: those added so",
   },
+  force: {
+    type: "boolean",
+    help: "of -r: also while its VM is being migrated: one that arrives may lack what the VF has written",
+  },
   frontend: {
     type: "string",
     value: "KIND",
@@ -101,6 +105,7 @@ export async function runVf(args: readonly string[]): Promise<number> {
     [operation]: true,
     ...(operation === "list" ? { mgmtpf: device, unmanaged: values.unmanaged } : { vfdev: device }),
     ...(operation === "add" ? addParams(values) : {}),
+    ...(operation === "remove" ? { force: values.force } : {}),
     ...(operation === "debug" ? { test_operation: values.operation, size_mode: values["size-mode"] } : {}),
   };
   return await perform(daemonPlace(values, VF_LINE), "vf", params);

@@ -21,6 +21,8 @@ const RPC_SOCKET_MODE = 0o660;
 
 /** For requests in progress, milliseconds. */
 const STOP_REQUESTS = 2_000;
+/** For VMMs of VMs that are being migrated to read what functions have written, milliseconds: a pass takes seconds. */
+const STOP_MIGRATIONS = 20_000;
 /** For all functions to give back what they have taken and to be let go of, milliseconds. */
 const STOP_DEVICES = 45_000;
 
@@ -85,6 +87,7 @@ export class Daemon {
 
   private async closeDevices(registry: DeviceRegistry): Promise<void> {
     try {
+      await registry.leaveMigrations(Deadline.after(STOP_MIGRATIONS, "leaving migrations"));
       const closed = this.configured.then(() => registry.close());
       await Deadline.after(STOP_DEVICES, "letting go of all functions").race(closed);
     } catch (error) {

@@ -80,11 +80,16 @@ export class FrontEnds {
     this.endpoint[Symbol.dispose]();
   }
 
+  /** As stop; resolves when the session has ended by itself and is undone. */
+  async last(): Promise<void> {
+    this.stop();
+    await this.serving;
+  }
+
   /** As stop; ends the session, and resolves when it is undone. */
   async close(reason: string): Promise<void> {
-    this.stop();
     this.current?.close(reason);
-    await this.serving;
+    await this.last();
   }
 
   /** As stop; lets go of the session without a word to anybody. */

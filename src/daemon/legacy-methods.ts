@@ -54,6 +54,7 @@ const VfRequest = Type.Object(
     uuid: Type.Optional(Type.String({ description: "VM UUID" })),
     server: Flag("listen at the socket instead of connecting to it"),
     unmanaged: Flag("of add: without a PF; of list: all that were added so, where no `mgmtpf` is named"),
+    force: Flag("of remove: also while its VM is being migrated: one that arrives may lack what it has written"),
     host_notifier: Flag("of add: false where no front-end may map its doorbells"),
     frontend: Type.Optional(Type.Enum([...FRONTENDS], { description: "of add: the messages that its front-end has" })),
     test_operation: Type.Optional(
@@ -126,7 +127,7 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       return {};
     }
     case "remove": {
-      const warning = await devices.removeVf(vfAddress(request.vfdev));
+      const warning = await devices.removeVf(vfAddress(request.vfdev), { force: request.force === true });
       return warning === undefined ? {} : { warning };
     }
     case "list":

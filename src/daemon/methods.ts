@@ -225,7 +225,18 @@ function deviceMethods(devices: Devices): Method[] {
       name: "vf.remove",
       changes: () => true,
       summary: "Ends the session of a virtual function and lets go of it.",
-      params: DeviceOnly,
+      params: Type.Object(
+        {
+          device: Device,
+          force: Type.Optional(
+            Type.Boolean({
+              description:
+                "also while its VM is being migrated: one that arrives may lack what the function has written",
+            }),
+          ),
+        },
+        exact,
+      ),
       result: Type.Object(
         {
           warning: Type.Optional(
@@ -234,8 +245,8 @@ function deviceMethods(devices: Devices): Method[] {
         },
         exact,
       ),
-      async handler({ device }) {
-        const warning = await devices.removeVf(parsePciAddress(device));
+      async handler({ device, force = false }) {
+        const warning = await devices.removeVf(parsePciAddress(device), { force });
         return warning === undefined ? {} : { warning };
       },
     }),

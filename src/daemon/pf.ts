@@ -2,6 +2,7 @@ import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
+import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
 import type { BusEntry } from "../pci/bus.ts";
@@ -77,6 +78,8 @@ export class Pf implements AsyncDisposable {
   private readonly log: Logger;
   /** Where it marks the pages that its VFs write. */
   private readonly logMemory: LogMemory;
+  /** Of its VFs, one at a time. */
+  private readonly standBys = new OperationQueue();
 
   private constructor(
     readonly address: PciAddress,
@@ -216,6 +219,7 @@ export class Pf implements AsyncDisposable {
     return {
       make: (host, snapshot) => new VendorMover(host, managed, snapshot),
       unmanagedReason: () => this.management.reason ?? admin.admin.obstacle(managed.vdevId) ?? "its PF can move it",
+      standBys: this.standBys,
     };
   }
 

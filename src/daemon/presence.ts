@@ -6,10 +6,30 @@ import type { Vf } from "./vf.ts";
 /** A slot is taken as soon as an add begins, so that two adds of one address cannot meet. */
 export type Slot<T> = { readonly live: T } | "adding" | "removing";
 
+export interface VfSlot {
+  slot: Slot<Vf>;
+  readonly socket: string;
+  /** The PF that it is a VF of; undefined for a function that is none. */
+  readonly pf: PciAddress | undefined;
+}
+
 /** Why a function cannot be added: it is not closed yet. @param what "VF 0000:5a:00.1" */
 export function stillClosing(what: string): VhostdError {
   return new VhostdError("busy", `${what} is still being removed: its kernel resets and closes it`, {
     fix: "try again later; a function that does not answer keeps the kernel busy for a minute or two",
+  });
+}
+
+/** What is there under an address. @param what "VF 0000:5a:00.1" @throws VhostdError busy where it comes or goes just now */
+export function liveIn<T>(slot: Slot<T>, what: string): T {
+  if (typeof slot === "object") return slot.live;
+  throw new VhostdError("busy", `${what} is ${slot === "adding" ? "being added" : "being removed"}`);
+}
+
+/** Why a VF should not be removed: the session of its front-end would end too early. */
+export function vfMigrating(address: PciAddress): VhostdError {
+  return new VhostdError("busy", `VF ${address} is in use by a VM that is being migrated`, {
+    fix: "wait for the end of the migration, or cancel it in the VMM; --force removes it all the same, and a VM that arrives then may lack what the VF has written",
   });
 }
 

@@ -1,3 +1,4 @@
+import type { Deadline } from "../base/deadline.ts";
 import { VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
@@ -15,47 +16,49 @@ import { type PfInfo, pfInfo, type VfInfo, vfInfo } from "./device-info.ts";
 import { DomainTable } from "./domains.ts";
 import { namedFrontend } from "./front-end-kind.ts";
 import type { Keeper } from "./keeper.ts";
+import { leaveMigrations } from "./leaving.ts";
 import type { ManualLog } from "./manual-logging.ts";
 import { type LoggingOperation, MANUAL_STATUS, type ManualOperation } from "./manual-operations.ts";
 import { migrationEvent } from "./migration.ts";
 import type { OpenRings } from "./open-rings.ts";
 import { Pf, type PfSurroundings } from "./pf.ts";
-import { parentMissing, pfMissing, type Slot, stillClosing, vfExists, vfMissing } from "./presence.ts";
+import {
+  liveIn,
+  parentMissing,
+  pfMissing,
+  type Slot,
+  stillClosing,
+  type VfSlot,
+  vfExists,
+  vfMigrating,
+  vfMissing,
+} from "./presence.ts";
 import { closing, optionsOf, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
 import { Renewal } from "./renewal.ts";
 import { checkSocketPath } from "./socket-path.ts";
 import { parseVmUuid } from "./uuid.ts";
 import { Vf } from "./vf.ts";
-import { controlOwner, guestOf, type VfMover, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
+import {
+  type AddVf,
+  controlOwner,
+  guestOf,
+  UNMANAGED,
+  type VfMover,
+  type VfOptions,
+  type VfSurroundings,
+} from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;
-
-export interface AddVf extends Pick<VfOptions, "address" | "socket" | "mode" | "frontend"> {
-  readonly uuid?: string;
-  /** By its own registers only; it need not be a VF, nor its PF in service. */
-  readonly unmanaged?: boolean;
-  /** A front-end may map its doorbells, where the function lets it. */
-  readonly hostNotifier?: boolean;
-}
 
 export interface RegistryEvent {
   readonly type: string;
   readonly [key: string]: Json;
 }
 
-/** How a VF without a PF is moved. */
-const UNMANAGED: VfMover = { make: undefined, unmanagedReason: () => "it was added with --unmanaged" };
-
-interface VfSlot {
-  slot: Slot<Vf>;
-  readonly socket: string;
-  /** The PF that it is a VF of; undefined for a function that is none. */
-  readonly pf: PciAddress | undefined;
-}
-
 /** The PFs and VFs of this daemon. Operations on different functions run side by side. */
 export class DeviceRegistry {
+  private leaving = false;
   private readonly pfs = new Map<PciAddress, Slot<Pf>>();
   private readonly vfs = new Map<PciAddress, VfSlot>();
   /** Of VFs that were removed, with their VM: a guest that comes back to rings which cannot go on is told so. */
@@ -211,13 +214,15 @@ export class DeviceRegistry {
   }
 
   /**
+   * @param force also while its VM is migrated
    * @returns a warning, where its function was given away and somebody can go on using it
    * @throws VhostdError vfNotFound, busy
    */
-  async removeVf(address: PciAddress): Promise<string | undefined> {
+  async removeVf(address: PciAddress, { force = false } = {}): Promise<string | undefined> {
     await this.renewals.get(address)?.end();
     this.renewals.delete(address);
     const vf = this.liveVf(address);
+    if (vf.isMigrating && !force) throw vfMigrating(address);
     const entry = this.vfs.get(address);
     if (entry !== undefined) entry.slot = "removing";
     try {
@@ -294,10 +299,17 @@ export class DeviceRegistry {
     await this.domains.prune(new Set(owners));
   }
 
+  /** See leaveMigrations. No function is opened again from now on. */
+  async leaveMigrations(deadline: Deadline): Promise<void> {
+    this.leaving = true;
+    const live = () => [...this.vfs.values()].flatMap(({ slot }) => (typeof slot === "object" ? [slot.live] : []));
+    await leaveMigrations(live, deadline);
+  }
+
   /** Removes all VFs, then all PFs; those that are just being added too. */
   async close(): Promise<void> {
     await Promise.allSettled(this.adding);
-    await Promise.allSettled([...this.vfs.keys()].map((address) => this.removeVf(address)));
+    await Promise.allSettled([...this.vfs.keys()].map((address) => this.removeVf(address, { force: true })));
     await Promise.allSettled([...this.pfs.keys()].map((address) => this.removePf(address)));
   }
 
@@ -335,7 +347,7 @@ export class DeviceRegistry {
   private renew(address: PciAddress): void {
     const entry = this.vfs.get(address);
     // Who removes it closes it.
-    if (entry === undefined || typeof entry.slot === "string") return;
+    if (entry === undefined || typeof entry.slot === "string" || this.leaving) return;
     const old = entry.slot.live;
     const renewal = new Renewal({
       old,
@@ -484,16 +496,12 @@ export class DeviceRegistry {
       const parent = vf?.pf !== undefined && this.pfs.has(vf.pf) ? vf.pf : undefined;
       throw pfMissing(address, parent, vf === undefined ? this.addressesOf(address)[0] : address);
     }
-    if (typeof slot === "string")
-      throw new VhostdError("busy", `PF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
-    return slot.live;
+    return liveIn(slot, `PF ${address}`);
   }
 
   private liveVf(address: PciAddress): Vf {
     const slot = this.vfs.get(address)?.slot;
     if (slot === undefined) throw vfMissing(address);
-    if (typeof slot === "string")
-      throw new VhostdError("busy", `VF ${address} is ${slot === "adding" ? "being added" : "being removed"}`);
-    return slot.live;
+    return liveIn(slot, `VF ${address}`);
   }
 }

@@ -1,6 +1,7 @@
 import type { Deadline } from "../base/deadline.ts";
 import { errnoText, SystemError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
+import type { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { BusEntry } from "../pci/bus.ts";
@@ -60,13 +61,27 @@ export interface VfOptions {
   readonly frontend?: FrontendKind;
 }
 
+/** What a VF is asked for with. */
+export interface AddVf extends Pick<VfOptions, "address" | "socket" | "mode" | "frontend"> {
+  readonly uuid?: string;
+  /** By its own registers only; it need not be a VF, nor its PF in service. */
+  readonly unmanaged?: boolean;
+  /** A front-end may map its doorbells, where the function lets it. */
+  readonly hostNotifier?: boolean;
+}
+
 /** How a VF's PF lets its state be moved. */
 export interface VfMover {
   /** undefined where the PF cannot: the VF's own registers are all there is then. */
   readonly make: MoverFactory | undefined;
   /** Why the state cannot be moved now, as a sentence without its end. */
   unmanagedReason(): string;
+  /** The turns of its VFs to stand by, so that they hold up nothing that is waited for; left out where none does. */
+  readonly standBys?: OperationQueue;
 }
+
+/** How a VF without a PF is moved. */
+export const UNMANAGED: VfMover = { make: undefined, unmanagedReason: () => "it was added with --unmanaged" };
 
 /** The live objects of one VF. Made by opening the function or from a record: from there on there is no difference. */
 export interface VfParts {

@@ -18,6 +18,11 @@ import type { VfMemory } from "./vf-memory.ts";
 import { usableQueues, type VfOptions, type VfParts } from "./vf-parts.ts";
 import type { VfState } from "./vf-state.ts";
 
+/** Milliseconds between two times that a VF is to stand by: front-ends that come and go are not to keep its PF busy. */
+const STAND_BY_INTERVAL = 1_000;
+/** Milliseconds that a front-end that has gone waits at most for a VF that was to stand by. */
+const STAND_BY_PATIENCE = 1_000;
+
 /** The VF that a session drives. */
 export interface TargetHost {
   readonly options: VfOptions;
@@ -61,6 +66,11 @@ export class VfTarget implements SessionTarget {
   private shared = false;
   /** The function is to mark the pages that it writes. */
   private tracked = false;
+  /** Of the process's clock, milliseconds. */
+  private lastStandBy = -Infinity;
+  /** Its front-end has not gone yet. */
+  private startExpected = false;
+  private standingBy: Deadline | undefined;
   private configHandler: () => void = () => {};
   private lostHandler: (error: Error) => void = () => {};
 
@@ -73,7 +83,7 @@ export class VfTarget implements SessionTarget {
     this.migration = new Migration(vf.log, () => vf.onMigration());
     const { address } = options;
     this.byHand = new ManualLogging({ ...vf, address, frontEndLogs: () => this.migration.isMarking });
-    parts.dataPath.onTrackingLost((error) => this.trackingLost(error));
+    parts.dataPath.onTrackingLost((error) => this.loseTracking(error));
     // The doorbells of a process are sockets or memory of its own.
     const mayShare = parts.entry.transport.kind === "vfio" && options.hostNotifier !== false;
     if (mayShare && this.sharesSome()) this.doorbellShare = async (queue) => this.share(queue);
@@ -135,6 +145,23 @@ export class VfTarget implements SessionTarget {
     });
   }
 
+  standBy(): void {
+    const { vf } = this;
+    const { standBys } = vf.parts.mover;
+    if (standBys === undefined || performance.now() - this.lastStandBy < STAND_BY_INTERVAL) return;
+    this.lastStandBy = performance.now();
+    this.startExpected = true;
+    const work = async () => {
+      if (!this.startExpected || vf.state().name !== "idle") return;
+      const deadline = Deadline.after(vf.deadlines.start, `${this.address} standing by`);
+      this.standingBy = deadline;
+      await vf.parts.dataPath.standBy(deadline);
+    };
+    standBys
+      .run(() => vf.operations.run(work))
+      .catch((error) => vf.log.debug(`its start is not made ready: ${asError(error).message}`));
+  }
+
   prepare(wanted: DeviceState): Promise<void> {
     const { vf } = this;
     return vf.operations.run(async () => {
@@ -186,6 +213,8 @@ export class VfTarget implements SessionTarget {
 
   release(memory: RingMemory): Promise<void> {
     const { vf } = this;
+    this.startExpected = false;
+    this.standingBy?.shorten(STAND_BY_PATIENCE);
     return vf.operations.run(async () => {
       const { tracked } = this;
       this.tracked = false;
@@ -240,19 +269,19 @@ export class VfTarget implements SessionTarget {
     return this.vf.checkpoint();
   }
 
-  /** Lets go of what is this process's. */
-  abandon(): void {
-    this.migration.abandon();
-    this.byHand.abandon();
-  }
-
-  /** Nobody is harmed by what is missing in a log of an operator's. */
-  private trackingLost(error: Error): void {
+  /** Not all that the function writes is marked from now on. Nobody is harmed by what is missing in a log of an operator's. */
+  loseTracking(error: Error): void {
     if (this.byHand.isOn) this.byHand.lost(error.message);
     else {
       this.migration.lost();
       this.lostHandler(error);
     }
+  }
+
+  /** Lets go of what is this process's. */
+  abandon(): void {
+    this.migration.abandon();
+    this.byHand.abandon();
   }
 
   /** @param again it has been tried before: there is as little time as at the last */

@@ -256,6 +256,21 @@ export class Vf {
     this.around.onState(this);
   }
 
+  /** Its VM is being migrated, and the VMM has not read all of what the function has written. */
+  get isMigrating(): boolean {
+    return this.frontEnds.session?.owesPages === true;
+  }
+
+  /** Where it is: the function stops, all pages are marked, and when the VMM has read that the session ends. Never rejects. */
+  async leaveMigration(deadline: Deadline): Promise<void> {
+    if (!this.isMigrating) return;
+    // What the device has in flight is not waited for longer than the VMM.
+    this.patience.hurry();
+    this.target.loseTracking(new VhostdError("cancelled", "this daemon ends"));
+    const missed = "its VMM did not read in time what the function has written";
+    await deadline.race(this.frontEnds.last()).catch((error) => this.log.warn(missed, asError(error)));
+  }
+
   /**
    * Ends the session, resets and closes the function. Whatever happens, the VF is gone afterwards, but for a kernel that
    * takes its time: see `closing`.

@@ -7,6 +7,7 @@ import type { FreezeMode } from "../virtio/mover.ts";
 import { usedIndex } from "../virtio/split-ring.ts";
 import { BackChannel } from "./back-channel.ts";
 import { BoundedLog } from "./bounded-log.ts";
+import { ConfigAhead } from "./config-ahead.ts";
 import { DeviceStatus } from "./device-status.ts";
 import { DirtyLogging } from "./dirty-logging.ts";
 import { checkOffered, functionFeatures, offeredFeatures, offeredProtocolFeatures } from "./features.ts";
@@ -35,6 +36,7 @@ export class Backend {
   readonly memory: GuestMemory;
   readonly rings: readonly Ring[];
   readonly logging: DirtyLogging;
+  readonly config: ConfigAhead;
   /** Why memory of the guest was refused, where the function has not run since. */
   refusedMemory: Error | undefined;
   private said: DeviceStatus;
@@ -58,6 +60,7 @@ export class Backend {
     this.offeredProtocol = offeredProtocolFeatures(target);
     this.protocolFeatures = BigInt(record.protocolFeatures);
     this.said = new DeviceStatus(record.status);
+    this.config = new ConfigAhead(target);
     this.state = decodeState(record.state);
     // Pages may be marked for a front-end to which that would not be offered now.
     checkOffered(featuresOf(this.state), this.offered | LOG_ALL, "stored features");
@@ -99,6 +102,7 @@ export class Backend {
       }
     }
     this.state = transition(this.state, { type: "acknowledge", features });
+    if (this.state.kind !== "running") this.config.ask();
     // Without the protocol features a front-end does not enable rings: they are from the start ("Ring states").
     if (!hasFeature(features, FeatureBit.vhostUserProtocolFeatures)) for (const ring of this.rings) ring.enabled = true;
   }
@@ -187,7 +191,8 @@ export class Backend {
     this.inFlight.clear();
     const enabled = started.filter(isUsed);
     const next = transition(this.state, { type: "start", queues: indices(started), enabled: indices(enabled) });
-    await this.target.start(await wantedState(this.target, features, queues), eventfdsOf(started));
+    const config = await this.config.take();
+    await this.target.start(wantedState(this.target, features, config, queues), eventfdsOf(started));
     this.state = next;
     this.refusedMemory = undefined;
     const used = enabled.length === started.length ? "" : `, ${enabled.length} of them enabled`;
@@ -268,6 +273,7 @@ export class Backend {
 
   /** RESET_DEVICE: rings as they were made, memory and features stay. */
   async reset(): Promise<void> {
+    this.config.forget();
     await this.target.reset();
     this.state = transition(this.state, { type: "reset" });
     this.said = new DeviceStatus();
@@ -332,6 +338,7 @@ export class Backend {
 
   /** Tells the front-end that the configuration space changed, where it can be told. */
   configChanged(): void {
+    this.config.forget();
     if (this.canTellChanges) this.channel?.configChanged();
   }
 
@@ -462,7 +469,7 @@ export class Backend {
     const features = featuresOf(this.state);
     checkModern(features);
     const queues = rings.map((ring) => preparedQueue(ring, this.memory));
-    await this.target.prepare(await wantedState(this.target, features, queues));
+    await this.target.prepare(wantedState(this.target, features, await this.config.take(), queues));
     this.chatter.info(`${queues.length} of ${this.rings.length} queues are set up early`);
   }
 

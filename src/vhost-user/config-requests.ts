@@ -44,6 +44,7 @@ export async function writeConfig(backend: Backend, payload: Uint8Array): Promis
     const from = Math.max(start, offset);
     const to = Math.min(end, offset + size);
     if (from >= to) continue;
+    backend.config.forget();
     await backend.target.writeConfig(from, bytes.subarray(from - offset, to - offset));
   }
 }

@@ -117,7 +117,7 @@ const CONFIG_SIZES = [CONFIG.size, CONFIG.size + CONFIG_PAYLOAD_MAX] as const;
 const CORE: Readonly<Record<number, RequestRow>> = {
   [Request.GET_FEATURES]: question("GET_FEATURES", (backend) => backend.offered),
   [Request.SET_FEATURES]: row("SET_FEATURES", U64, (backend, { value }) => backend.acknowledge(value)),
-  [Request.SET_OWNER]: raw("SET_OWNER", [0, U64.size], async () => {}),
+  [Request.SET_OWNER]: raw("SET_OWNER", [0, U64.size], async ({ target }) => target.standBy()),
   // "No longer used"; back-ends disable the rings at most.
   [Request.RESET_OWNER]: raw("RESET_OWNER", [0, U64.size], async (backend) => {
     for (const ring of backend.rings) await backend.enable(ring, false);

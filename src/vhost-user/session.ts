@@ -182,6 +182,13 @@ export class Session {
     return this.backend.refusedMemory;
   }
 
+  /** A VMM in migration has yet to look at what the function writes, or at the pages that are marked in its place. */
+  get owesPages(): boolean {
+    const { state, logging } = this.backend;
+    if (state.kind === "closed") return false;
+    return logging.loss !== undefined || (logging.isOn && state.kind === "running");
+  }
+
   /** The front-end is told of changes of the configuration space. */
   get hearsOfChanges(): boolean {
     return this.backend.canTellChanges;

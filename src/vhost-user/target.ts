@@ -66,6 +66,8 @@ export interface SessionTarget {
 
   /** The function wants the front-end told that its configuration space changed. Replaces the earlier handler. */
   onConfigChange(handler: () => void): void;
+  /** A front-end has come that means to use the function: what of a start can be done ahead is begun, where that is of use. */
+  standBy(): void;
   /** Writes the VF's record to the keeper. Awaited before the front-end is answered. */
   checkpoint(): Promise<void>;
 }

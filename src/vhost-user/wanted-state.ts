@@ -22,18 +22,14 @@ export function checkModern(features: bigint): void {
   );
 }
 
-export async function wantedState(
+/** @param config as the function has it */
+export function wantedState(
   target: SessionTarget,
   features: bigint,
+  config: Uint8Array,
   queues: readonly QueueState[],
-): Promise<DeviceState> {
-  return {
-    features: functionFeatures(features, target),
-    status: RUNNING_STATUS,
-    configVector: 0,
-    config: await target.readConfig(),
-    queues,
-  };
+): DeviceState {
+  return { features: functionFeatures(features, target), status: RUNNING_STATUS, configVector: 0, config, queues };
 }
 
 /**

@@ -12,7 +12,7 @@ import { Calls } from "./calls.ts";
 import { CONFIG_VECTOR, completeState } from "./complete-state.ts";
 import { type ControlDevice, ControlQueue } from "./control-queue.ts";
 import { moverData, parseDataPathRecord } from "./data-path-record.ts";
-import type { DeviceState } from "./device-state.ts";
+import { type DeviceState, disabledQueues } from "./device-state.ts";
 import { type DeviceFailure, DeviceWatch } from "./device-watch.ts";
 import type { Tracking } from "./dirty-log.ts";
 import { featureBits } from "./features.ts";
@@ -48,9 +48,7 @@ export interface QueueEventfds {
   readonly call: number | undefined;
 }
 
-interface ConnectableQueue extends QueueEventfds {
-  readonly index: number;
-}
+type ConnectableQueue = QueueEventfds & { readonly index: number };
 
 /**
  * One VF between a front-end's eventfds and the device: kicks to doorbells, vectors to calls, and the state that the
@@ -149,7 +147,7 @@ export class DataPath {
     const path = new DataPath(device, BigInt(features), limits, deviceClass, interrupt, makeMover, mover);
     undo.defer(() => path.abandon());
     path.active = new Set(record.queues);
-    if (mover.kind !== "reset") path.disabled = disabledOf(mover.state);
+    if (mover.kind !== "reset") path.disabled = disabledQueues(mover.state);
     if (record.control !== undefined) {
       const memory = fds.get(CONTROL_MEMORY);
       if (memory === undefined) {
@@ -262,18 +260,19 @@ export class DataPath {
     if (this.running) throw new VhostdError("invalid", `${this.device.fn.address} is running already`);
     const state = this.complete(wanted);
     this.active = new Set(state.queues.map(({ index }) => index));
-    this.disabled = disabledOf(state);
+    this.disabled = disabledQueues(state);
     const queues = this.enabledWith(eventfds);
     try {
       await deadline.race(this.calls.settled());
-      const calls = [...this.active].map((index) => this.calls.route(index, eventfds.get(index)?.call ?? null));
-      // Who was given the function's file may have routed it elsewhere.
-      calls.push(this.routeConfig());
       // A doorbell is not rung before DRIVER_OK (VIRTIO 1.2, 3.1.1); a function that waits itself knows when to look.
       const waits = ({ index }: { index: number }) => this.doorbell(index).takeKick !== undefined;
-      const connected = deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
-      // Its registers answer behind what was said before: all is connected when it begins to run.
-      await both(connected, this.mover.configure(state, deadline));
+      const connect = async () => {
+        const calls = [...this.active].map((index) => this.calls.route(index, eventfds.get(index)?.call ?? null));
+        // Who was given the function's file may have routed it elsewhere.
+        calls.push(this.routeConfig());
+        await deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
+      };
+      await this.mover.configure(state, deadline, connect);
       await deadline.race(Promise.all(this.connectKicks(queues.filter((queue) => !waits(queue)))));
       await this.stir(queues, deadline);
     } catch (error) {
@@ -286,6 +285,12 @@ export class DataPath {
       }
       throw error;
     }
+  }
+
+  /** See StateMover.standBy. @throws VhostdError */
+  async standBy(deadline: Deadline): Promise<void> {
+    using _change = this.health.change();
+    await this.mover.standBy?.(deadline);
   }
 
   /** See StateMover.prepare. A start does all where the device cannot be prepared. @throws VhostdError; it is reset then */
@@ -493,8 +498,4 @@ export class DataPath {
     // Only now, so that a device that signals without end is answered at the pace of its own registers.
     if (!this.closed) this.watch.rearm();
   }
-}
-
-function disabledOf({ queues }: Pick<DeviceState, "queues">): Set<number> {
-  return new Set(queues.filter(({ disabled }) => disabled === true).map(({ index }) => index));
 }

@@ -52,3 +52,8 @@ export function withEnabled(state: DeviceState, enabled: ReadonlySet<number>): D
 export function enabledQueues({ queues }: DeviceState): number[] {
   return queues.flatMap(({ index, disabled }) => (disabled === true ? [] : [index])).sort((a, b) => a - b);
 }
+
+/** Those that the device has set up and is not to use. */
+export function disabledQueues({ queues }: Pick<DeviceState, "queues">): Set<number> {
+  return new Set(queues.filter(({ disabled }) => disabled === true).map(({ index }) => index));
+}

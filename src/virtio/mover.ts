@@ -47,9 +47,10 @@ export interface StateMover {
   readonly capabilities: MoverCapabilities;
   /**
    * Brings the device to `wanted`, running. No doorbell has been rung when it returns.
+   * @param connect connects what the device is to find connected when it runs; called before, at least once
    * @throws VhostdError where the device does not take it; the device is reset then
    */
-  configure(wanted: DeviceState, deadline: Deadline): Promise<void>;
+  configure(wanted: DeviceState, deadline: Deadline, connect?: () => Promise<void>): Promise<void>;
   /**
    * Stops the device from using guest memory and returns its state, indices included. The caller has disconnected the
    * kicks.
@@ -64,6 +65,12 @@ export interface StateMover {
   enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void>;
   /** Forgets everything: status 0, no queues. When it resolves the device uses no guest memory. */
   reset(deadline: Deadline): Promise<void>;
+  /**
+   * A start is to be expected: what of it can be done with a device that was reset is done now. Left out where there is
+   * nothing.
+   * @throws VhostdError where the device does not take it; a start is none the worse for that
+   */
+  standBy?(deadline: Deadline): Promise<void>;
   /**
    * Brings `wanted` into the device, which does not run, and leaves it standing: a `configure` that is told next changes
    * only what is different then. Left out where a device cannot stand still with a state.

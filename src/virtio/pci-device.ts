@@ -47,6 +47,8 @@ export class VirtioPciDevice {
   private readonly silent = Promise.withResolvers<Error>();
   /** Resolves with the reason when the function is gone: its transport says so, or nobody answers at its registers. */
   readonly gone: Promise<Error>;
+  /** Of the configuration space as it was read last (4.1.4.3), which counts its changes; 0 before that. */
+  configGeneration = 0;
 
   /** A device whose layout is known (probed, or from a record). No register is touched. @throws VhostdError barRead */
   constructor(
@@ -236,15 +238,11 @@ export class VirtioPciDevice {
         this.read("configGeneration"),
       ]);
       if (before !== after) continue;
+      this.configGeneration = after;
       bytes.set(seen);
       return bytes;
     }
     throw new VhostdError("again", `the configuration space of ${this.name} changed ${GENERATION_TRIES} times`);
-  }
-
-  /** Counts changes of the device configuration space (4.1.4.3). */
-  configGeneration(): Promise<number> {
-    return this.read("configGeneration");
   }
 
   /** Admin virtqueues, valid once ADMIN_VQ is negotiated (VIRTIO 1.3, 4.1.4.3); none where the device does not say. */

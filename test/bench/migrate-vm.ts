@@ -112,6 +112,8 @@ export class MigratingVm implements Disposable {
       return { offset: driver.ring.device + USED_INDEX - HIGH.gpa, index: this.served, call: call.number };
     });
     const took = await this.say(async (script, device) => {
+      // QEMU has a disk's features acknowledged twice: before the memory, and with the rings.
+      await script.setFeatures();
       await script.handMemory();
       await script.startRings([ring(device)], [base]);
       await script.ask(Request.GET_STATUS);

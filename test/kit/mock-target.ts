@@ -80,6 +80,8 @@ export class MockTarget implements SessionTarget {
   /** Heads that it lists as in flight when it is allowed to, by queue. */
   readonly keeps = new Map<number, readonly number[]>();
   checkpoints = 0;
+  /** How often it was told that a start is to be expected. */
+  standBys = 0;
   /** Runs before the operation; throw in it to make it fail. */
   before: (operation: Operation) => Promise<void> | void = () => {};
   /** Runs when the device has started. */
@@ -125,6 +127,10 @@ export class MockTarget implements SessionTarget {
     const index = this.mapped.findIndex((other) => other.iova === range.iova && other.size === range.size);
     if (index < 0) throw new Error(`${span(range)} was not mapped`);
     this.mapped.splice(index, 1);
+  }
+
+  standBy(): void {
+    this.standBys++;
   }
 
   async prepare(wanted: DeviceState): Promise<void> {

@@ -121,6 +121,10 @@ function expected({ vf, moment, command, fault }: Case): string | undefined {
   const needed: readonly Command[] = MOMENTS[moment];
   // It is stopped by its registers then, and goes on.
   if (moment === "stop" && command === "modify" && fault === "silence") return undefined;
+  // The VF was to stand by; where this guest begins its registers cannot.
+  if (moment === "start" && command === "modify" && fault === "silence") {
+    return `has not answered an earlier command that may still alter virtfn${vf}`;
+  }
   return fault === "retry:1" || !needed.includes(command) ? undefined : SAYS[fault](COMMANDS[command], vf);
 }
 

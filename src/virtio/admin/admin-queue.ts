@@ -220,7 +220,7 @@ export class AdminQueue implements AsyncDisposable {
       this.forget(job);
       if (!(error instanceof VhostdError && error.code === "timedOut")) throw error;
       if (job.postedAt === undefined) throw new NeverPosted(deadline, why);
-      if (job.postedAt === this.completions) void this.lookForLife();
+      if (job.postedAt === this.completions && command.ahead !== true) void this.lookForLife();
       throw error;
     }
   }

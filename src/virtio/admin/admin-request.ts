@@ -39,8 +39,8 @@ export interface AdminRequest {
   readonly resultLength?: number;
   /** Of the error where it fails. */
   readonly code?: FailureCode;
-  /** `once`: a refusal is an answer. */
-  readonly tries?: "once";
+  /** `once`: a refusal is an answer. `ahead`: so it is, and nobody needs it yet. */
+  readonly tries?: "once" | "ahead";
 }
 
 /** Sends commands over an admin queue, again where the device allows it and there is time. */
@@ -58,9 +58,18 @@ export class AdminChannel {
   async ask(request: AdminRequest, deadline: Deadline): Promise<Uint8Array> {
     const { vdevId, alters, data = new Uint8Array(0), payload, resultLength = 0, code = "io" } = request;
     const header = ADMIN_HEADER.encode({ class: request.class, command: request.number });
-    const buffers = { vdevId, alters, header, data, resultLength, ...(payload === undefined ? {} : { payload }) };
+    const ahead = request.tries === "ahead";
+    const buffers = {
+      vdevId,
+      alters,
+      header,
+      data,
+      resultLength,
+      ahead,
+      ...(payload === undefined ? {} : { payload }),
+    };
     const what = `${request.name} of ${vdevName(vdevId)}`;
-    const triesMax = request.tries === "once" ? 0 : RETRIES_MAX;
+    const triesMax = request.tries === undefined ? RETRIES_MAX : 0;
     let refusal: AdminRefusal | undefined;
     try {
       for (let tries = 0; ; tries++) {

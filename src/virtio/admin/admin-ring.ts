@@ -15,6 +15,8 @@ export interface AdminCommand {
   readonly payload?: Uint8Array;
   /** Bytes of the result. */
   readonly resultLength: number;
+  /** Done ahead of need: that it is not answered in time says nothing of the queue. */
+  readonly ahead?: boolean;
 }
 
 export interface AdminReply {

@@ -1,8 +1,9 @@
+import { both } from "../../base/both.ts";
 import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import { TRANSFER_MAX } from "./admin-memory.ts";
 import type { AdminQueue } from "./admin-queue.ts";
-import { AdminChannel, type AdminRequest } from "./admin-request.ts";
+import { AdminChannel, AdminRefusal, type AdminRequest } from "./admin-request.ts";
 import { DirtyPagesAdmin } from "./dirty-pages-admin.ts";
 import { BLOB_SIZE_MAX, decodeState, encodeState, type VendorState } from "./state-blob.ts";
 import {
@@ -37,6 +38,8 @@ export class VendorAdmin {
   /** The same channel's commands of class 65. */
   readonly dirtyPages: DirtyPagesAdmin;
   private readonly channel: AdminChannel;
+  /** Bytes of the last state of each VF: those of the next are mostly as many. */
+  private readonly sizes = new Map<number, number>();
 
   /** @param retryInterval milliseconds between two tries; 1 s */
   constructor(
@@ -59,11 +62,13 @@ export class VendorAdmin {
     return `${major}.${minor}.${tertiary}`;
   }
 
-  /** @throws VhostdError io */
-  async status(vdevId: number, deadline: Deadline): Promise<InternalStatusName> {
+  /** @param tries as of AdminRequest @throws VhostdError io */
+  async status(vdevId: number, deadline: Deadline, tries?: "ahead"): Promise<InternalStatusName> {
     const data = VDEV_DATA.encode({ vdevId });
-    const result = await this.ask({ command: "getStatus", vdevId, data, resultLength: STATUS_RESULT.size }, deadline);
-    const { status } = STATUS_RESULT.read(result);
+    const request: Request = { command: "getStatus", vdevId, data, resultLength: STATUS_RESULT.size };
+    const { status } = STATUS_RESULT.read(
+      await this.ask(tries === undefined ? request : { ...request, tries }, deadline),
+    );
     const name = internalStatusName(status);
     if (name === undefined)
       throw new VhostdError("io", `${vdevName(vdevId)} has the internal status ${status}; 0 to 3`);
@@ -71,7 +76,7 @@ export class VendorAdmin {
   }
 
   /** One step. @param tries as of AdminRequest @throws VhostdError quiesceFailed, freezeFailed; io for running */
-  async modify(vdevId: number, to: SettableStatus, deadline: Deadline, tries?: "once"): Promise<void> {
+  async modify(vdevId: number, to: SettableStatus, deadline: Deadline, tries?: "once" | "ahead"): Promise<void> {
     const data = MODIFY_STATUS_DATA.encode({ vdevId, status: InternalStatus[to] });
     const codes = { quiesced: "quiesceFailed", freezed: "freezeFailed", running: "io" } as const;
     const request: Request = { command: "modifyStatus", vdevId, data, code: codes[to] };
@@ -97,11 +102,12 @@ export class VendorAdmin {
 
   /** The state of a freezed VF. @throws VhostdError stateSave, also where the state makes no sense */
   async save(vdevId: number, deadline: Deadline): Promise<VendorState> {
-    const blob = new Uint8Array(await this.pendingBytes(vdevId, deadline));
-    for (const { offset, length } of pieces(blob.length)) {
-      const data = transfer(vdevId, offset, length);
-      const request: Request = { command: "save", vdevId, data, resultLength: length, code: "stateSave" };
-      blob.set(await this.ask(request, deadline), offset);
+    const [size, begin] = await both(this.pendingBytes(vdevId, deadline), this.guess(vdevId, deadline));
+    this.sizes.set(vdevId, size);
+    const blob = new Uint8Array(size);
+    blob.set(begin.subarray(0, size));
+    for (const { offset, length } of pieces(begin.length, size)) {
+      blob.set(await this.readPiece(vdevId, offset, length, deadline), offset);
     }
     try {
       return decodeState(blob);
@@ -111,14 +117,38 @@ export class VendorAdmin {
     }
   }
 
-  /** Into a freezed VF. @throws VhostdError io */
-  async restore(vdevId: number, state: VendorState, deadline: Deadline): Promise<void> {
+  /** Into a freezed VF. @param tries as of AdminRequest @throws VhostdError io */
+  async restore(vdevId: number, state: VendorState, deadline: Deadline, tries?: "once"): Promise<void> {
     const blob = encodeState(state);
-    for (const { offset, length } of pieces(blob.length)) {
+    for (const { offset, length } of pieces(0, blob.length)) {
       const data = transfer(vdevId, offset, length);
       const payload = blob.subarray(offset, offset + length);
-      await this.ask({ command: "restore", vdevId, data, payload }, deadline);
+      const request: Request = { command: "restore", vdevId, data, payload };
+      await this.ask(tries === undefined ? request : { ...request, tries }, deadline);
     }
+  }
+
+  /** The begin of a state, where it is as long as the last one; else nothing. */
+  private async guess(vdevId: number, deadline: Deadline): Promise<Uint8Array> {
+    const nothing = new Uint8Array(0);
+    const size = this.sizes.get(vdevId);
+    if (size === undefined) return nothing;
+    return await this.readPiece(vdevId, 0, Math.min(size, TRANSFER_MAX), deadline, "once").catch((error) => {
+      if (error instanceof AdminRefusal) return nothing;
+      throw error;
+    });
+  }
+
+  private readPiece(
+    vdevId: number,
+    offset: number,
+    length: number,
+    deadline: Deadline,
+    tries?: "once",
+  ): Promise<Uint8Array> {
+    const data = transfer(vdevId, offset, length);
+    const request: Request = { command: "save", vdevId, data, resultLength: length, code: "stateSave" };
+    return this.ask(tries === undefined ? request : { ...request, tries }, deadline);
   }
 
   private ask({ command, ...rest }: Request, deadline: Deadline): Promise<Uint8Array> {
@@ -132,9 +162,10 @@ function transfer(vdevId: number, offset: number, length: number): Uint8Array {
   return TRANSFER_DATA.encode({ vdevId, offset: BigInt(offset), length: BigInt(length) });
 }
 
-function pieces(length: number): { readonly offset: number; readonly length: number }[] {
-  return Array.from({ length: Math.ceil(length / TRANSFER_MAX) }, (_, i) => {
-    const offset = i * TRANSFER_MAX;
-    return { offset, length: Math.min(TRANSFER_MAX, length - offset) };
+/** Transfers from `begin` to `end`, bytes. */
+function pieces(begin: number, end: number): { readonly offset: number; readonly length: number }[] {
+  return Array.from({ length: Math.max(0, Math.ceil((end - begin) / TRANSFER_MAX)) }, (_, i) => {
+    const offset = begin + i * TRANSFER_MAX;
+    return { offset, length: Math.min(TRANSFER_MAX, end - offset) };
   });
 }

@@ -1,7 +1,7 @@
 import { VhostdError } from "../../base/errors.ts";
 import type { DeviceClass } from "../../plugin.ts";
 import { configValues } from "../config-space.ts";
-import { type DeviceState, enabledQueues, type QueueState } from "../device-state.ts";
+import { type DeviceState, disabledQueues, enabledQueues, type QueueState } from "../device-state.ts";
 import type { FreezeMode, MoverHost } from "../mover.ts";
 import { describeStatus } from "../pci-device.ts";
 import { NO_VECTOR } from "../registers.ts";
@@ -106,7 +106,7 @@ export function readSaved(
   differs("status", describeStatus(common.status), describeStatus(configured.status));
   differs("features", `0x${common.driverFeatures.toString(16)}`, `0x${configured.features.toString(16)}`);
   differs("configuration vector", common.configVector, configured.configVector);
-  const disabled = new Set(configured.queues.flatMap((queue) => (queue.disabled === true ? [queue.index] : [])));
+  const disabled = disabledQueues(configured);
   const setUp = saved.queues.filter(({ enable, index }) => enable !== 0 && index !== own);
   const indices = setUp.map(({ index }) => index).filter((index) => !disabled.has(index));
   const inUse = indices.sort((a, b) => a - b).join(", ");

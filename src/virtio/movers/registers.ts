@@ -1,3 +1,4 @@
+import { both } from "../../base/both.ts";
 import { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import { configValues } from "../config-space.ts";
@@ -41,14 +42,16 @@ export class RegistersMover implements StateMover {
     this.current = snapshot.kind === "reset" ? snapshot : { ...snapshot, state: decodeDeviceState(snapshot.state) };
   }
 
-  async configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
+  async configure(wanted: DeviceState, deadline: Deadline, connect = async () => {}): Promise<void> {
+    // Its registers answer behind what was said before: all is connected when it begins to run.
+    const connected = connect();
     const frozen = await this.continued(wanted, deadline);
     if (frozen === undefined) {
       await this.reset(deadline);
       for (const queue of wanted.queues) this.checkBase(queue);
     }
     try {
-      await deadline.race(frozen === undefined ? this.program(wanted) : this.goOn());
+      await both(connected, deadline.race(frozen === undefined ? this.program(wanted) : this.goOn()));
       if (frozen === undefined || !sameEnabled(frozen, wanted)) await this.sendCommands(wanted, deadline);
     } catch (error) {
       await this.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));

@@ -3,7 +3,6 @@ import { VhostdError } from "../../base/errors.ts";
 import { AdminRefusal } from "../admin/admin-request.ts";
 import { type InternalStatusName, type SettableStatus, stepsTo } from "../admin/vendor.ts";
 import type { VendorAdmin } from "../admin/vendor-admin.ts";
-import type { ManualControl } from "../mover.ts";
 
 /** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
 export const CLEAN_UP_TIMEOUT = 5000;
@@ -11,7 +10,7 @@ export const CLEAN_UP_TIMEOUT = 5000;
 const ASK_TIMEOUT = 1000;
 
 /** The internal status of one VF, and the ways from one to another. */
-export class InternalSteps implements ManualControl {
+export class InternalSteps {
   constructor(
     private readonly admin: VendorAdmin,
     private readonly vdevId: number,
@@ -26,6 +25,18 @@ export class InternalSteps implements ManualControl {
 
   status(deadline: Deadline): Promise<InternalStatusName> {
     return this.admin.status(this.vdevId, deadline);
+  }
+
+  /** From init to freezed, ahead of need. */
+  async standBy(deadline: Deadline): Promise<void> {
+    await this.admin.modify(this.vdevId, "quiesced", deadline, "ahead");
+    await this.admin.modify(this.vdevId, "freezed", deadline, "ahead");
+  }
+
+  /** No command that may still alter it is left with the device, or none of it will be answered any more. */
+  get settled(): boolean {
+    const { queue } = this.admin;
+    return queue.state.kind === "dead" || !queue.mayStillAlter(this.vdevId);
   }
 
   /** From wherever it is. */
@@ -44,6 +55,16 @@ export class InternalSteps implements ManualControl {
     await this.step("quiesced", "freezed", deadline);
   }
 
+  /** The way out of it, for one that hardly is anywhere else: it is asked only where it does not take it. */
+  async leaveFreezed(deadline: Deadline): Promise<void> {
+    try {
+      await this.admin.modify(this.vdevId, "quiesced", deadline, "once");
+    } catch (error) {
+      if (!(error instanceof AdminRefusal)) throw error;
+      await this.bringTo("quiesced", deadline);
+    }
+  }
+
   async step(from: InternalStatusName, to: SettableStatus, deadline: Deadline): Promise<void> {
     for (const step of stepsTo(from, to)) await this.admin.modify(this.vdevId, step, deadline);
   }
@@ -51,7 +72,7 @@ export class InternalSteps implements ManualControl {
   /** false also where nobody can say. */
   async isFreezed(deadline: Deadline): Promise<boolean> {
     const asked = Deadline.after(Math.min(ASK_TIMEOUT, deadline.remaining / 2), `the status of ${this.name}`);
-    return this.status(asked).then(
+    return this.admin.status(this.vdevId, asked, "ahead").then(
       (status) => status === "freezed",
       () => false,
     );

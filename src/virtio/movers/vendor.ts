@@ -25,11 +25,17 @@ export interface ManagedVf {
   readonly tracking?: TrackingMeans;
 }
 
+/** Milliseconds between two looks at whether a late command is answered. */
+const ARREARS_INTERVAL = 5;
+
 type ModeOf = (queue: number) => FreezeMode;
 
-/** `frozen`: freezed, with the state that it had then. `prepared`: the same, with one that it was given and never ran with. */
+/**
+ * `frozen`: freezed, with the state that it had then. `prepared`: the same, with one that it was given and never ran with.
+ * `standby`: the same, with none.
+ */
 type State =
-  | { readonly kind: "reset" }
+  | { readonly kind: "reset" | "standby" }
   | { readonly kind: "prepared"; readonly state: DeviceState }
   | { readonly kind: "running"; readonly state: DeviceState }
   | { readonly kind: "frozen"; readonly state: DeviceState };
@@ -48,6 +54,8 @@ export class VendorMover implements StateMover {
   private current: State;
   /** The end of a reset that was not waited for: what went wrong, or undefined. */
   private cleanUp: Promise<Error | undefined> | undefined;
+  /** How far it has come when it was to stand by is not known; of an earlier mover neither. */
+  private unsure = true;
   /** Status 0 was read after the last reset; not known of one that failed or was the task of an earlier process. */
   private atRest = false;
   private registers: RegistersMover | undefined;
@@ -60,7 +68,10 @@ export class VendorMover implements StateMover {
   ) {
     this.current = stateOf(snapshot);
     this.steps = new InternalSteps(vf.admin, vf.vdevId, this.name);
-    this.manual = this.steps;
+    this.manual = {
+      status: (deadline) => this.steps.status(deadline),
+      change: (to, deadline) => this.change(to, deadline),
+    };
     this.tracking = new VendorTracking(vf, this.name, snapshot.tracking);
   }
 
@@ -91,12 +102,31 @@ export class VendorMover implements StateMover {
     this.tracking.abandon();
   }
 
-  configure(wanted: DeviceState, deadline: Deadline): Promise<void> {
-    return this.bringUp(wanted, "running", deadline);
+  configure(wanted: DeviceState, deadline: Deadline, connect = nothing): Promise<void> {
+    return this.bringUp(wanted, "running", deadline, connect);
+  }
+
+  /** One that refuses is asked again by the start. */
+  async standBy(deadline: Deadline): Promise<void> {
+    const registers = await this.settle(deadline);
+    if (registers !== undefined || this.current.kind !== "reset") return;
+    this.unsure = true;
+    await this.steps.standBy(deadline);
+    this.unsure = false;
+    this.current = { kind: "standby" };
+  }
+
+  /** A command that was to let it stand by, and is done late, would stop a device that its registers had started. */
+  private async becomeSure(deadline: Deadline): Promise<void> {
+    if (!this.unsure) return;
+    this.unsure = false;
+    const patience = Deadline.after(deadline.remaining / 2, `${this.name} standing by`);
+    await patience.poll(() => this.steps.settled || undefined, ARREARS_INTERVAL).catch(() => {});
   }
 
   /** A device that is moved by its registers does not stand still with a state: there is nothing to prepare. */
   async prepare(wanted: DeviceState, deadline: Deadline): Promise<void> {
+    await this.becomeSure(deadline);
     const registers = await this.settle(deadline);
     if (registers !== undefined) return;
     if (this.current.kind === "running") throw new VhostdError("invalid", `${this.name} is running`);
@@ -109,27 +139,26 @@ export class VendorMover implements StateMover {
   }
 
   /** @param to where the device is left; what it is given it has taken then */
-  private async bringUp(wanted: DeviceState, to: SettableStatus, deadline: Deadline): Promise<void> {
+  private async bringUp(wanted: DeviceState, to: SettableStatus, deadline: Deadline, connect = nothing): Promise<void> {
+    await this.becomeSure(deadline);
     const registers = await this.settle(deadline);
     this.atRest = false;
     if (registers !== undefined) {
-      await this.byRegisters(() => registers.configure(wanted, deadline));
+      await this.byRegisters(() => registers.configure(wanted, deadline, connect));
       return await this.tracking.confirm(deadline);
     }
     await this.orReset(async () => {
       checkBases(wanted, this.name);
-      const { current } = this;
-      const stands =
-        current.kind === "prepared" ? this.adjust(current.state, wanted, deadline) : this.continues(wanted, deadline);
-      if (!(await stands)) await this.program(wanted, deadline);
-      await this.tracking.confirm(deadline);
-      // A device that its registers stopped was kept from memory; where it is to go on it stands only now.
-      await both(deadline.race(this.device.setBusMaster(true)), this.steps.step("freezed", "quiesced", deadline));
-      await this.steps.step("quiesced", to, deadline);
-      const status = await deadline.race(this.device.status());
-      if (status !== wanted.status) {
-        throw new VhostdError("io", `${this.name} does not run with what was restored: ${describeStatus(status)}`);
+      const isPrepared = this.current.kind === "prepared" && this.compared(this.current.state, wanted, wanted.features);
+      if (!isPrepared && !(await this.continues(wanted, deadline))) await this.program(wanted, deadline);
+      let status = await this.letGo(to, deadline, connect);
+      if (isPrepared && status === 0) {
+        // It was reset meanwhile.
+        await this.program(wanted, deadline);
+        status = await this.letGo(to, deadline, connect);
       }
+      if (status === wanted.status) return;
+      throw new VhostdError("io", `${this.name} does not run with what was restored: ${describeStatus(status)}`);
     });
     this.current = { kind: "running", state: wanted };
   }
@@ -219,6 +248,12 @@ export class VendorMover implements StateMover {
     return state;
   }
 
+  /** By hand. Where it was prepared it is given its state anew. */
+  private change(to: SettableStatus, deadline: Deadline): Promise<void> {
+    if (this.current.kind === "prepared") this.current = { kind: "standby" };
+    return this.steps.change(to, deadline);
+  }
+
   /** A device that is freezed uses no memory: the end of its reset is not waited for. */
   async reset(deadline: Deadline): Promise<void> {
     const registers = await this.settle(deadline);
@@ -236,7 +271,7 @@ export class VendorMover implements StateMover {
     await this.tracking.wasReset(deadline);
   }
 
-  /** One that was prepared is reset by the next process. */
+  /** One that stands by or was prepared is reset by the next process. */
   snapshot(): MoverSnapshot {
     return { ...this.position(), ...this.tracking.snapshot() };
   }
@@ -244,7 +279,7 @@ export class VendorMover implements StateMover {
   private position(): MoverSnapshot {
     if (this.registers !== undefined) return this.registers.snapshot();
     const { current } = this;
-    if (current.kind === "reset" || current.kind === "prepared") return { kind: "reset" };
+    if (current.kind !== "running" && current.kind !== "frozen") return { kind: "reset" };
     return { kind: current.kind, state: encodeDeviceState(current.state) };
   }
 
@@ -317,33 +352,32 @@ export class VendorMover implements StateMover {
     return compare(relevant(a), relevant(b)).length === 0;
   }
 
-  /**
-   * What a device was prepared with becomes what it is to begin with, by as little as that takes.
-   * @returns false where something has happened to it meanwhile
-   */
-  private async adjust(prepared: DeviceState, wanted: DeviceState, deadline: Deadline): Promise<boolean> {
-    if (this.compared(prepared, wanted, wanted.features)) return (await this.steps.status(deadline)) === "freezed";
-    try {
-      await this.restore(wanted, Promise.resolve(), deadline);
-      return true;
-    } catch (error) {
-      // It takes a state only where it stands still.
-      if (error instanceof AdminRefusal) return false;
-      throw error;
-    }
-  }
-
-  /** Writes the whole state, wherever the device is. */
+  /** Writes the whole state, wherever the device is. It takes one only where it stands still. */
   private async program(wanted: DeviceState, deadline: Deadline): Promise<void> {
-    const frozen = this.mayBeFreezed ? this.steps.bringTo("freezed", deadline) : this.steps.freeze(deadline);
-    await this.restore(wanted, frozen, deadline);
+    const { admin, vdevId } = this.vf;
+    const state = toVendorState(wanted, this.host, this.device.configGeneration);
+    if (this.mayBeFreezed) {
+      try {
+        return await admin.restore(vdevId, state, deadline, "once");
+      } catch (error) {
+        if (!(error instanceof AdminRefusal)) throw error;
+        await this.steps.bringTo("freezed", deadline);
+      }
+    } else await this.steps.freeze(deadline);
+    await admin.restore(vdevId, state, deadline);
   }
 
-  /** @param ready the device can take it */
-  private async restore(wanted: DeviceState, ready: Promise<void>, deadline: Deadline): Promise<void> {
-    const { admin, vdevId } = this.vf;
-    const [generation] = await Promise.all([deadline.race(this.device.configGeneration()), ready]);
-    await admin.restore(vdevId, toVendorState(wanted, this.host, generation), deadline);
+  /**
+   * From freezed, where it stands with what it is to begin with. What its PF needs time for is asked for first.
+   * @returns its status afterwards
+   */
+  private async letGo(to: SettableStatus, deadline: Deadline, connect: () => Promise<void>): Promise<number> {
+    await this.tracking.confirm(deadline);
+    const left = this.steps.leaveFreezed(deadline);
+    // A device that its registers stopped was kept from memory; where it is to go on it stands only now.
+    await both(left, deadline.race(Promise.all([this.device.setBusMaster(true), connect()])));
+    await this.steps.step("quiesced", to, deadline);
+    return await deadline.race(this.device.status());
   }
 
   /** What the device says of itself. @param configured what it was told */
@@ -354,7 +388,7 @@ export class VendorMover implements StateMover {
 
   /** The device stands still on its own account. */
   private get mayBeFreezed(): boolean {
-    return this.current.kind === "frozen" || this.current.kind === "prepared";
+    return this.current.kind !== "reset" && this.current.kind !== "running";
   }
 
   private get obstacle(): string | undefined {
@@ -373,6 +407,8 @@ export class VendorMover implements StateMover {
     return this.device.fn.address;
   }
 }
+
+async function nothing(): Promise<void> {}
 
 /** @throws VhostdError invalid */
 function stateOf(snapshot: MoverSnapshot): State {

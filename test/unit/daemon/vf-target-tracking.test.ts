@@ -1,76 +1,16 @@
 import { describe, expect, test } from "bun:test";
 import { VhostdError } from "../../../src/base/errors.ts";
-import { silentLogger } from "../../../src/base/log.ts";
-import { OperationQueue } from "../../../src/base/operation-queue.ts";
-import { DEADLINES } from "../../../src/daemon/deadlines.ts";
-import { OpenRings } from "../../../src/daemon/open-rings.ts";
-import { Patience } from "../../../src/daemon/patience.ts";
-import type { VfParts } from "../../../src/daemon/vf-parts.ts";
-import type { VfState } from "../../../src/daemon/vf-state.ts";
-import { type TargetHost, VfTarget } from "../../../src/daemon/vf-target.ts";
-import type { TrackingModeName } from "../../../src/virtio/admin/vendor.ts";
-import { DataPath } from "../../../src/virtio/data-path.ts";
-import { LOG_PAGE } from "../../../src/virtio/dirty-log.ts";
-import { VendorMover } from "../../../src/virtio/movers/vendor.ts";
-import { fakeClass } from "../../kit/fake-class.ts";
 import { rejection } from "../../kit/rejection.ts";
 import { wantedState } from "../virtio/states.ts";
-import { FrontEndLog, setUpTracking } from "../virtio/tracking-lab.ts";
-import { cleanUpAfterEach, disposeLater, soon } from "../virtio/vendor-lab.ts";
+import { FrontEndLog } from "../virtio/tracking-lab.ts";
+import { cleanUpAfterEach, soon } from "../virtio/vendor-lab.ts";
+import { makeTarget } from "./target-lab.ts";
 
 cleanUpAfterEach();
 
-/** What a session may do with a VF whose PF marks pages in the front-end's log itself. */
-async function make(modes: readonly TrackingModeName[] = ["pushBitmap"]) {
-  const parts = await setUpTracking(modes);
-  const events: (string | undefined)[] = [];
-  const { fn, managed } = parts;
-  const deviceClass = fakeClass();
-  const dataPath = await DataPath.open(
-    fn,
-    () => deviceClass,
-    soon(),
-    (host, snapshot) => new VendorMover(host, managed, snapshot),
-  );
-  disposeLater({ [Symbol.asyncDispose]: async () => dataPath.abandon() });
-  let state: VfState = { name: "idle" };
-  const entry = {
-    directory: "the fake",
-    transport: { kind: "vfio-user", socket: "vfio-user.sock" },
-  } as VfParts["entry"];
-  const host = {
-    options: { address: fn.address, socket: "/run/vm.sock", mode: "server" },
-    parts: {
-      ...{ entry, fn, dataPath, deviceClass, config: new Uint8Array(0) },
-      mover: { make: undefined, unmanagedReason: () => "its PF has no admin queue" },
-    } as Partial<VfParts> as VfParts,
-    memory: { end: 100 * LOG_PAGE },
-    deadlines: { ...DEADLINES, reset: 200 },
-    log: silentLogger,
-    rings: new OpenRings(deviceClass),
-    patience: new Patience(DEADLINES.lastDrain),
-    operations: new OperationQueue(),
-    state: () => state,
-    become: (next: VfState) => {
-      state = next;
-    },
-    checkUsable: () => {},
-    fail: (error: Error) => {
-      state = { name: "failed", reason: error.message };
-    },
-    onRunning: async () => {},
-    onReset: () => {},
-    onMigration: () => void events.push(target.migration.info?.state),
-    peer: () => 7,
-  };
-  const target = new VfTarget(host as object as TargetHost);
-  disposeLater({ [Symbol.asyncDispose]: async () => target.abandon() });
-  return { ...parts, target, events, fail: host.fail };
-}
-
 test("the end of a session ends the marking, also where the function does not come to rest", async () => {
   for (const restless of [false, true]) {
-    const { target, pf, fn, rings } = await make();
+    const { target, pf, fn, rings } = await makeTarget();
     expect(target.dirtyTracking).toBe(true);
     const log = new FrontEndLog(64);
     await target.start(wantedState(1), new Map());
@@ -92,7 +32,7 @@ test("the end of a session ends the marking, also where the function does not co
 
 test("the session of a function that has failed is told that not all that it wrote was marked", async () => {
   for (const marks of [false, true]) {
-    const { target, rings, fail } = await make(["pullBitmap"]);
+    const { target, rings, fail } = await makeTarget(["pullBitmap"]);
     const log = new FrontEndLog(64);
     await target.start(wantedState(1), new Map());
     if (marks) await target.track(log.tracking());
@@ -106,7 +46,7 @@ test("the session of a function that has failed is told that not all that it wro
 });
 
 test("a session is told that marking is lost, and that it is not offered while the PF cannot be asked", async () => {
-  const { target, pf } = await make();
+  const { target, pf } = await makeTarget();
   const lost: string[] = [];
   target.onTrackingLost((error) => lost.push(error instanceof VhostdError ? error.code : String(error)));
   const log = new FrontEndLog(64);
@@ -118,15 +58,27 @@ test("a session is told that marking is lost, and that it is not offered while t
 });
 
 test("what was prepared is begun with by few commands", async () => {
-  const { target, pf } = await make();
+  const { target, pf } = await makeTarget();
   await target.prepare(wantedState(1, 7));
   pf.seen.length = 0;
   await target.start(wantedState(1, 7), new Map());
-  expect(pf.seen.map(({ name }) => name)).toEqual(["getStatus", "modifyStatus", "modifyStatus"]);
+  expect(pf.seen.map(({ name }) => name)).toEqual(["modifyStatus", "modifyStatus"]);
+});
+
+test("what was prepared and is not there any more is given anew", async () => {
+  for (const byHand of [false, true]) {
+    const { target, host, fn, vf, dataPath } = await makeTarget();
+    await target.prepare(wantedState(1, 7));
+    if (byHand) await dataPath.manual!.change("quiesced", soon());
+    else await host.device.reset(soon());
+    await target.start(wantedState(1, 7), new Map());
+    expect(fn.status).toBe(0x0f);
+    expect(vf.restored.map(({ indices }) => indices[0]?.lastAvail)).toEqual(byHand ? [7, 7] : [7]);
+  }
 });
 
 test("what is known of a migration: at the source, cancelled, and handed over", async () => {
-  const { target, events, rings } = await make();
+  const { target, events, rings } = await makeTarget();
   const log = new FrontEndLog(64);
   const state = wantedState(1);
   await target.start(state, new Map());
@@ -152,7 +104,7 @@ test("what is known of a migration: at the source, cancelled, and handed over", 
 
 test("what is known of a migration: at the destination, early or not", async () => {
   for (const early of [false, true]) {
-    const { target, events, rings } = await make();
+    const { target, events, rings } = await makeTarget();
     rings.set(0, { available: 7, used: 7 });
     if (early) await target.prepare(wantedState(1, 0));
     await target.start(wantedState(1, 7), new Map());
@@ -174,7 +126,7 @@ describe("a log by hand", () => {
   ] as const;
   for (const [modes, form, mode] of forms) {
     test(`counts what was written: ${modes.join(", ")}, ${form ?? "any form"}`, async () => {
-      const { target, pf } = await make(modes);
+      const { target, pf } = await makeTarget(modes);
       await target.start(wantedState(1), new Map());
       expect(await target.byHand.start(form)).toEqual({ mode });
       pf.write(1, 3, 4, 99);
@@ -187,7 +139,7 @@ describe("a log by hand", () => {
   }
 
   test("is refused where no guest runs, while the front-end logs, twice, and where nobody can", async () => {
-    const { target, pf } = await make();
+    const { target, pf } = await makeTarget();
     expect(await rejection(target.byHand.start(undefined))).toMatchObject({ code: "busy" });
     await target.start(wantedState(1), new Map());
     const log = new FrontEndLog(64);
@@ -199,13 +151,13 @@ describe("a log by hand", () => {
     await target.byHand.start(undefined);
     expect(await rejection(target.byHand.start(undefined))).toMatchObject({ code: "busy" });
     await target.byHand.stop();
-    const { target: other } = await make([]);
+    const { target: other } = await makeTarget([]);
     await other.start(wantedState(1), new Map());
     expect(await rejection(other.byHand.start(undefined))).toMatchObject({ code: "notSupported" });
   });
 
   test("gives way to the front-end, whose log is complete, and ends with its session", async () => {
-    const { target, pf, rings } = await make();
+    const { target, pf, rings } = await makeTarget();
     await target.start(wantedState(1), new Map());
     await target.byHand.start(undefined);
     const log = new FrontEndLog(64);
@@ -226,7 +178,7 @@ describe("a log by hand", () => {
   });
 
   test("that is lost is none of the session's business", async () => {
-    const { target, pf } = await make();
+    const { target, pf } = await makeTarget();
     const lost: Error[] = [];
     target.onTrackingLost((error) => lost.push(error));
     await target.start(wantedState(1), new Map());

@@ -3,7 +3,7 @@ import { VendorMover } from "../../../src/virtio/movers/vendor.ts";
 import type { FakeCommand } from "../../kit/fake-admin.ts";
 import { rejection } from "../../kit/rejection.ts";
 import { wantedState } from "./states.ts";
-import { advance, cleanUpAfterEach, running, setUp, soon } from "./vendor-lab.ts";
+import { advance, cleanUpAfterEach, running, setUp, soon, with_ } from "./vendor-lab.ts";
 
 cleanUpAfterEach();
 
@@ -31,7 +31,7 @@ describe("prepare", () => {
   test("a start with the same state lets it run, and no more", async () => {
     const { mover, pf, fn } = await prepared();
     await mover.configure(wantedState(2, 3), soon());
-    expect(names(pf.seen)).toEqual(["getStatus", "modifyStatus", "modifyStatus"]);
+    expect(names(pf.seen)).toEqual(["modifyStatus", "modifyStatus"]);
     expect(fn.status).toBe(0x0f);
     expect(mover.snapshot().kind).toBe("running");
   });
@@ -43,7 +43,7 @@ describe("prepare", () => {
     expect(vf.restored.at(-1)?.indices).toMatchObject([{ lastAvail: 900 }, { lastAvail: 900 }]);
   });
 
-  test("a device that was moved meanwhile is given all anew", async () => {
+  test("a device that an operator has moved meanwhile is given all anew", async () => {
     for (const base of [3, 900]) {
       const { mover, vf } = await prepared();
       await mover.manual.change("quiesced", soon());
@@ -54,10 +54,50 @@ describe("prepare", () => {
     }
   });
 
+  test("also one that ran meanwhile, and stands again where it stood", async () => {
+    const { mover, pf, vf, fn } = await prepared();
+    await mover.manual.change("running", soon());
+    with_(vf, { indices: vf.state!.indices.map((one) => ({ ...one, lastAvail: 77, lastUsed: 77 })) });
+    await mover.manual.change("freezed", soon());
+    pf.seen.length = 0;
+    await mover.configure(wantedState(2, 3), soon());
+    expect(names(pf.seen)).toEqual(["restore", "modifyStatus", "modifyStatus"]);
+    expect(vf.state?.indices).toMatchObject([{ lastAvail: 3 }, { lastAvail: 3 }]);
+    expect(fn.status).toBe(0x0f);
+  });
+
+  test("a device that somebody else has reset meanwhile is programmed anew, and runs", async () => {
+    for (const base of [3, 900]) {
+      const { mover, host, vf, fn } = await prepared();
+      await host.device.reset(soon());
+      await mover.configure(wantedState(2, base), soon());
+      expect(vf.status).toBe("running");
+      expect(fn.status).toBe(0x0f);
+      expect(vf.restored.map(({ indices }) => indices[1])).toEqual([{ index: 1, lastAvail: base, lastUsed: base }]);
+      expect(mover.snapshot().kind).toBe("running");
+    }
+  });
+
+  test("one that does not run with what it was given anew either is reset, and the start fails", async () => {
+    const { mover, host, pf, fn } = await prepared();
+    await host.device.reset(soon());
+    pf.answer = (asked) => {
+      const answer = pf.honest(asked);
+      fn.status = 0;
+      return answer;
+    };
+    fn.statusWrites.length = 0;
+    const failed = await rejection(mover.configure(wantedState(2, 3), soon()));
+    expect(failed.message).toMatch(/does not run with what was restored/);
+    expect(fn.statusWrites).toEqual([0]);
+    expect(mover.snapshot()).toEqual({ kind: "reset" });
+    expect(pf.commands("restore").length).toBe(2);
+  });
+
   test("may be done again, and a reset forgets it", async () => {
     const { mover, pf, vf, fn } = await prepared();
     await mover.prepare(wantedState(2, 5), soon());
-    expect(names(pf.seen)).toEqual(["getStatus", "restore"]);
+    expect(names(pf.seen)).toEqual(["restore"]);
     await mover.reset(soon());
     expect(fn.statusWrites.at(-1)).toBe(0);
     pf.seen.length = 0;
