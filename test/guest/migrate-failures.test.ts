@@ -1,6 +1,7 @@
 import { expect, test } from "bun:test";
 import { Deadline } from "../../src/base/deadline.ts";
 import type { Guest } from "../kit/guest/guest.ts";
+import { compareRam } from "../kit/guest/memory-files.ts";
 import type { Migration } from "../kit/guest/migration.ts";
 import { MigrationLab, whyNoneArrives } from "../kit/guest/migration-lab.ts";
 import { MigrationWork } from "../kit/guest/migration-work.ts";
@@ -30,6 +31,25 @@ async function goesOn(lab: MigrationLab, work: MigrationWork): Promise<void> {
 /** Has commands of both PFs at the source go wrong. */
 async function setFaults(lab: MigrationLab, faults: string): Promise<void> {
   for (const name of NAMES) await lab.source.setPf(name, `admin-fault=${faults}`);
+}
+
+/**
+ * Moves the VM, and has the daemon at the destination killed while it is on its way.
+ * @param compared with its memory, while it stands still at both hosts
+ */
+async function arriveAlone(lab: MigrationLab, compared: boolean): Promise<void> {
+  const destination = await lab.awaitAt(lab.destination, compared ? ["-S"] : []);
+  const migration = await lab.begin(destination);
+  await migration.passed(1);
+  await lab.destination.killDaemon();
+  await migration.passed();
+  await migration.complete();
+  if (compared) {
+    const { differences } = await compareRam(lab.guest.vm.qemu.pid, destination.vm.qemu.pid);
+    expect(differences).toEqual([]);
+    await destination.vm.qmp.execute("cont");
+  }
+  await lab.arrived(destination);
 }
 
 async function awaitLog(lab: MigrationLab, pattern: RegExp, count: number): Promise<void> {
@@ -120,6 +140,37 @@ test.skipIf(missing !== undefined)(
   },
   240_000,
 );
+
+for (const listener of ["qemu", "daemon"] as const) {
+  test.skipIf(missing !== undefined)(
+    `the daemon at the destination is gone when the VM arrives, sockets of the ${listener}: all goes on with the next one${reason}`,
+    async () => {
+      await using lab = await MigrationLab.create({ ...BOTH, listener, arrives: true });
+      await lab.boot();
+      await using work = await MigrationWork.start(lab, BOTH);
+      for (const compared of [true, false]) {
+        await arriveAlone(lab, compared);
+        await work.devicesStand();
+        // Reads and writes that wait.
+        expect(await lab.guest.run("cat /sys/block/vda/inflight")).not.toMatch(/^ *0 +0$/);
+        await lab.source.startDaemon();
+        await work.progress();
+        for (const name of NAMES)
+          expect(await lab.source.vfInfo(name)).toMatchObject({ migration: { state: "arrived" } });
+      }
+      // What the guest said when it arrived has gone nowhere.
+      const { arp } = await work.announcements();
+      await lab.guest.vm.qmp.execute("announce-self", { initial: 50, max: 100, rounds: 2, step: 50 });
+      await Deadline.after(20_000, "announcements of the guest").poll(
+        async () => (await work.announcements()).arp > arp || undefined,
+        50,
+      );
+      const done = await work.stop();
+      expect(done.diskRounds).toBeGreaterThan(0);
+    },
+    180_000,
+  );
+}
 
 test("hosts that do not match: refused before the VM is moved", async () => {
   const devices = { blk: 2, net: 2 };

@@ -3,7 +3,7 @@ import { join } from "node:path";
 import type { NetworkNamespace } from "../network-namespace.ts";
 import { all } from "./all.ts";
 import { Stack } from "./stack.ts";
-import type { VmOptions } from "./vm.ts";
+import type { SocketRole, VmOptions } from "./vm.ts";
 
 /** The guest's disk and network card as a host has them; a host may be without either. */
 export interface HostDevices {
@@ -11,6 +11,8 @@ export interface HostDevices {
   readonly blk?: number;
   /** Pairs of queues of the card. */
   readonly net?: number;
+  /** Whose the sockets are; "qemu" unless said. */
+  readonly listener?: "qemu" | "daemon";
   /** More options of the PF of that class, as in vfe-softvf's configuration. */
   readonly options?: Readonly<Partial<Record<"blk" | "net", Readonly<Record<string, string | number | boolean>>>>>;
 }
@@ -44,6 +46,7 @@ export class MigrationHost implements AsyncDisposable {
     readonly place: HostPlace,
     readonly stack: Stack,
     private readonly devices: readonly HostDevice[],
+    private readonly listener: HostDevices["listener"],
   ) {}
 
   /** Starts both processes; the VFs wait for a VMM. */
@@ -60,7 +63,7 @@ export class MigrationHost implements AsyncDisposable {
     const config = join(directory, "softvf.toml");
     await writeFile(config, devices.map(({ name, pf }) => section(name, pf, place, counts)).join("\n"));
     const stack = await Stack.start({ directory, config, prefix: place.namespace.prefix });
-    const host = new MigrationHost(place, stack, devices);
+    const host = new MigrationHost(place, stack, devices, counts.listener);
     try {
       await host.startDaemon();
     } catch (error) {
@@ -101,9 +104,11 @@ export class MigrationHost implements AsyncDisposable {
 
   /** What a VM on this host has for its disk and its card. @param counts of the VM's own queues */
   vmDevices({ blk, net }: HostDevices): Pick<VmOptions, "disks" | "nics"> {
+    const role: SocketRole = this.listener === "daemon" ? "connect" : "listen";
+    const { mac } = this.place;
     return {
-      ...(blk === undefined ? {} : { disks: [{ socket: this.device("blk").socket, queues: blk }] }),
-      ...(net === undefined ? {} : { nics: [{ socket: this.device("net").socket, pairs: net, mac: this.place.mac }] }),
+      ...(blk === undefined ? {} : { disks: [{ socket: this.device("blk").socket, queues: blk, role }] }),
+      ...(net === undefined ? {} : { nics: [{ socket: this.device("net").socket, pairs: net, mac, role }] }),
     };
   }
 
@@ -114,7 +119,8 @@ export class MigrationHost implements AsyncDisposable {
   private async add(name: DeviceName): Promise<void> {
     const { pf, vf, socket } = this.device(name);
     await this.stack.command("mgmtpf", "-a", pf);
-    await this.stack.command("vf", "-a", vf, "-v", socket, "-u", VM);
+    const more = this.listener === "daemon" ? ["--server"] : [];
+    await this.stack.command("vf", "-a", vf, "-v", socket, "-u", VM, ...more);
   }
 
   private device(wanted: DeviceName): HostDevice {

@@ -10,6 +10,10 @@ import {
 
 const PROGRESS_TIMEOUT = 60_000;
 const LOOK_INTERVAL = 100;
+/** Of the task in memory: half a second and more. */
+const GUEST_ROUNDS = 1000;
+/** Tasks that do nothing more where no device does. A sender goes on as long as something takes what it sends. */
+const NEED_DEVICE = /^disk|-receive/;
 /** MiB of pages that are changed and verified. */
 const MEMORY = 8;
 /** Microseconds between two datagrams. */
@@ -87,6 +91,26 @@ export class MigrationWork implements AsyncDisposable {
     } catch (error) {
       throw deadline.expired ? new Error(`no progress: ${standing}`, { cause: error }) : error;
     }
+  }
+
+  /**
+   * Waits while the guest runs, and its devices are to stand.
+   * @throws Error where one of them did something, or the guest stands, too
+   */
+  async devicesStand(timeout = PROGRESS_TIMEOUT): Promise<void> {
+    const memory = async () => (await this.inside.statuses(["memory"]))[0]!.count("rounds");
+    const deadline = Deadline.after(timeout, "the guest's own work");
+    const guestRuns = async () => {
+      const before = await memory();
+      await deadline.poll(async () => (await memory()) > before + GUEST_ROUNDS || undefined, LOOK_INTERVAL);
+    };
+    // What the devices did while they were there is told a little later.
+    await guestRuns();
+    const before = await this.counts();
+    await guestRuns();
+    const now = await this.counts();
+    const moved = now.filter(({ task, count }, index) => NEED_DEVICE.test(task) && count !== before[index]!.count);
+    if (moved.length > 0) throw new Error(`with no device: ${moved.map(({ task }) => task).join(", ")}`);
   }
 
   /** Frames with which the guest, or its host, has said where it is; none where it has no card. */

@@ -63,7 +63,7 @@ export class Vm implements AsyncDisposable {
   ) {
     this.qmp = qmp;
     const log = join(options.directory, `${options.name}.log`);
-    const { command, environment } = options.qemu ?? SYSTEM_QEMU;
+    const { command, environment } = this.program;
     this.qemu = new Child([...command, ...this.commandLine()], { name: `QEMU ${options.name}`, log, environment });
     this.qemu.exited.then((how) => qmp.fail(new Error(`QEMU ended (${how}): ${this.qemu.tail()}`)));
   }
@@ -103,8 +103,13 @@ export class Vm implements AsyncDisposable {
     this.qmp[Symbol.dispose]();
   }
 
+  private get program(): Qemu {
+    return this.options.qemu ?? SYSTEM_QEMU;
+  }
+
   private commandLine(): string[] {
     const { name, directory, accelerator, processors = 1, memory = 256, hotplugMemory = 0 } = this.options;
+    const { reconnect } = this.program;
     const slots = hotplugMemory === 0 ? "" : `,slots=4,maxmem=${memory + hotplugMemory}M`;
     return [
       ...["-name", name, "-nodefaults", "-no-user-config", "-display", "none"],
@@ -112,34 +117,42 @@ export class Vm implements AsyncDisposable {
       ...["-object", `memory-backend-memfd,id=memory,size=${memory}M,share=on`],
       ...(accelerator === "kvm" ? ["-accel", "kvm", "-cpu", "host"] : ["-accel", "tcg,thread=multi", "-cpu", "max"]),
       ...["-qmp", `unix:${join(directory, `${name}.qmp`)}`, "-serial", `file:${this.consolePath}`],
-      ...(this.options.disks ?? []).flatMap(diskArguments),
-      ...(this.options.nics ?? []).flatMap(nicArguments),
+      ...(this.options.disks ?? []).flatMap((disk, index) => diskArguments(disk, index, reconnect)),
+      ...(this.options.nics ?? []).flatMap((nic, index) => nicArguments(nic, index, reconnect)),
       ...(this.options.arguments ?? []),
     ];
   }
 }
 
-function diskArguments({ socket, queues, role, pagePerVq = true }: VhostDisk, index: number): string[] {
+function diskArguments(
+  { socket, queues, role, pagePerVq = true }: VhostDisk,
+  index: number,
+  reconnect: string,
+): string[] {
   return [
-    ...["-chardev", `socket,id=disk${index},path=${socket},${manner(role)}`],
+    ...["-chardev", `socket,id=disk${index},path=${socket},${manner(role, reconnect)}`],
     "-device",
     `vhost-user-blk-pci,chardev=disk${index},num-queues=${queues},page-per-vq=${pagePerVq ? "on" : "off"},disable-legacy=on,disable-modern=off,bootindex=${index + 1}`,
   ];
 }
 
-function nicArguments({ socket, pairs, mac, role, mtu, bootable = false }: VhostNic, index: number): string[] {
+function nicArguments(
+  { socket, pairs, mac, role, mtu, bootable = false }: VhostNic,
+  index: number,
+  reconnect: string,
+): string[] {
   const properties = [
     ...[`netdev=nic${index}`, `mac=${mac}`, "mq=on", `vectors=${2 * pairs + 2}`, "disable-legacy=on"],
     ...(mtu === undefined ? [] : [`host_mtu=${mtu}`]),
     bootable ? `bootindex=${index + 1}` : "romfile=",
   ];
   return [
-    ...["-chardev", `socket,id=nic${index}-socket,path=${socket},${manner(role)}`],
+    ...["-chardev", `socket,id=nic${index}-socket,path=${socket},${manner(role, reconnect)}`],
     ...["-netdev", `vhost-user,id=nic${index},chardev=nic${index}-socket,queues=${pairs}`],
     ...["-device", `virtio-net-pci,${properties.join(",")}`],
   ];
 }
 
-function manner(role: SocketRole = "listen"): string {
-  return role === "connect" ? "reconnect=1" : "server=on,wait=off";
+function manner(role: SocketRole | undefined, reconnect: string): string {
+  return role === "connect" ? reconnect : "server=on,wait=off";
 }

@@ -7,10 +7,12 @@ import { MACHINE_CACHE } from "./image.ts";
 export interface Qemu {
   readonly command: readonly string[];
   readonly environment: Readonly<Record<string, string>>;
+  /** Property of a chardev that tries once a second to connect; its name is another since 9.2. */
+  readonly reconnect: string;
 }
 
 /** The installed QEMU: 7.2 on Debian 12, which emulates no SR-IOV. */
-export const SYSTEM_QEMU: Qemu = { command: ["qemu-system-x86_64"], environment: {} };
+export const SYSTEM_QEMU: Qemu = { command: ["qemu-system-x86_64"], environment: {}, reconnect: "reconnect=1" };
 
 /** SR-IOV is emulated from 10.1 on; these suites of Debian have it. */
 const SUITES = ["trixie", "trixie-backports"] as const;
@@ -82,5 +84,6 @@ function qemuIn(folder: string): Qemu {
       ...["-L", join(folder, "usr/share/seabios")],
     ],
     environment: { QEMU_MODULE_DIR: join(libraries, "qemu") },
+    reconnect: "reconnect-ms=1000",
   };
 }
