@@ -1,8 +1,5 @@
 #!/usr/bin/env bun
-import { VERSION } from "../src/version.ts";
+import { runProgram } from "../src/command-line.ts";
+import { runKeeper } from "../src/keeper/main.ts";
 
-process.stderr.write(
-  `vfe-vhostd-ha: version ${VERSION} has no keeper, so a restart of vfe-vhostd ends the sessions it serves; ` +
-    "vfe-vhostd runs without one\n",
-);
-process.exitCode = 1;
+await runProgram(() => runKeeper(process.argv.slice(2)));

@@ -10,6 +10,11 @@ export function rpcSocket(runtimeDirectory: string): string {
   return join(runtimeDirectory, "rpc.sock");
 }
 
+/** The socket of the keeper of that daemon. */
+export function keeperSocket(runtimeDirectory: string): string {
+  return join(runtimeDirectory, "keeper.sock");
+}
+
 /**
  * Makes the directory of a program's sockets.
  * @param program as people type it

@@ -1,4 +1,5 @@
 import type { Json } from "../base/json.ts";
+import type { Kept } from "../keeper/keeper-client.ts";
 import type { OwnedFd } from "../native/fd.ts";
 
 /**
@@ -14,12 +15,6 @@ export interface Keeper {
   get(key: string): Promise<{ record: Json; fds: Map<string, OwnedFd> } | undefined>;
   list(): Promise<string[]>;
   delete(key: string): Promise<void>;
-}
-
-/** A record beside named fds. */
-export interface Kept {
-  readonly record: Json;
-  readonly fds: ReadonlyMap<string, number>;
 }
 
 /** Stands where no keeper is configured: the write points exist, nothing is stored. */

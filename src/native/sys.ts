@@ -95,6 +95,14 @@ export function isUnixStream(fd: number): boolean {
   return Number(c.vhostd_is_unix_stream(checkFd(fd))) === 1;
 }
 
+/** Whether bytes, or the end of the stream, wait to be read; undefined for what is no connected unix stream socket. */
+export function isReadable(fd: number): boolean | undefined {
+  if (!isUnixStream(fd)) return undefined;
+  const unread = Number(c.vhostd_unread(checkFd(fd)));
+  if (unread < 0) return undefined;
+  return unread > 0 || check(c.vhostd_is_hung_up(checkFd(fd)), "poll") > 0;
+}
+
 /** The process at the other end of a unix socket, as it was when it connected. */
 export function peerCredentials(fd: number): { pid: number; uid: number; gid: number } {
   const values = new Int32Array(3);

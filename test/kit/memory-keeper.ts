@@ -1,6 +1,7 @@
 import { VhostdError } from "../../src/base/errors.ts";
 import type { Json } from "../../src/base/json.ts";
-import type { Keeper, Kept } from "../../src/daemon/keeper.ts";
+import type { Keeper } from "../../src/daemon/keeper.ts";
+import type { Kept } from "../../src/keeper/keeper-client.ts";
 import { duplicate, type OwnedFd } from "../../src/native/fd.ts";
 
 interface Entry {

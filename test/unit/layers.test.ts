@@ -12,10 +12,11 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   pci: ["vfio-user", "native", "base"],
   virtio: ["pci", "native", "base"],
   "vhost-user": ["virtio", "pci", "native", "base"],
+  keeper: ["native", "base"],
   rpc: ["base"],
   machine: ["pci", "base"],
   cli: ["machine", "pci", "rpc", "base"],
-  daemon: ["vhost-user", "virtio", "pci", "rpc", "native", "base"],
+  daemon: ["vhost-user", "virtio", "pci", "keeper", "rpc", "native", "base"],
   softvf: ["virtio", "pci", "vfio-user", "rpc", "native", "base"],
 };
 

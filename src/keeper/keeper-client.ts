@@ -1,0 +1,224 @@
+import { Deadline } from "../base/deadline.ts";
+import { asError, VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
+import type { OwnedFd } from "../native/fd.ts";
+import { MessageSocket } from "../native/message-socket.ts";
+import { connectUnix } from "../native/sys.ts";
+import type { KeeperIdentity } from "./keeper-connection.ts";
+import {
+  Command,
+  type CommandName,
+  decodeJson,
+  decodeMessage,
+  decodeRefusal,
+  encodeJson,
+  encodeMessage,
+  HeaderFlag,
+  KEEPER_FRAMING,
+  KEEPER_VERSION,
+  partsOf,
+  Readability,
+} from "./messages.ts";
+
+/** Milliseconds for an answer. */
+const ANSWER_TIMEOUT = 5_000;
+/** Milliseconds between two tries to be served, while the one before is still cleaned up after. */
+const BUSY_INTERVAL = 20;
+const NOTHING = new Uint8Array(0);
+
+/** A record beside its fds by name, as it is stored. */
+export interface Kept {
+  readonly record: Json;
+  /** Borrowed. */
+  readonly fds: ReadonlyMap<string, number>;
+}
+
+interface Answer {
+  readonly bytes: Uint8Array;
+  /** The asker's. */
+  readonly fds: OwnedFd[];
+}
+
+interface Asked {
+  readonly command: CommandName;
+  readonly parts: Uint8Array[];
+  readonly fds: OwnedFd[];
+  readonly reply: PromiseWithResolvers<Answer>;
+}
+
+/**
+ * The daemon's end of the connection to its keeper. Requests are handled in the order in which they are made; several may be
+ * under way.
+ */
+export class KeeperClient implements Disposable {
+  /** Resolves with the reason when the keeper is gone; not when this side is done with it. */
+  readonly lost: Promise<Error>;
+  private resolveLost: (reason: Error) => void = () => {};
+  private readonly asked = new Map<number, Asked>();
+  private nextId = 1;
+  private end: Error | undefined;
+  private who: KeeperIdentity | undefined;
+
+  private constructor(private readonly socket: MessageSocket) {
+    this.lost = new Promise((resolve) => {
+      this.resolveLost = resolve;
+    });
+    void this.receive();
+  }
+
+  /** @throws SystemError where nobody listens; VhostdError busy where somebody else is served; notSupported, timedOut */
+  static async connect(path: string, deadline: Deadline): Promise<KeeperClient> {
+    for (;;) {
+      const client = new KeeperClient(new MessageSocket(connectUnix(path), KEEPER_FRAMING));
+      try {
+        const { bytes } = await client.ask("hello", "", encodeJson({ protocol: KEEPER_VERSION }), [], deadline);
+        client.who = decodeJson(bytes, "what the keeper says of itself") as KeeperIdentity;
+        return client;
+      } catch (error) {
+        client[Symbol.dispose]();
+        if (!(error instanceof VhostdError && error.code === "busy") || deadline.expired) throw error;
+      }
+      await Bun.sleep(BUSY_INTERVAL);
+    }
+  }
+
+  get identity(): KeeperIdentity {
+    if (this.who === undefined) throw new VhostdError("invalid", "the keeper has not said who it is");
+    return this.who;
+  }
+
+  /** @throws VhostdError keeperStore, connectionLost, timedOut; what was stored before stays then */
+  async put(key: string, take: () => Kept): Promise<void> {
+    const { record, fds } = take();
+    const names = [...fds.keys()];
+    await this.ask("put", key, encodeJson({ names, record }), [...fds.values()]);
+  }
+
+  /** The fds are the caller's. @throws VhostdError protocol where what is stored is no record */
+  async get(key: string): Promise<{ record: Json; fds: Map<string, OwnedFd> } | undefined> {
+    const answer = await this.ask("get", key).catch((error) => {
+      if (error instanceof VhostdError && error.code === "notFound") return undefined;
+      throw error;
+    });
+    if (answer === undefined) return undefined;
+    using unused = new DisposableStack();
+    for (const fd of answer.fds) unused.use(fd);
+    const stored = decodeJson(answer.bytes, `the record ${key}`) as { names?: unknown; record?: Json } | null;
+    const names = stored?.names;
+    if (!Array.isArray(names) || names.length !== answer.fds.length || stored?.record === undefined) {
+      throw new VhostdError("protocol", `the record ${key} does not fit its ${answer.fds.length} fds`);
+    }
+    unused.move();
+    return { record: stored.record, fds: new Map(answer.fds.map((fd, index) => [String(names[index]), fd])) };
+  }
+
+  /** @throws VhostdError */
+  async list(): Promise<string[]> {
+    const { bytes } = await this.ask("list");
+    const keys = decodeJson(bytes, "the list of keys");
+    if (!Array.isArray(keys)) throw new VhostdError("protocol", "the list of keys is none");
+    return keys.map(String);
+  }
+
+  /** @throws VhostdError */
+  async delete(key: string): Promise<void> {
+    await this.ask("delete", key);
+  }
+
+  /**
+   * Whether something waits to be read from sockets of stored records; undefined where nobody can say.
+   * @param places key of the record, and which of its fds, as they were stored
+   * @throws VhostdError
+   */
+  async readable(places: readonly (readonly [key: string, fd: number])[]): Promise<(boolean | undefined)[]> {
+    const { bytes } = await this.ask("readable", "", encodeJson(places));
+    return places.map((_, index) => {
+      const found = bytes[index] ?? Readability.unknown;
+      return found === Readability.unknown ? undefined : found === Readability.yes;
+    });
+  }
+
+  [Symbol.dispose](): void {
+    if (this.end !== undefined) return;
+    this.finish(new VhostdError("cancelled", "the connection to the keeper was closed by this side"));
+  }
+
+  private async ask(
+    command: CommandName,
+    key = "",
+    payload: Uint8Array = NOTHING,
+    fds: readonly number[] = [],
+    deadline = Deadline.after(ANSWER_TIMEOUT, `${command} ${key} at the keeper`),
+  ): Promise<Answer> {
+    if (this.end !== undefined) throw this.lostError();
+    const id = this.nextId;
+    this.nextId = (id % 0xffff_ffff) + 1;
+    const asked: Asked = { command, parts: [], fds: [], reply: Promise.withResolvers() };
+    this.asked.set(id, asked);
+    // All at once: the parts of a record come one after the other.
+    const sent = partsOf(payload, fds).map((part) => {
+      const flags = part.more ? HeaderFlag.more : 0;
+      const message = { id, command: Command[command], flags, key, payload: part.payload };
+      return this.socket.send(encodeMessage(message), part.fds);
+    });
+    const failed = Promise.all(sent).catch((error) => this.finish(asError(error)));
+    try {
+      return await deadline.race(asked.reply.promise);
+    } catch (error) {
+      // It may have come at the last moment.
+      asked.reply.promise.then(({ fds }) => closeAll(fds)).catch(() => {});
+      // Borrowed fds that are not sent yet would be other files.
+      if (error instanceof VhostdError && error.code === "timedOut") this.finish(error);
+      throw error;
+    } finally {
+      this.asked.delete(id);
+      await failed;
+    }
+  }
+
+  private async receive(): Promise<void> {
+    try {
+      for (;;) {
+        using message = await this.socket.receive();
+        if (message === undefined) throw new VhostdError("connectionLost", "the keeper hung up");
+        this.accept(message.header, message.body, message.fds);
+      }
+    } catch (error) {
+      this.finish(asError(error));
+    }
+  }
+
+  /** @throws VhostdError protocol where it is no answer to anything */
+  private accept(header: Uint8Array, body: Uint8Array, fds: OwnedFd[]): void {
+    const { id, command, flags, payload } = decodeMessage(header, body);
+    const asked = this.asked.get(id);
+    if ((flags & HeaderFlag.reply) === 0 || asked === undefined || Command[asked.command] !== command) {
+      throw new VhostdError("protocol", `the keeper answered ${id}, command ${command}, which was not asked`);
+    }
+    asked.parts.push(payload);
+    asked.fds.push(...fds.splice(0));
+    if ((flags & HeaderFlag.more) !== 0) return;
+    const bytes = Buffer.concat(asked.parts);
+    if ((flags & HeaderFlag.error) !== 0) asked.reply.reject(decodeRefusal(bytes));
+    else asked.reply.resolve({ bytes, fds: asked.fds.splice(0) });
+  }
+
+  private finish(reason: Error): void {
+    if (this.end !== undefined) return;
+    this.end = reason;
+    this.socket[Symbol.dispose]();
+    for (const { reply, fds } of this.asked.values()) {
+      closeAll(fds);
+      reply.reject(this.lostError());
+    }
+    this.resolveLost(reason);
+  }
+
+  private lostError(): VhostdError {
+    return new VhostdError("connectionLost", `the keeper is not there: ${this.end?.message}`, { cause: this.end });
+  }
+}
+
+function closeAll(fds: OwnedFd[]): void {
+  for (const fd of fds.splice(0)) fd[Symbol.dispose]();
+}

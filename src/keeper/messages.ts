@@ -1,0 +1,137 @@
+import { ERROR_NUMBERS, type ErrorCode, VhostdError } from "../base/errors.ts";
+import { struct } from "../base/layout.ts";
+import type { Framing } from "../native/message-socket.ts";
+
+/**
+ * What the daemon and its keeper say to each other over a unix stream socket: a header, a key, a payload, file descriptors
+ * beside them. All is little-endian. The daemon asks, the keeper answers each request once, in any order, by its id.
+ */
+
+/** Of this form. A keeper that speaks another one says which. */
+export const KEEPER_VERSION = 1;
+
+export const Command = {
+  /** Payload: JSON, what the daemon speaks. Answer: JSON, who the keeper is. First, and once. */
+  hello: 1,
+  /** Key, a part of the record as payload, its fds. The record takes the place of an earlier one when its last part came. */
+  put: 2,
+  /** Key. Answer: parts of the record, with the fds; none where there is no such record. */
+  get: 3,
+  /** Answer: parts of a JSON array of all keys. */
+  list: 4,
+  /** Key, of a record that need not be there. */
+  delete: 5,
+  /** Payload: JSON, [key, index of the fd] of each that is asked for. Answer: a byte for each, Readability. */
+  readable: 6,
+} as const;
+export type CommandName = keyof typeof Command;
+
+export const HeaderFlag = {
+  /** Another part follows, with the same id. */
+  more: 1,
+  reply: 2,
+  /** With reply. Payload: a refusal. */
+  error: 4,
+} as const;
+
+/** In front of each message. Sizes in bytes; the payload is what of the body follows the key. */
+export const HEADER = struct("keeper header", 16, {
+  id: [0, "u32"],
+  command: [4, "u16"],
+  flags: [6, "u16"],
+  bodySize: [8, "u32"],
+  keySize: [12, "u16"],
+});
+
+export const Readability = { no: 0, yes: 1, unknown: 2 } as const;
+
+/** Of one message. The kernel carries at most 253 descriptors. */
+const PART_MAX = { payload: 64 << 10, fds: 240 } as const;
+/** Bytes of a key. */
+const KEY_MAX = 256;
+
+/** A message as it is handled. The fds are owned by whoever handles it. */
+export interface KeeperMessage {
+  readonly id: number;
+  readonly command: number;
+  readonly flags: number;
+  readonly key: string;
+  readonly payload: Uint8Array;
+}
+
+export const KEEPER_FRAMING: Framing = {
+  headerSize: HEADER.size,
+  maxFds: PART_MAX.fds,
+  bodySize(header) {
+    const { bodySize, keySize } = HEADER.read(header);
+    const most = KEY_MAX + PART_MAX.payload;
+    if (keySize > KEY_MAX) throw new VhostdError("protocol", `a key has ${keySize} bytes, at most ${KEY_MAX}`);
+    if (bodySize > most)
+      throw new VhostdError("protocol", `a message has a body of ${bodySize} bytes, at most ${most}`);
+    if (bodySize < keySize) throw new VhostdError("protocol", `a body of ${bodySize} bytes has a key of ${keySize}`);
+    return bodySize;
+  },
+};
+
+const encoder = new TextEncoder();
+const decoder = new TextDecoder("utf-8", { fatal: true });
+
+/** A whole message, header and body. */
+export function encodeMessage({ id, command, flags, key, payload }: KeeperMessage): Uint8Array<ArrayBuffer> {
+  const name = encoder.encode(key);
+  const bytes = new Uint8Array(HEADER.size + name.length + payload.length);
+  HEADER.write(bytes, { id, command, flags, bodySize: name.length + payload.length, keySize: name.length });
+  bytes.set(name, HEADER.size);
+  bytes.set(payload, HEADER.size + name.length);
+  return bytes;
+}
+
+/** @throws VhostdError protocol where the key is no text */
+export function decodeMessage(header: Uint8Array, body: Uint8Array): KeeperMessage {
+  const { id, command, flags, keySize } = HEADER.read(header);
+  try {
+    return { id, command, flags, key: decoder.decode(body.subarray(0, keySize)), payload: body.subarray(keySize) };
+  } catch (cause) {
+    throw new VhostdError("protocol", "a key is no UTF-8", { cause });
+  }
+}
+
+export function encodeJson(value: unknown): Uint8Array<ArrayBuffer> {
+  return encoder.encode(JSON.stringify(value));
+}
+
+/** @throws VhostdError protocol where it is none */
+export function decodeJson(bytes: Uint8Array, what: string): unknown {
+  try {
+    return JSON.parse(decoder.decode(bytes));
+  } catch (cause) {
+    throw new VhostdError("protocol", `${what} is no JSON`, { cause });
+  }
+}
+
+export function encodeRefusal({ code, number, message, fix }: VhostdError): Uint8Array<ArrayBuffer> {
+  return encodeJson({ code, number, message, fix });
+}
+
+/** What the other side has refused, as it said it. @throws VhostdError protocol where that makes no sense */
+export function decodeRefusal(bytes: Uint8Array): VhostdError {
+  const { code, number, message, fix } = (decodeJson(bytes, "a refusal") ?? {}) as Readonly<Record<string, unknown>>;
+  if (typeof code !== "string" || typeof number !== "number" || typeof message !== "string") {
+    throw new VhostdError("protocol", "a refusal does not say what it is");
+  }
+  const named = Object.hasOwn(ERROR_NUMBERS, code) ? (code as ErrorCode) : number;
+  return new VhostdError(named, message, typeof fix === "string" ? { fix } : {});
+}
+
+/** A record and its fds cut into what fits into messages: at least one part. */
+export function partsOf<T>(
+  payload: Uint8Array,
+  fds: readonly T[],
+): { readonly payload: Uint8Array; readonly fds: readonly T[]; readonly more: boolean }[] {
+  const count = Math.max(1, Math.ceil(payload.length / PART_MAX.payload), Math.ceil(fds.length / PART_MAX.fds));
+  return Array.from({ length: count }, (_, part) => ({
+    payload: payload.subarray(part * PART_MAX.payload, (part + 1) * PART_MAX.payload),
+    fds: fds.slice(part * PART_MAX.fds, (part + 1) * PART_MAX.fds),
+    more: part < count - 1,
+  }));
+}

@@ -1,0 +1,47 @@
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { Deadline } from "../../../src/base/deadline.ts";
+import { silentLogger } from "../../../src/base/log.ts";
+import { KeeperClient } from "../../../src/keeper/keeper-client.ts";
+import { KeeperServer } from "../../../src/keeper/keeper-server.ts";
+import { HEADER, KEEPER_VERSION } from "../../../src/keeper/messages.ts";
+import { Store, type StoreLimits } from "../../../src/keeper/store.ts";
+import { MessageSocket } from "../../../src/native/message-socket.ts";
+import { connectUnix } from "../../../src/native/sys.ts";
+
+export const soon = (time = 5_000) => Deadline.after(time, "the test");
+
+/** A keeper in this process, and its clients. */
+export class KeeperLab implements AsyncDisposable {
+  private readonly stack = new AsyncDisposableStack();
+
+  private constructor(
+    readonly path: string,
+    readonly store: Store,
+  ) {}
+
+  static async create(limits?: StoreLimits): Promise<KeeperLab> {
+    const directory = await mkdtemp(join(tmpdir(), "keeper-"));
+    const lab = new KeeperLab(join(directory, "keeper.sock"), new Store(limits));
+    lab.stack.defer(() => rm(directory, { recursive: true }));
+    lab.stack.use(lab.store);
+    const identity = { protocol: KEEPER_VERSION, version: "1.2.3", build: "today" };
+    lab.stack.use(new KeeperServer(lab.store, { path: lab.path, identity, log: silentLogger, user: 0 }));
+    return lab;
+  }
+
+  connect(deadline = soon()): Promise<KeeperClient> {
+    return KeeperClient.connect(this.path, deadline);
+  }
+
+  /** Somebody who says what he likes. */
+  dial(): MessageSocket {
+    const bodySize = (header: Uint8Array) => HEADER.read(header).bodySize;
+    return new MessageSocket(connectUnix(this.path), { headerSize: HEADER.size, maxFds: 253, bodySize });
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.stack.disposeAsync();
+  }
+}

@@ -1,0 +1,260 @@
+import { afterEach, describe, expect, test } from "bun:test";
+import { KeeperClient } from "../../../src/keeper/keeper-client.ts";
+import {
+  Command,
+  encodeJson,
+  encodeMessage,
+  HEADER,
+  HeaderFlag,
+  KEEPER_VERSION,
+} from "../../../src/keeper/messages.ts";
+import { STORE_LIMITS } from "../../../src/keeper/store.ts";
+import { liveFds, type OwnedFd, pendingCloses } from "../../../src/native/fd.ts";
+import { MessageSocket } from "../../../src/native/message-socket.ts";
+import { drainEventfd, eventfd, listenUnix, signalEventfd, socketPair } from "../../../src/native/sys.ts";
+import { rejection } from "../../kit/rejection.ts";
+import { KeeperLab, soon } from "./keeper-lab.ts";
+
+afterEach(async () => {
+  await soon().poll(() => (liveFds() === 0 && pendingCloses() === 0) || undefined, 1);
+});
+
+/** An eventfd that was signalled so often. */
+function signalled(times: number): OwnedFd {
+  const fd = eventfd();
+  for (let time = 0; time < times; time++) signalEventfd(fd.number);
+  return fd;
+}
+
+/** Puts a record with eventfds that tell their place. */
+async function put(client: KeeperClient, key: string, record: string, fds = 0): Promise<void> {
+  using stack = new DisposableStack();
+  const owned = Array.from({ length: fds }, (_, index) => stack.use(signalled(index + 1)));
+  await client.put(key, () => ({ record, fds: new Map(owned.map((fd, index) => [`fd.${index}`, fd.number])) }));
+}
+
+/** What is stored: the record, and what its eventfds tell, by name. Signals are put back. */
+async function look(client: KeeperClient, key: string) {
+  const stored = await client.get(key);
+  if (stored === undefined) return undefined;
+  const signals: Record<string, number> = {};
+  for (const [name, fd] of stored.fds) {
+    signals[name] = drainEventfd(fd.number);
+    for (let time = 0; time < signals[name]!; time++) signalEventfd(fd.number);
+    fd[Symbol.dispose]();
+  }
+  return { record: stored.record, signals };
+}
+
+describe("records", () => {
+  test("come back as they were put, with their fds, also for the next client", async () => {
+    await using lab = await KeeperLab.create();
+    {
+      using client = await lab.connect();
+      expect(client.identity).toEqual({ protocol: KEEPER_VERSION, version: "1.2.3", build: "today" });
+      await put(client, "vf/0", "first", 3);
+      await put(client, "pf/0", "a PF");
+      expect(await look(client, "vf/0")).toEqual({ record: "first", signals: { "fd.0": 1, "fd.1": 2, "fd.2": 3 } });
+      expect(await client.list()).toEqual(["vf/0", "pf/0"]);
+    }
+    using next = await lab.connect();
+    expect(await look(next, "vf/0")).toEqual({ record: "first", signals: { "fd.0": 1, "fd.1": 2, "fd.2": 3 } });
+    await put(next, "vf/0", "second", 1);
+    expect(await look(next, "vf/0")).toEqual({ record: "second", signals: { "fd.0": 1 } });
+    expect(lab.store.totals).toMatchObject({ records: 2, fds: 1 });
+    await next.delete("vf/0");
+    await next.delete("vf/0");
+    expect(await next.get("vf/0")).toBeUndefined();
+    expect(await next.list()).toEqual(["pf/0"]);
+  });
+
+  test("of more bytes and fds than a message takes, several under way at once", async () => {
+    await using lab = await KeeperLab.create();
+    using client = await lab.connect();
+    const records = [700_000, 3, 200_000].map((size) => String.fromCharCode(97 + (size % 26)).repeat(size));
+    await Promise.all(records.map((record, index) => put(client, `vf/${index}`, record, [500, 0, 241][index]!)));
+    for (const [index, record] of records.entries()) {
+      const stored = await look(client, `vf/${index}`);
+      expect(stored?.record === record).toBe(true);
+      expect(Object.values(stored!.signals)).toEqual(Array.from({ length: [500, 0, 241][index]! }, (_, i) => i + 1));
+    }
+    const keys = Array.from({ length: 3000 }, (_, index) => `${"k".repeat(100)}/${index}`);
+    await Promise.all(keys.map((key) => put(client, key, "")));
+    expect((await client.list()).slice(3)).toEqual(keys);
+  });
+
+  test("beyond a limit are refused with the reason, and nothing is lost", async () => {
+    const limits = {
+      ...STORE_LIMITS,
+      records: 3,
+      recordSize: 100_000,
+      totalSize: 150_000,
+      recordFds: 300,
+      totalFds: 400,
+    };
+    await using lab = await KeeperLab.create(limits);
+    using client = await lab.connect();
+    await put(client, "a", "here", 299);
+    await put(client, "b", "x".repeat(90_000));
+    const refused = async (key: string, record: string, fds = 0) => {
+      const error = await rejection(put(client, key, record, fds));
+      expect(error).toMatchObject({ code: "keeperStore" });
+      return error.message;
+    };
+    expect(await refused("a", "y".repeat(99_990))).toMatch(/bytes of the record a: 100\d\d\d, at most 100000/);
+    expect(await refused("a", "y".repeat(900_000))).toMatch(/bytes of the record a/);
+    expect(await refused("a", "", 301)).toMatch(/fds of the record a: 301, at most 300/);
+    expect(await refused("c", "y".repeat(70_000))).toMatch(/bytes of all records with c/);
+    expect(await refused("c", "", 150)).toMatch(/fds of all records with c: 449, at most 400/);
+    await put(client, "c", "");
+    expect(await refused("d", "")).toMatch(/records: 4, at most 3/);
+    expect(await look(client, "a")).toMatchObject({ record: "here" });
+    expect(lab.store.totals).toMatchObject({ records: 3, fds: 299 });
+    // In the place of one that is there it is not more.
+    await put(client, "b", "z".repeat(99_000));
+  });
+
+  test("of which a part is missing when the client goes are as they were", async () => {
+    await using lab = await KeeperLab.create();
+    using client = await lab.connect();
+    await put(client, "vf/0", "before", 2);
+    client[Symbol.dispose]();
+    const half = await greeted(lab);
+    using fd = eventfd();
+    await half.send(message("put", { key: "vf/0", flags: HeaderFlag.more, payload: encodeJson("after") }), [fd.number]);
+    half[Symbol.dispose]();
+    using next = await lab.connect();
+    expect(await look(next, "vf/0")).toMatchObject({ record: "before" });
+  });
+});
+
+test("which sockets can be read is told, and of nothing else", async () => {
+  await using lab = await KeeperLab.create();
+  using client = await lab.connect();
+  using stack = new DisposableStack();
+  const [ours, theirs] = socketPair();
+  const [ended, end] = socketPair();
+  const other = stack.use(signalled(1));
+  stack.use(ours);
+  const fds = [theirs, end, other].map((fd, index) => [`${index}`, fd.number] as const);
+  await client.put("vf/0", () => ({ record: null, fds: new Map(fds) }));
+  theirs[Symbol.dispose]();
+  end[Symbol.dispose]();
+  const places = [...[0, 1, 2, 3].map((index) => ["vf/0", index] as const), ["vf/1", 0] as const];
+  const ask = () => client.readable(places);
+  expect(await ask()).toEqual([false, false, undefined, undefined, undefined]);
+  using talking = new MessageSocket(ours.dup(), { headerSize: 1, maxFds: 0, bodySize: () => 0 });
+  await talking.send(Uint8Array.of(1));
+  ended[Symbol.dispose]();
+  await soon().poll(async () => (await ask())[1] || undefined, 1);
+  expect(await ask()).toEqual([true, true, undefined, undefined, undefined]);
+});
+
+describe("clients", () => {
+  test("are served one at a time: the next one when the first has gone", async () => {
+    await using lab = await KeeperLab.create();
+    const first = await lab.connect();
+    const error = await rejection(lab.connect(soon(50)));
+    expect(error).toMatchObject({ code: "busy", message: expect.stringContaining(`process ${process.pid}`) });
+    const waiting = lab.connect();
+    await put(first, "a", "still served");
+    first[Symbol.dispose]();
+    using next = await waiting;
+    expect(await next.list()).toEqual(["a"]);
+  });
+
+  test("that break the protocol are hung up on, and nothing is lost", async () => {
+    await using lab = await KeeperLab.create();
+    {
+      using client = await lab.connect();
+      await put(client, "vf/0", "kept", 2);
+    }
+    const begun = message("put", { key: "vf/1", flags: HeaderFlag.more });
+    const wrong: Readonly<Record<string, readonly Uint8Array[]>> = {
+      "an answer": [message("list", { flags: HeaderFlag.reply })],
+      "no such command": [raw({ command: 77 })],
+      "a key that is none": [raw({ command: Command.delete, keySize: 1, bodySize: 1 }, Uint8Array.of(0xff))],
+      "a key that is too long": [raw({ command: Command.delete, keySize: 300, bodySize: 300 }, new Uint8Array(300))],
+      "a key beyond its body": [raw({ command: Command.delete, keySize: 10, bodySize: 2 }, new Uint8Array(2))],
+      "a body that is too long": [raw({ command: Command.put, bodySize: 1 << 30 })],
+      "no key": [message("put", {})],
+      "another record in the middle of one": [begun, message("put", { key: "vf/2" })],
+      "another command in the middle of one": [begun, message("list", {})],
+      "no JSON": [message("readable", { payload: Uint8Array.of(123) })],
+      "no list": [message("readable", { payload: encodeJson({}) })],
+    };
+    for (const [what, messages] of Object.entries(wrong)) {
+      using socket = await greeted(lab);
+      for (const bytes of messages) await socket.send(bytes);
+      expect([what, await hangsUp(socket)]).toEqual([what, true]);
+    }
+    using early = lab.dial();
+    await early.send(message("list", {}));
+    expect(await hangsUp(early)).toBe(true);
+    {
+      using greedy = await greeted(lab);
+      using fd = eventfd();
+      const fds = Array.from({ length: 250 }, () => fd.number);
+      await greedy.send(message("put", { key: "vf/1" }), fds);
+      expect(await hangsUp(greedy)).toBe(true);
+    }
+    using client = await lab.connect();
+    expect(await client.list()).toEqual(["vf/0"]);
+    expect(await look(client, "vf/0")).toEqual({ record: "kept", signals: { "fd.0": 1, "fd.1": 2 } });
+  });
+
+  test("of another protocol are told so", async () => {
+    await using lab = await KeeperLab.create();
+    using socket = lab.dial();
+    await socket.send(message("hello", { payload: encodeJson({ protocol: 2 }) }));
+    using answer = await socket.receive();
+    expect(HEADER.read(answer!.header).flags).toBe(HeaderFlag.reply | HeaderFlag.error);
+    expect(Buffer.from(answer!.body).toString()).toContain("speaks version 2, this keeper 1");
+  });
+
+  test("hear that their keeper is gone, and what was under way fails", async () => {
+    const lab = await KeeperLab.create();
+    using client = await lab.connect();
+    const asked = rejection(client.list());
+    await lab[Symbol.asyncDispose]();
+    expect(await soon().race(client.lost)).toMatchObject({ code: "connectionLost" });
+    expect(await asked).toMatchObject({ code: "connectionLost" });
+    expect(await rejection(client.list())).toMatchObject({ code: "connectionLost" });
+  });
+
+  test("do not wait for ever for one that says nothing", async () => {
+    await using lab = await KeeperLab.create();
+    using listener = listenUnix(`${lab.path}2`, 0o600);
+    expect(listener.closed).toBe(false);
+    expect(await rejection(KeeperClient.connect(`${lab.path}2`, soon(50)))).toMatchObject({ code: "timedOut" });
+    expect(await rejection(KeeperClient.connect(`${lab.path}3`, soon(50)))).toMatchObject({ number: 2 });
+  });
+});
+
+function message(
+  command: keyof typeof Command,
+  { key = "", flags = 0, payload = new Uint8Array(0) }: { key?: string; flags?: number; payload?: Uint8Array },
+): Uint8Array {
+  return encodeMessage({ id: 7, command: Command[command], flags, key, payload });
+}
+
+function raw(fields: Parameters<typeof HEADER.encode>[0], body = new Uint8Array(0)): Uint8Array {
+  return Buffer.concat([HEADER.encode({ id: 7, ...fields }), body]);
+}
+
+/** One that has said hello, and is served. */
+async function greeted(lab: KeeperLab): Promise<MessageSocket> {
+  for (;;) {
+    const socket = lab.dial();
+    await socket.send(message("hello", { payload: encodeJson({ protocol: KEEPER_VERSION }) }));
+    using answer = await socket.receive();
+    if (HEADER.read(answer!.header).flags === HeaderFlag.reply) return socket;
+    socket[Symbol.dispose]();
+    await Bun.sleep(1);
+  }
+}
+
+async function hangsUp(socket: MessageSocket): Promise<boolean> {
+  using answer = await soon().race(socket.receive());
+  return answer === undefined;
+}
