@@ -10,9 +10,14 @@ export function rpcSocket(runtimeDirectory: string): string {
   return join(runtimeDirectory, "rpc.sock");
 }
 
-/** The socket of the keeper of that daemon. */
+/** The directory of that daemon's keeper, which locks it. */
+export function keeperDirectory(runtimeDirectory: string): string {
+  return join(runtimeDirectory, "ha");
+}
+
+/** The socket of the keeper. */
 export function keeperSocket(runtimeDirectory: string): string {
-  return join(runtimeDirectory, "keeper.sock");
+  return join(keeperDirectory(runtimeDirectory), "keeper.sock");
 }
 
 /**

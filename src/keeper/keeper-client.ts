@@ -1,6 +1,7 @@
 import { Deadline } from "../base/deadline.ts";
-import { asError, VhostdError } from "../base/errors.ts";
+import { asError, SystemError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
+import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { MessageSocket } from "../native/message-socket.ts";
 import { connectUnix } from "../native/sys.ts";
@@ -8,6 +9,7 @@ import type { KeeperIdentity } from "./keeper-connection.ts";
 import {
   Command,
   type CommandName,
+  checkKey,
   decodeJson,
   decodeMessage,
   decodeRefusal,
@@ -24,6 +26,9 @@ import {
 const ANSWER_TIMEOUT = 5_000;
 /** Milliseconds between two tries to be served, while the one before is still cleaned up after. */
 const BUSY_INTERVAL = 20;
+/** What another try may not meet any more. */
+const PASSING: ReadonlySet<string> = new Set(["busy", "connectionLost"]);
+const EAGAIN = 11;
 const NOTHING = new Uint8Array(0);
 
 /** A record beside its fds by name, as it is stored. */
@@ -55,6 +60,7 @@ export class KeeperClient implements Disposable {
   readonly lost: Promise<Error>;
   private resolveLost: (reason: Error) => void = () => {};
   private readonly asked = new Map<number, Asked>();
+  private readonly sending = new OperationQueue();
   private nextId = 1;
   private end: Error | undefined;
   private who: KeeperIdentity | undefined;
@@ -66,19 +72,35 @@ export class KeeperClient implements Disposable {
     void this.receive();
   }
 
-  /** @throws SystemError where nobody listens; VhostdError busy where somebody else is served; notSupported, timedOut */
+  /**
+   * Waits while somebody else is served, and while there are too many who wait.
+   * @throws SystemError where nobody listens; VhostdError busy, notSupported, timedOut
+   */
   static async connect(path: string, deadline: Deadline): Promise<KeeperClient> {
+    let why: Error | undefined;
     for (;;) {
-      const client = new KeeperClient(new MessageSocket(connectUnix(path), KEEPER_FRAMING));
       try {
-        const { bytes } = await client.ask("hello", "", encodeJson({ protocol: KEEPER_VERSION }), [], deadline);
-        client.who = decodeJson(bytes, "what the keeper says of itself") as KeeperIdentity;
-        return client;
+        return await KeeperClient.tryToConnect(path, deadline);
       } catch (error) {
-        client[Symbol.dispose]();
-        if (!(error instanceof VhostdError && error.code === "busy") || deadline.expired) throw error;
+        const mayPass = error instanceof VhostdError && (PASSING.has(error.code) || error.number === EAGAIN);
+        // That there was no time for another try says nothing.
+        if (!mayPass) throw deadline.expired ? (why ?? error) : error;
+        why = error;
       }
-      await Bun.sleep(BUSY_INTERVAL);
+      if (deadline.expired) throw why;
+      await Bun.sleep(Math.min(BUSY_INTERVAL, deadline.remaining));
+    }
+  }
+
+  private static async tryToConnect(path: string, deadline: Deadline): Promise<KeeperClient> {
+    const client = new KeeperClient(new MessageSocket(connectUnix(path), KEEPER_FRAMING));
+    try {
+      const { bytes } = await client.ask("hello", "", encodeJson({ protocol: KEEPER_VERSION }), [], deadline);
+      client.who = decodeJson(bytes, "what the keeper says of itself") as KeeperIdentity;
+      return client;
+    } catch (error) {
+      client[Symbol.dispose]();
+      throw error;
     }
   }
 
@@ -105,7 +127,8 @@ export class KeeperClient implements Disposable {
     for (const fd of answer.fds) unused.use(fd);
     const stored = decodeJson(answer.bytes, `the record ${key}`) as { names?: unknown; record?: Json } | null;
     const names = stored?.names;
-    if (!Array.isArray(names) || names.length !== answer.fds.length || stored?.record === undefined) {
+    const fits = Array.isArray(names) && names.length === answer.fds.length && new Set(names).size === names.length;
+    if (!fits || stored?.record === undefined) {
       throw new VhostdError("protocol", `the record ${key} does not fit its ${answer.fds.length} fds`);
     }
     unused.move();
@@ -140,7 +163,8 @@ export class KeeperClient implements Disposable {
 
   [Symbol.dispose](): void {
     if (this.end !== undefined) return;
-    this.finish(new VhostdError("cancelled", "the connection to the keeper was closed by this side"));
+    this.end = new VhostdError("cancelled", "the connection to the keeper was closed by this side");
+    this.letGo();
   }
 
   private async ask(
@@ -151,17 +175,13 @@ export class KeeperClient implements Disposable {
     deadline = Deadline.after(ANSWER_TIMEOUT, `${command} ${key} at the keeper`),
   ): Promise<Answer> {
     if (this.end !== undefined) throw this.lostError();
+    checkKey(key);
     const id = this.nextId;
     this.nextId = (id % 0xffff_ffff) + 1;
     const asked: Asked = { command, parts: [], fds: [], reply: Promise.withResolvers() };
     this.asked.set(id, asked);
-    // All at once: the parts of a record come one after the other.
-    const sent = partsOf(payload, fds).map((part) => {
-      const flags = part.more ? HeaderFlag.more : 0;
-      const message = { id, command: Command[command], flags, key, payload: part.payload };
-      return this.socket.send(encodeMessage(message), part.fds);
-    });
-    const failed = Promise.all(sent).catch((error) => this.finish(asError(error)));
+    const sent = this.sending.run(() => this.send(id, command, key, partsOf(payload, fds)));
+    sent.catch((error) => asked.reply.reject(error));
     try {
       return await deadline.race(asked.reply.promise);
     } catch (error) {
@@ -172,7 +192,25 @@ export class KeeperClient implements Disposable {
       throw error;
     } finally {
       this.asked.delete(id);
-      await failed;
+      await sent.catch(() => {});
+    }
+  }
+
+  /** The parts of a request come one after the other. @throws what the socket does; the connection goes on where nothing went out */
+  private async send(
+    id: number,
+    command: CommandName,
+    key: string,
+    parts: ReturnType<typeof partsOf<number>>,
+  ): Promise<void> {
+    for (const [index, { payload, fds, more }] of parts.entries()) {
+      const message = { id, command: Command[command], flags: more ? HeaderFlag.more : 0, key, payload };
+      try {
+        await this.socket.send(encodeMessage(message), fds);
+      } catch (error) {
+        if (index > 0 || !(error instanceof SystemError)) this.finish(asError(error));
+        throw error;
+      }
     }
   }
 
@@ -195,23 +233,37 @@ export class KeeperClient implements Disposable {
     if ((flags & HeaderFlag.reply) === 0 || asked === undefined || Command[asked.command] !== command) {
       throw new VhostdError("protocol", `the keeper answered ${id}, command ${command}, which was not asked`);
     }
+    if (fds.length > 0 && asked.command !== "get")
+      throw new VhostdError("protocol", `${asked.command} was answered with fds`);
+    if ((flags & HeaderFlag.error) !== 0) {
+      // What came of the answer before is of no use.
+      this.asked.delete(id);
+      closeAll(asked.fds);
+      asked.reply.reject(decodeRefusal(payload));
+      return;
+    }
     asked.parts.push(payload);
     asked.fds.push(...fds.splice(0));
     if ((flags & HeaderFlag.more) !== 0) return;
-    const bytes = Buffer.concat(asked.parts);
-    if ((flags & HeaderFlag.error) !== 0) asked.reply.reject(decodeRefusal(bytes));
-    else asked.reply.resolve({ bytes, fds: asked.fds.splice(0) });
+    this.asked.delete(id);
+    asked.reply.resolve({ bytes: Buffer.concat(asked.parts), fds: asked.fds });
   }
 
+  /** Not by this side's will. */
   private finish(reason: Error): void {
     if (this.end !== undefined) return;
     this.end = reason;
+    this.letGo();
+    this.resolveLost(reason);
+  }
+
+  private letGo(): void {
     this.socket[Symbol.dispose]();
     for (const { reply, fds } of this.asked.values()) {
       closeAll(fds);
       reply.reject(this.lostError());
     }
-    this.resolveLost(reason);
+    this.asked.clear();
   }
 
   private lostError(): VhostdError {

@@ -1,8 +1,9 @@
+import { Deadline } from "../base/deadline.ts";
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { MessageSocket } from "../native/message-socket.ts";
+import { type Message, MessageSocket } from "../native/message-socket.ts";
 import { isReadable } from "../native/sys.ts";
-import { IncomingRecord } from "./incoming-record.ts";
+import { IncomingRequest } from "./incoming-request.ts";
 import {
   Command,
   decodeJson,
@@ -17,7 +18,7 @@ import {
   partsOf,
   Readability,
 } from "./messages.ts";
-import type { Store } from "./store.ts";
+import type { Store, StoredRecord } from "./store.ts";
 
 const NOTHING = new Uint8Array(0);
 
@@ -28,11 +29,13 @@ export type KeeperIdentity = {
   readonly build: string;
 };
 
-/** One client of the store, from connect to hang-up. What it had begun to store and not ended leaves no trace. */
+/** Milliseconds for a client to say hello. */
+const GREETING_TIMEOUT = 5_000;
+
+/** One client of the store, from connect to hang-up. What it had begun to say and not ended leaves no trace. */
 export class KeeperConnection implements Disposable {
   private readonly socket: MessageSocket;
-  /** Parts of one record come one after the other. */
-  private begun: IncomingRecord | undefined;
+  private begun: IncomingRequest | undefined;
   private greeted = false;
 
   /**
@@ -49,20 +52,19 @@ export class KeeperConnection implements Disposable {
 
   /**
    * Serves the client until it hangs up.
-   * @throws VhostdError protocol where it breaks the protocol; what else its socket says
+   * @throws VhostdError protocol where it breaks the protocol; timedOut where it says nothing; what else its socket says
    */
   async run(): Promise<void> {
+    const first = this.socket.receive();
+    using message = await Deadline.after(GREETING_TIMEOUT, "a hello").race(first);
+    if (message === undefined) return;
+    await this.take(message);
+    // One that is not served has been told why.
+    if (!this.greeted) return;
     for (;;) {
       using message = await this.socket.receive();
       if (message === undefined) return;
-      const request = decodeMessage(message.header, message.body);
-      if ((request.flags & HeaderFlag.reply) !== 0) throw new VhostdError("protocol", "a client sent an answer");
-      try {
-        await this.handle(request, message.fds);
-      } catch (error) {
-        if (!(error instanceof VhostdError) || error.code === "protocol" || this.socket.closed) throw error;
-        await this.answer(request, encodeRefusal(error), [], HeaderFlag.error);
-      }
+      await this.take(message);
     }
   }
 
@@ -71,17 +73,37 @@ export class KeeperConnection implements Disposable {
     this.socket[Symbol.dispose]();
   }
 
-  /** @param fds those that are taken are taken out */
-  private async handle(request: KeeperMessage, fds: OwnedFd[]): Promise<void> {
-    const { command, key, payload } = request;
-    if (command === Command.hello) return await this.greet(request);
-    if (!this.greeted) throw new VhostdError("protocol", `command ${command} came before hello`);
-    if (this.begun !== undefined && command !== Command.put) {
-      throw new VhostdError("protocol", `command ${command} came in the middle of ${this.begun.key}`);
+  private async take(message: Message): Promise<void> {
+    const part = decodeMessage(message.header, message.body);
+    if ((part.flags & HeaderFlag.reply) !== 0) throw new VhostdError("protocol", "a client sent an answer");
+    if ((part.command === Command.hello) === this.greeted) {
+      throw new VhostdError("protocol", `command ${part.command} came ${this.greeted ? "after" : "before"} hello`);
     }
+    this.begun ??= new IncomingRequest(part, (size, fds) => this.store.checkRecord(part.key, size, fds));
+    if (!this.begun.add(part, message.fds)) return;
+    using request = this.begun;
+    this.begun = undefined;
+    try {
+      await this.handle(part, request.take());
+    } catch (error) {
+      if (!(error instanceof VhostdError) || error.code === "protocol" || this.socket.closed) throw error;
+      await this.answer(part, encodeRefusal(error), [], HeaderFlag.error);
+    }
+  }
+
+  /** Takes the fds. */
+  private async handle(request: KeeperMessage, { bytes, fds }: StoredRecord): Promise<void> {
+    const { command, key } = request;
+    using unused = new DisposableStack();
+    for (const fd of fds) unused.use(fd);
     switch (command) {
+      case Command.hello:
+        return await this.greet(request, bytes);
       case Command.put:
-        return await this.put(request, fds);
+        if (key === "") throw new VhostdError("protocol", "a record has no key");
+        this.store.put(key, { bytes, fds });
+        unused.move();
+        return await this.answer(request);
       case Command.get:
         return await this.get(request);
       case Command.list:
@@ -90,14 +112,14 @@ export class KeeperConnection implements Disposable {
         this.store.delete(key);
         return await this.answer(request);
       case Command.readable:
-        return await this.answer(request, this.readable(decodeJson(payload, "a question")));
+        return await this.answer(request, this.readable(decodeJson(bytes, "a question")));
       default:
         throw new VhostdError("protocol", `there is no command ${command}`);
     }
   }
 
-  private async greet(request: KeeperMessage): Promise<void> {
-    const hello = decodeJson(request.payload, "hello");
+  private async greet(request: KeeperMessage, bytes: Uint8Array): Promise<void> {
+    const hello = decodeJson(bytes, "hello");
     const protocol = typeof hello === "object" && hello !== null && "protocol" in hello ? hello.protocol : undefined;
     if (protocol !== KEEPER_VERSION) {
       throw new VhostdError("notSupported", `the client speaks version ${protocol}, this keeper ${KEEPER_VERSION}`);
@@ -105,24 +127,6 @@ export class KeeperConnection implements Disposable {
     const identity = this.welcome();
     this.greeted = true;
     await this.answer(request, encodeJson(identity));
-  }
-
-  private async put(request: KeeperMessage, fds: OwnedFd[]): Promise<void> {
-    const { key, payload, flags } = request;
-    if (key === "") throw new VhostdError("protocol", "a record has no key");
-    this.begun ??= new IncomingRecord(key, (size, count) => this.store.checkRecord(key, size, count));
-    if (this.begun.key !== key)
-      throw new VhostdError("protocol", `a part of ${key} came in the middle of ${this.begun.key}`);
-    this.begun.add(payload, fds.splice(0));
-    if ((flags & HeaderFlag.more) !== 0) return;
-    const { begun } = this;
-    this.begun = undefined;
-    const record = begun.take();
-    using unused = new DisposableStack();
-    for (const fd of record.fds) unused.use(fd);
-    this.store.put(key, record);
-    unused.move();
-    await this.answer(request);
   }
 
   private async get(request: KeeperMessage): Promise<void> {

@@ -7,6 +7,8 @@ import { accept, listenUnix, peerCredentials, shutDown } from "../native/sys.ts"
 import { KeeperConnection, type KeeperIdentity } from "./keeper-connection.ts";
 import type { Store } from "./store.ts";
 
+/** Milliseconds before a connection that could not be accepted is accepted. */
+const RETRY_INTERVAL = 100;
 const SOCKET_MODE = 0o600;
 /** Connections at once, those that are told that they are not served included. */
 const CONNECTIONS_MAX = 16;
@@ -24,6 +26,7 @@ export class KeeperServer implements Disposable {
   private readonly listener: OwnedFd;
   private readonly watch: Watch;
   private readonly connections = new Set<KeeperConnection>();
+  private retry: ReturnType<typeof setTimeout> | undefined;
   private served: { readonly connection: KeeperConnection; readonly pid: number } | undefined;
 
   /** @throws SystemError where the socket cannot be made */
@@ -36,10 +39,11 @@ export class KeeperServer implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    clearTimeout(this.retry);
     this.watch[Symbol.dispose]();
+    rmSync(this.options.path, { force: true });
     shutDown(this.listener.number);
     this.listener[Symbol.dispose]();
-    rmSync(this.options.path, { force: true });
     for (const connection of this.connections) connection[Symbol.dispose]();
   }
 
@@ -47,10 +51,12 @@ export class KeeperServer implements Disposable {
     const { log } = this.options;
     try {
       for (let fd = accept(this.listener.number); fd !== undefined; fd = accept(this.listener.number)) this.take(fd);
+      this.watch.rearm();
     } catch (error) {
       log.error("a connection cannot be accepted", asError(error));
+      // It still waits: at once it would be reported again, without end.
+      this.retry = setTimeout(() => this.watch.rearm(), RETRY_INTERVAL);
     }
-    this.watch.rearm();
   }
 
   private take(fd: OwnedFd): void {
@@ -74,7 +80,9 @@ export class KeeperServer implements Disposable {
   private async serve(fd: OwnedFd, pid: number): Promise<void> {
     const { identity, log } = this.options;
     using connection = new KeeperConnection(fd, this.store, () => {
-      if (this.served !== undefined) {
+      // What it has stored may be its own end of the connection: that is not closed with it.
+      if (this.served !== undefined && isGone(this.served.pid)) this.served.connection[Symbol.dispose]();
+      else if (this.served !== undefined) {
         throw new VhostdError("busy", `process ${this.served.pid} is connected to the keeper`, {
           fix: "end that daemon first",
         });
@@ -84,16 +92,24 @@ export class KeeperServer implements Disposable {
       return identity;
     });
     this.connections.add(connection);
-    let end = "hung up";
     try {
       await connection.run();
     } catch (error) {
-      end = asError(error).message;
+      log.warn(`process ${pid} is hung up on`, asError(error));
     }
     this.connections.delete(connection);
     if (this.served?.connection !== connection) return;
     this.served = undefined;
     const { records, fds } = this.store.totals;
-    log.info(`process ${pid} is served no more: ${end}; ${records} records with ${fds} fds are kept`);
+    log.info(`process ${pid} is served no more; ${records} records with ${fds} fds are kept`);
+  }
+}
+
+function isGone(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return false;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "ESRCH";
   }
 }

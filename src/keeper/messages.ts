@@ -4,16 +4,17 @@ import type { Framing } from "../native/message-socket.ts";
 
 /**
  * What the daemon and its keeper say to each other over a unix stream socket: a header, a key, a payload, file descriptors
- * beside them. All is little-endian. The daemon asks, the keeper answers each request once, in any order, by its id.
+ * beside them. All is little-endian. The daemon asks, the keeper answers each request once, by its id. Requests and answers
+ * that do not fit into a message come in parts, one right after the other.
  */
 
 /** Of this form. A keeper that speaks another one says which. */
 export const KEEPER_VERSION = 1;
 
 export const Command = {
-  /** Payload: JSON, what the daemon speaks. Answer: JSON, who the keeper is. First, and once. */
+  /** Payload: JSON, what the daemon speaks. Answer: JSON, who the keeper is; refused, the connection ends. First, and once. */
   hello: 1,
-  /** Key, a part of the record as payload, its fds. The record takes the place of an earlier one when its last part came. */
+  /** Key, the record as payload, its fds. It takes the place of an earlier one as a whole. */
   put: 2,
   /** Key. Answer: parts of the record, with the fds; none where there is no such record. */
   get: 3,
@@ -50,6 +51,11 @@ const PART_MAX = { payload: 64 << 10, fds: 240 } as const;
 /** Bytes of a key. */
 const KEY_MAX = 256;
 
+/** Only a part that is full may be followed by another: else a request could have parts without end. */
+export function isFull(payload: Uint8Array, fds: number): boolean {
+  return payload.length === PART_MAX.payload || fds === PART_MAX.fds;
+}
+
 /** A message as it is handled. The fds are owned by whoever handles it. */
 export interface KeeperMessage {
   readonly id: number;
@@ -74,7 +80,14 @@ export const KEEPER_FRAMING: Framing = {
 };
 
 const encoder = new TextEncoder();
-const decoder = new TextDecoder("utf-8", { fatal: true });
+const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+/** @throws VhostdError invalid where a record cannot have that key */
+export function checkKey(key: string): void {
+  const size = encoder.encode(key).length;
+  if (size <= KEY_MAX && key.isWellFormed()) return;
+  throw new VhostdError("invalid", `a key of ${size} bytes; at most ${KEY_MAX}, of well-formed text`);
+}
 
 /** A whole message, header and body. */
 export function encodeMessage({ id, command, flags, key, payload }: KeeperMessage): Uint8Array<ArrayBuffer> {

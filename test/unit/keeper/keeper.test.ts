@@ -6,12 +6,13 @@ import {
   encodeMessage,
   HEADER,
   HeaderFlag,
+  KEEPER_FRAMING,
   KEEPER_VERSION,
 } from "../../../src/keeper/messages.ts";
 import { STORE_LIMITS } from "../../../src/keeper/store.ts";
 import { liveFds, type OwnedFd, pendingCloses } from "../../../src/native/fd.ts";
 import { MessageSocket } from "../../../src/native/message-socket.ts";
-import { drainEventfd, eventfd, listenUnix, signalEventfd, socketPair } from "../../../src/native/sys.ts";
+import { accept, drainEventfd, eventfd, listenUnix, signalEventfd, socketPair } from "../../../src/native/sys.ts";
 import { rejection } from "../../kit/rejection.ts";
 import { KeeperLab, soon } from "./keeper-lab.ts";
 
@@ -121,7 +122,9 @@ describe("records", () => {
     client[Symbol.dispose]();
     const half = await greeted(lab);
     using fd = eventfd();
-    await half.send(message("put", { key: "vf/0", flags: HeaderFlag.more, payload: encodeJson("after") }), [fd.number]);
+    await half.send(message("put", { key: "vf/0", flags: HeaderFlag.more, payload: new Uint8Array(64 << 10) }), [
+      fd.number,
+    ]);
     half[Symbol.dispose]();
     using next = await lab.connect();
     expect(await look(next, "vf/0")).toMatchObject({ record: "before" });
@@ -150,7 +153,84 @@ test("which sockets can be read is told, and of nothing else", async () => {
   expect(await ask()).toEqual([true, true, undefined, undefined, undefined]);
 });
 
+test("a question may be longer than a message", async () => {
+  await using lab = await KeeperLab.create();
+  using client = await lab.connect();
+  const [ours, theirs] = socketPair();
+  await client.put("vf/0", () => ({ record: 0, fds: new Map([["connection", theirs.number]]) }));
+  theirs[Symbol.dispose]();
+  const places = Array.from({ length: 9000 }, (_, index) => ["vf/0", index % 2] as const);
+  expect(await client.readable(places)).toEqual(places.map(([, index]) => (index === 0 ? false : undefined)));
+  ours[Symbol.dispose]();
+});
+
+test("a put that cannot be sent fails alone", async () => {
+  await using lab = await KeeperLab.create();
+  using client = await lab.connect();
+  const gone = eventfd();
+  const { number } = gone;
+  gone[Symbol.dispose]();
+  const [failed, keys] = await Promise.all([
+    rejection(client.put("a", () => ({ record: 0, fds: new Map([["gone", number]]) }))),
+    client.list(),
+  ]);
+  expect(failed).toMatchObject({ number: 9 });
+  expect(keys).toEqual([]);
+  for (const key of ["k".repeat(257), "\ud800"]) {
+    expect(await rejection(client.put(key, () => ({ record: 0, fds: new Map() })))).toMatchObject({ code: "invalid" });
+  }
+  await put(client, "\ufeffa", "with a mark");
+  expect(await client.list()).toEqual(["\ufeffa"]);
+});
+
+describe("a keeper that makes no sense is hung up on, and leaves no fd:", () => {
+  const hello = (id: number) => answer(id, "hello", encodeJson({ protocol: KEEPER_VERSION, version: "", build: "" }));
+  test.each([
+    ["a list with fds", (id: number) => [answer(id, "list", encodeJson([]))], "protocol"],
+    ["a refusal with fds", (id: number) => [answer(id, "list", encodeJson({}), HeaderFlag.error)], "protocol"],
+    ["another answer", (id: number) => [answer(id + 1, "list", encodeJson([]))], "protocol"],
+  ] as const)("%s", async (_, answers) => {
+    await using lab = await KeeperLab.create();
+    using listener = listenUnix(`${lab.path}2`, 0o600);
+    using fd = eventfd();
+    const connecting = KeeperClient.connect(`${lab.path}2`, soon());
+    using keeper = new MessageSocket(accept(listener.number)!, KEEPER_FRAMING);
+    const ask = async () => {
+      using message = await keeper.receive();
+      return HEADER.read(message!.header).id;
+    };
+    await keeper.send(hello(await ask()));
+    using client = await connecting;
+    const asked = rejection(client.list());
+    for (const bytes of answers(await ask())) await keeper.send(bytes, [fd.number]);
+    expect(await asked).toMatchObject({ code: "connectionLost" });
+    expect(await soon().race(client.lost)).toMatchObject({ code: "protocol" });
+  });
+});
+
 describe("clients", () => {
+  test("that are done with it have not lost it", async () => {
+    await using lab = await KeeperLab.create();
+    const client = await lab.connect();
+    let lost = false;
+    void client.lost.then(() => {
+      lost = true;
+    });
+    client[Symbol.dispose]();
+    await Bun.sleep(5);
+    expect(lost).toBe(false);
+  });
+
+  test("wait while too many others are there", async () => {
+    await using lab = await KeeperLab.create();
+    const silent = Array.from({ length: 16 }, () => lab.dial());
+    const waiting = lab.connect();
+    await Bun.sleep(50);
+    for (const socket of silent) socket[Symbol.dispose]();
+    using client = await waiting;
+    expect(await client.list()).toEqual([]);
+  });
+
   test("are served one at a time: the next one when the first has gone", async () => {
     await using lab = await KeeperLab.create();
     const first = await lab.connect();
@@ -169,7 +249,7 @@ describe("clients", () => {
       using client = await lab.connect();
       await put(client, "vf/0", "kept", 2);
     }
-    const begun = message("put", { key: "vf/1", flags: HeaderFlag.more });
+    const begun = message("put", { key: "vf/1", flags: HeaderFlag.more, payload: new Uint8Array(64 << 10) });
     const wrong: Readonly<Record<string, readonly Uint8Array[]>> = {
       "an answer": [message("list", { flags: HeaderFlag.reply })],
       "no such command": [raw({ command: 77 })],
@@ -180,6 +260,8 @@ describe("clients", () => {
       "no key": [message("put", {})],
       "another record in the middle of one": [begun, message("put", { key: "vf/2" })],
       "another command in the middle of one": [begun, message("list", {})],
+      "hello twice": [message("hello", { payload: encodeJson({ protocol: KEEPER_VERSION }) })],
+      "a part that is not full": [message("put", { key: "vf/1", flags: HeaderFlag.more })],
       "no JSON": [message("readable", { payload: Uint8Array.of(123) })],
       "no list": [message("readable", { payload: encodeJson({}) })],
     };
@@ -257,4 +339,8 @@ async function greeted(lab: KeeperLab): Promise<MessageSocket> {
 async function hangsUp(socket: MessageSocket): Promise<boolean> {
   using answer = await soon().race(socket.receive());
   return answer === undefined;
+}
+
+function answer(id: number, command: keyof typeof Command, payload: Uint8Array, flags = 0): Uint8Array {
+  return encodeMessage({ id, command: Command[command], flags: HeaderFlag.reply | flags, key: "", payload });
 }
