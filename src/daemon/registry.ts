@@ -38,15 +38,7 @@ import { Renewal } from "./renewal.ts";
 import { checkSocketPath } from "./socket-path.ts";
 import { parseVmUuid } from "./uuid.ts";
 import { Vf } from "./vf.ts";
-import {
-  type AddVf,
-  controlOwner,
-  guestOf,
-  UNMANAGED,
-  type VfMover,
-  type VfOptions,
-  type VfSurroundings,
-} from "./vf-parts.ts";
+import { type AddVf, controlOwner, guestOf, UNMANAGED, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;
@@ -464,9 +456,8 @@ export class DeviceRegistry {
   }
 
   /** @throws VhostdError pfNotFound, vfIndex, busy */
-  private moverOf({ address }: VfOptions, parent: BusEntry | undefined): VfMover {
-    if (parent === undefined) return UNMANAGED;
-    return this.livePf(parent.address).moverFor(address, parent);
+  private moverOf({ address }: VfOptions, parent: BusEntry | undefined) {
+    return parent === undefined ? UNMANAGED : this.livePf(parent.address).moverFor(address, parent);
   }
 
   /** The path in its shortest form. @throws VhostdError badArguments, socketPath, socketInUse */

@@ -269,7 +269,7 @@ export class DataPath {
       const connect = async () => {
         const calls = [...this.active].map((index) => this.calls.route(index, eventfds.get(index)?.call ?? null));
         // Who was given the function's file may have routed it elsewhere.
-        calls.push(this.routeConfig());
+        calls.push(this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number));
         await deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
       };
       await this.mover.configure(state, deadline, connect);
@@ -470,10 +470,6 @@ export class DataPath {
     const doorbell = this.device.doorbell(queue, limits.notifyOff);
     this.doorbells.set(queue, doorbell);
     return doorbell;
-  }
-
-  private routeConfig(): Promise<void> {
-    return this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number);
   }
 
   private letCallsGo(): void {
