@@ -301,8 +301,9 @@ for (const fault of ["fail", "retry", "silence"]) {
     await migration.stop({ order: "old" });
     migration.pass();
     expect(migration.differences()).toEqual([]);
-    await destination.negotiate();
+    // The destination's VF is of the same PF, and stands by as soon as a front-end has come.
     await lab.set(lab.pf, { "admin-fault": "" });
+    await destination.negotiate();
     await migration.arrive([destination]);
     const { done } = load;
     while (load.done < done + 20) await Bun.sleep(1);
