@@ -225,7 +225,10 @@ export class DriverRing {
     const element = new DataView(this.memory.read(this.device + 4 + 8 * slot, 8).slice().buffer);
     const head = element.getUint32(0, true);
     const entry = this.inFlight.get(head);
-    if (entry === undefined) throw new Error(`the device gave back chain ${head}, which is not in flight`);
+    if (entry === undefined) {
+      const where = `at used index ${this.used} of a ring at 0x${this.device.toString(16)}, used up to ${this.read16(this.device + 2)}`;
+      throw new Error(`the device gave back chain ${head}, which is not in flight, ${where}`);
+    }
     this.inFlight.delete(head);
     const written = entry.writable.map(({ address, length }) => this.memory.read(address, length));
     for (const address of entry.taken) this.arena.give(address);
