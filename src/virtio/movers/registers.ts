@@ -43,21 +43,33 @@ export class RegistersMover implements StateMover {
   }
 
   async configure(wanted: DeviceState, deadline: Deadline, connect = async () => {}): Promise<void> {
-    // Its registers answer behind what was said before: all is connected when it begins to run.
-    const connected = connect();
+    try {
+      // Its registers answer behind what was said before: all is connected when it begins to run.
+      await both(connect(), this.bringIn(wanted, deadline));
+    } catch (error) {
+      if (this.current.kind === "running") await this.resetUnstarted();
+      throw error;
+    }
+  }
+
+  private async bringIn(wanted: DeviceState, deadline: Deadline): Promise<void> {
     const frozen = await this.continued(wanted, deadline);
     if (frozen === undefined) {
       await this.reset(deadline);
       for (const queue of wanted.queues) this.checkBase(queue);
     }
     try {
-      await both(connected, deadline.race(frozen === undefined ? this.program(wanted) : this.goOn()));
+      await deadline.race(frozen === undefined ? this.program(wanted) : this.goOn());
       if (frozen === undefined || !sameEnabled(frozen, wanted)) await this.sendCommands(wanted, deadline);
     } catch (error) {
-      await this.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
+      await this.resetUnstarted();
       throw error;
     }
     this.current = { kind: "running", state: wanted };
+  }
+
+  private resetUnstarted(): Promise<void> {
+    return this.reset(Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`));
   }
 
   async freeze(memory: RingMemory, _mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {

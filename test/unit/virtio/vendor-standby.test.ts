@@ -324,3 +324,25 @@ test("a mover that takes the place of another waits for what that left with the 
   expect(vf.status).toBe("running");
   expect(vf.restored.at(-1)?.indices[0]).toMatchObject({ lastAvail: 9 });
 });
+
+test("a function moved by its registers that starts neither way fails once, and one that is not connected is reset", async () => {
+  const fn = new FakeFunction({ queues: 1 });
+  const mover = new RegistersMover(await moverHost(fn));
+  const unhandled: unknown[] = [];
+  const note = (error: unknown) => void unhandled.push(error);
+  process.on("unhandledRejection", note);
+  try {
+    const connect = async () => {
+      throw new VhostdError("io", "no such vector");
+    };
+    // It cannot begin there.
+    await rejection(mover.configure(wantedState(1, 7), soon(), connect));
+    await Bun.sleep(1);
+    expect(unhandled).toEqual([]);
+    await rejection(mover.configure(wantedState(1), soon(), connect));
+    expect(mover.snapshot()).toEqual({ kind: "reset" });
+    expect(fn.status).toBe(0);
+  } finally {
+    process.off("unhandledRejection", note);
+  }
+});
