@@ -59,6 +59,26 @@ int32_t publish(const sockaddr_un& name, int32_t mode) {
   return fd;
 }
 
+int64_t readMessage(int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count, int flags) {
+  alignas(cmsghdr) char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+  iovec part = {into, static_cast<size_t>(length)};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  *count = 0;
+  ssize_t taken = retried([&] { return recvmsg(fd, &message, flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC); });
+  if (taken < 0) return taken;
+  for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr; part = CMSG_NXTHDR(&message, part)) {
+    if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
+    int32_t arrived = static_cast<int32_t>((part->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+    memcpy(fds + *count, CMSG_DATA(part), arrived * sizeof(int));
+    *count += arrived;
+  }
+  return message.msg_flags & MSG_CTRUNC ? -EMFILE : taken;
+}
+
 }  // namespace
 
 int32_t vhostd_connect_unix(const char* path) {
@@ -134,23 +154,15 @@ int64_t vhostd_peek(int32_t fd, uint8_t* into, int64_t length) {
  * -EMFILE: fds were sent that this process could not take; those that did arrive are the caller's all the same.
  */
 int64_t vhostd_receive(int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count) {
-  alignas(cmsghdr) char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
-  iovec part = {into, static_cast<size_t>(length)};
-  msghdr message = {};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  *count = 0;
-  ssize_t taken = retried([&] { return recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC); });
-  if (taken < 0) return taken;
-  for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr; part = CMSG_NXTHDR(&message, part)) {
-    if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
-    int32_t arrived = static_cast<int32_t>((part->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-    memcpy(fds + *count, CMSG_DATA(part), arrived * sizeof(int));
-    *count += arrived;
-  }
-  return message.msg_flags & MSG_CTRUNC ? -EMFILE : taken;
+  return readMessage(fd, into, length, fds, count, 0);
+}
+
+/**
+ * As vhostd_receive, and leaves everything in the socket: the fds are duplicates. What is seen ends behind bytes that came
+ * with fds. The fds may be those of bytes behind `length`: the kernel looks for some to the end of what has arrived.
+ */
+int64_t vhostd_peek_message(int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count) {
+  return readMessage(fd, into, length, fds, count, MSG_PEEK);
 }
 
 /** Sends what the socket takes, at least one byte or -EAGAIN. The fds go with the first byte. */

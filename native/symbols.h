@@ -15,6 +15,7 @@
   X(vhostd_pending_closes, int64_t, (int64_t lane))                                                           \
   X(vhostd_wait_for_closes, int32_t, (int32_t milliseconds))                                                  \
   X(vhostd_dup, int32_t, (int32_t fd))                                                                        \
+  X(vhostd_compare_files, int32_t, (int32_t one, int32_t other))                                              \
   X(vhostd_lock, int32_t, (int32_t fd))                                                                       \
   X(vhostd_eventfd, int32_t, ())                                                                              \
   X(vhostd_signal_eventfd, int32_t, (int32_t fd))                                                             \
@@ -29,6 +30,7 @@
   X(vhostd_ioctl, int32_t, (int32_t fd, int64_t request, uint8_t* argument))                                  \
   X(vhostd_raise_open_file_limit, int64_t, ())                                                                \
   X(vhostd_connect_unix, int32_t, (const char* path))                                                         \
+  X(vhostd_connect_datagram, int32_t, (const char* path))                                                     \
   X(vhostd_listen_unix, int32_t, (const char* path, int32_t mode))                                            \
   X(vhostd_accept, int32_t, (int32_t fd))                                                                     \
   X(vhostd_socket_pair, int32_t, (int32_t* pair))                                                             \
@@ -39,6 +41,7 @@
   X(vhostd_unread, int64_t, (int32_t fd))                                                                     \
   X(vhostd_peek, int64_t, (int32_t fd, uint8_t* into, int64_t length))                                        \
   X(vhostd_receive, int64_t, (int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count))       \
+  X(vhostd_peek_message, int64_t, (int32_t fd, uint8_t* into, int64_t length, int32_t* fds, int32_t* count))  \
   X(vhostd_send, int64_t, (int32_t fd, const uint8_t* from, int64_t length, const int32_t* fds, int32_t count)) \
   X(vhostd_map, int64_t, (int32_t fd, int64_t offset, int64_t size, int32_t writable))                        \
   X(vhostd_unmap, int32_t, (int64_t address, int64_t size))                                                   \

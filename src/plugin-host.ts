@@ -3,7 +3,7 @@ import { dirname, isAbsolute, join } from "node:path";
 import Type, { type TSchema } from "typebox";
 import { asError, VhostdError } from "./base/errors.ts";
 import type { Logger } from "./base/log.ts";
-import type { DeviceClass, Plugin, PluginApiVersion } from "./plugin.ts";
+import type { AdoptionPolicy, DeviceClass, Plugin, PluginApiVersion } from "./plugin.ts";
 import { findMismatch } from "./rpc/mismatch.ts";
 import { Request } from "./vhost-user/messages.ts";
 
@@ -25,10 +25,11 @@ export const BUILT_IN_PLUGINS = join(
   "plugins",
 );
 
-/** The device classes that this process knows, by who brought them. */
+/** The device classes that this process knows, by who brought them, and its policy of adoption. */
 export class PluginRegistry {
   private readonly names = new Map<string, string>();
   private readonly classes = new Map<number, { readonly deviceClass: DeviceClass; readonly plugin: string }>();
+  private policy: { readonly adoption: AdoptionPolicy; readonly plugin: string } | undefined;
 
   /**
    * Imports and registers plugins: those built in, then the configured ones.
@@ -54,8 +55,12 @@ export class PluginRegistry {
     if (earlier !== undefined) throw refused(`its name is taken by ${earlier}`);
 
     const added: DeviceClass[] = [];
+    const policies: AdoptionPolicy[] = [];
     try {
-      plugin.setup({ deviceClass: (deviceClass) => void added.push(deviceClass) });
+      plugin.setup({
+        deviceClass: (deviceClass) => void added.push(deviceClass),
+        adoption: (policy) => void policies.push(policy),
+      });
     } catch (error) {
       throw refused(`its setup failed: ${asError(error).message}`, error);
     }
@@ -74,8 +79,21 @@ export class PluginRegistry {
         );
       }
     }
+    const [adoption, second] = policies;
+    if (adoption !== undefined) {
+      const problem = findPolicyProblem(adoption);
+      if (problem !== undefined) throw refused(`policy of adoption: ${problem}`);
+      if (second !== undefined) throw refused("it has more than one policy of adoption");
+      if (this.policy !== undefined) throw refused(`plugin ${this.policy.plugin} has a policy of adoption already`);
+      this.policy = { adoption, plugin: plugin.name };
+    }
     this.names.set(plugin.name, origin);
     for (const deviceClass of added) this.classes.set(deviceClass.virtioId, { deviceClass, plugin: plugin.name });
+  }
+
+  /** How VFs of an earlier process are taken up; undefined where nothing is to be kept. */
+  get adoption(): AdoptionPolicy | undefined {
+    return this.policy?.adoption;
   }
 
   /** The class of a virtio device id (VIRTIO 1.2, 5). */
@@ -285,6 +303,17 @@ function findTaken(messages: NonNullable<DeviceClass["messages"]>): string | und
   if (taken === undefined) return undefined;
   const [name, number] = taken;
   return `member "messages.${number}" would replace ${name} of the core, a class adds requests that the core lacks`;
+}
+
+const PolicySchema = Type.Object(
+  { sideBySide: Type.Integer({ minimum: 1, maximum: 256 }), next: Type.Unknown(), fallback: Type.Unknown() },
+  exact,
+);
+
+/** What of a policy of adoption is not as it should be, or undefined. */
+function findPolicyProblem(candidate: unknown): string | undefined {
+  const mismatch = findMismatch(PolicySchema, candidate, "member");
+  return mismatch?.message ?? findNonFunction(candidate as object, ["next", "fallback"]);
 }
 
 function findNonFunction(object: object, members: readonly string[], prefix = ""): string | undefined {

@@ -20,7 +20,38 @@ export interface Plugin {
 
 export interface PluginHost {
   deviceClass(deviceClass: DeviceClass): void;
+  /** How a daemon goes on after the death of the one before. Without one nothing is kept. At most one of all plugins. */
+  adoption(policy: AdoptionPolicy): void;
 }
+
+/** What is decided, and not done, where a daemon takes up what an earlier one has left with the keeper. */
+export interface AdoptionPolicy {
+  /** So many VFs are taken up side by side, from 1 on. */
+  readonly sideBySide: number;
+  /** Which of the VFs that wait is the next one: its place in the list, which is not empty. Their order is that of adding. */
+  next(waiting: readonly WaitingVf[]): number;
+  /** What becomes of a VF that cannot go on as it was left. */
+  fallback(trouble: AdoptionTrouble): AdoptionFallback;
+}
+
+/** A VF that waits to be taken up. */
+export interface WaitingVf {
+  /** PCI address. */
+  readonly vf: string;
+  /** Somebody has asked for it at the control interface. */
+  readonly asked: boolean;
+  /** Its front-end has sent something, and waits for an answer perhaps. */
+  readonly frontEndWaits: boolean;
+}
+
+/**
+ * Why a VF cannot go on as it was left. "other version": its record is of another version of the daemon; "not open": its
+ * function was just being opened again; "damaged": its record or its fds do not fit; "no PF": its PF is not in service.
+ */
+export type AdoptionTrouble = "other version" | "not open" | "damaged" | "device gone" | "no PF";
+
+/** "attach": as if it was added by an operator now; "fail": it stays where an operator sees what is wrong. */
+export type AdoptionFallback = "attach" | "fail";
 
 /** What differs by virtio device id. The first five members are required, the rest says "nothing special". */
 export interface DeviceClass {

@@ -40,6 +40,32 @@ TEST(fds_travel_253_at_a_time) {
   close(file);
 }
 
+TEST(a_look_leaves_bytes_and_fds) {
+  int32_t pair[2];
+  CHECK(vhostd_socket_pair(pair) == 0);
+  int file = vhostd_eventfd();
+  CHECK(vhostd_send(pair[0], bytes, 4, &file, 1) == 4);
+  CHECK(vhostd_send(pair[0], bytes, 8, nullptr, 0) == 8);
+  for (int look = 0; look < 3; look++) {
+    CHECK(vhostd_peek_message(pair[1], bytes, 16, fds, &count) == 4);
+    CHECK(count == 1);
+    close(fds[0]);
+  }
+  CHECK(vhostd_receive(pair[1], bytes, 4, fds, &count) == 4);
+  CHECK(count == 1);
+  close(fds[0]);
+  CHECK(vhostd_peek_message(pair[1], bytes, 8, fds, &count) == 8);
+  CHECK(count == 0);
+  // Fds of what comes behind are seen with what has none: one byte more tells.
+  CHECK(vhostd_send(pair[0], bytes, 4, &file, 1) == 4);
+  CHECK(vhostd_peek_message(pair[1], bytes, 9, fds, &count) == 9);
+  CHECK(count == 1);
+  close(fds[0]);
+  close(pair[0]);
+  close(pair[1]);
+  close(file);
+}
+
 TEST(fds_without_room_are_refused) {
   int32_t pair[2];
   CHECK(vhostd_socket_pair(pair) == 0);

@@ -11,6 +11,7 @@ const START_FIX =
 /** What the control interface answers, as far as it is looked at here. */
 interface Answers {
   readonly version: Readonly<Record<string, unknown>>;
+  readonly stats: { readonly protected?: boolean };
   readonly pfs: readonly { readonly pf: string; readonly admin_queue: string; readonly reason: string | null }[];
   readonly vfs: readonly {
     readonly vf: string;
@@ -30,7 +31,9 @@ export async function checkDaemon(machine: Machine, place: DaemonPlace): Promise
     return [bad("daemon", sentence(asError(error)), START_FIX)];
   }
   const version = String(answers.version["vfe-vhostd version"] ?? "unknown");
-  const findings = [ok("daemon", `${version}, ${answers.pfs.length} PFs, ${answers.vfs.length} VFs`)];
+  const restart = answers.stats.protected === true ? "goes unnoticed" : "is seen by VMs: no keeper has what it has";
+  const devices = `${answers.pfs.length} PFs, ${answers.vfs.length} VFs`;
+  const findings = [ok("daemon", `${version}, ${devices}; a restart ${restart}`)];
   for (const { pf, admin_queue: queue, reason } of answers.pfs) {
     if (queue !== "dead") continue;
     const fix = "its VFs go on, but cannot be moved: remove and add it when they are free";
@@ -46,9 +49,10 @@ export async function checkDaemon(machine: Machine, place: DaemonPlace): Promise
 
 async function ask(place: DaemonPlace): Promise<Answers> {
   const version = await callDaemon(place, "version", {});
+  const stats = (await callDaemon(place, "stats", {})) as Answers["stats"];
   const { pfs } = (await callDaemon(place, "pf.list", {})) as Pick<Answers, "pfs">;
   const { vfs } = (await callDaemon(place, "vf.list", {})) as Pick<Answers, "vfs">;
-  return { version: version as Answers["version"], pfs, vfs };
+  return { version: version as Answers["version"], stats, pfs, vfs };
 }
 
 function servedVf({ vf, socket_file: socket, vm_uuid: uuid }: Answers["vfs"][number]): ServedVf {

@@ -43,6 +43,10 @@ const COMMANDS: Readonly<Record<string, { readonly help: string; readonly load: 
     help: "check this machine, a guest's QEMU and the daemon, and tell what to do",
     load: async () => (await import("./doctor.ts")).runDoctor,
   },
+  upgrade: {
+    help: "replace the daemon by the one that is installed now, unnoticed by VMs",
+    load: async () => (await import("./upgrade.ts")).runUpgrade,
+  },
   call: {
     help: "call any method of the control interface",
     load: async () => (await import("./raw-commands.ts")).runCall,

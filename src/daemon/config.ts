@@ -30,6 +30,8 @@ export interface DaemonConfig {
   readonly vfioInterface: VfioInterface;
   /** The secret that PFs and their VFs are opened with; undefined: one that the daemon makes itself. */
   readonly vfToken: string | undefined;
+  /** Who keeps what a daemon after this one needs to go on. */
+  readonly ha: HaKind;
   /** Added when the daemon starts, PFs first. */
   readonly pfs: readonly PciAddress[];
   readonly vfs: readonly ConfiguredVf[];
@@ -44,6 +46,13 @@ interface ConfiguredVf {
   readonly hostNotifier?: false;
   readonly frontend?: FrontendKind;
 }
+
+/**
+ * "auto": vfe-vhostd-ha where it runs, or else systemd's fd store where there is one; "keeper": vfe-vhostd-ha only; "fd-store":
+ * the fd store only; "off": nobody.
+ */
+export type HaKind = (typeof HA_KINDS)[number];
+export const HA_KINDS = ["auto", "keeper", "fd-store", "off"] as const;
 
 export const DEFAULT_STATE_DIRECTORY = "/var/lib/vfe-vhostd";
 export const VFIO_INTERFACES: readonly VfioInterface[] = ["auto", "group", "iommufd"];
@@ -65,6 +74,7 @@ const ConfigFile = Type.Object(
     "state-dir": Type.Optional(Path),
     vfio: Type.Optional(Type.Enum([...VFIO_INTERFACES])),
     "vf-token": Type.Optional(Type.String({ description: "UUID" })),
+    ha: Type.Optional(Type.Enum([...HA_KINDS])),
     pf: Type.Optional(Type.Array(Type.Object({ device: Device }, exact))),
     vf: Type.Optional(
       Type.Array(
@@ -95,6 +105,7 @@ export interface ConfigOverrides {
   readonly logLevel?: string | undefined;
   readonly stateDirectory?: string | undefined;
   readonly vfio?: string | undefined;
+  readonly ha?: string | undefined;
 }
 
 /**
@@ -120,6 +131,7 @@ export async function loadConfig(file: string | undefined, overrides: ConfigOver
     stateDirectory: resolve(overrides.stateDirectory ?? inFile(read["state-dir"] ?? DEFAULT_STATE_DIRECTORY)),
     vfioInterface: overrides.vfio === undefined ? (read.vfio ?? "auto") : parseVfioInterface(overrides.vfio),
     vfToken: atKey("vf-token", undefined, () => parseVfToken(read["vf-token"])),
+    ha: overrides.ha === undefined ? (read.ha ?? "auto") : parseHaKind(overrides.ha),
     pfs: entries("pf", read.pf ?? [], ({ device }) => parsePciAddress(device)),
     vfs: entries("vf", read.vf ?? [], (entry) => {
       const { device, socket, uuid, mode = "client" } = entry;
@@ -210,6 +222,14 @@ function parseVfioInterface(text: string): VfioInterface {
   if (found !== undefined) return found;
   throw new VhostdError("badArguments", `"${text}" is not an interface of VFIO`, {
     fix: `use one of: ${VFIO_INTERFACES.join(", ")}`,
+  });
+}
+
+function parseHaKind(text: string): HaKind {
+  const found = HA_KINDS.find((name) => name === text);
+  if (found !== undefined) return found;
+  throw new VhostdError("badArguments", `"${text}" is no way to keep anything`, {
+    fix: `use one of: ${HA_KINDS.join(", ")}`,
   });
 }
 

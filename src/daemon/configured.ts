@@ -27,8 +27,11 @@ export async function addConfigured(
   const addVfs = async (some: readonly ConfiguredVf[]) => {
     await Promise.all(some.map((vf) => each(`VF ${vf.address}`, registry.addVf(vf))));
   };
-  await Promise.all(pfs.map((address) => each(`PF ${address}`, registry.addPf(address))));
-  const ofEachVm = Map.groupBy(vfs, vmOf).values().toArray();
+  // Some are here from before a restart.
+  const newPfs = pfs.filter((address) => !registry.hasPf(address));
+  await Promise.all(newPfs.map((address) => each(`PF ${address}`, registry.addPf(address))));
+  const newVfs = vfs.filter(({ address }) => !registry.hasVf(address));
+  const ofEachVm = Map.groupBy(newVfs, vmOf).values().toArray();
   await Promise.all(
     ofEachVm.map(async (ofVm) => {
       const first = await withToken(ofVm, bus);

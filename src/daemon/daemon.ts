@@ -8,10 +8,12 @@ import { addressSpaces } from "../pci/open.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { RpcServer } from "../rpc/server.ts";
 import { makeRuntimeDirectory, rpcSocket } from "../runtime-directory.ts";
+import { NO_SERVICE, type ServiceEnvironment } from "../systemd/service-environment.ts";
 import type { DaemonConfig } from "./config.ts";
 import { addConfigured } from "./configured.ts";
 import type { Deadlines } from "./deadlines.ts";
-import { nullKeeper } from "./keeper.ts";
+import { openKeeper } from "./ha/open-keeper.ts";
+import { type Keeper, type KeeperInfo, nullKeeper } from "./keeper.ts";
 import { createMethods } from "./methods.ts";
 import { DeviceRegistry } from "./registry.ts";
 import { vfTokenSource } from "./vf-token.ts";
@@ -23,6 +25,10 @@ const RPC_SOCKET_MODE = 0o660;
 const STOP_REQUESTS = 2_000;
 /** For VMMs of VMs that are being migrated to read what functions have written, milliseconds: a pass takes seconds. */
 const STOP_MIGRATIONS = 20_000;
+/** For a keeper that is away, milliseconds. */
+const STOP_KEEPER = 2_000;
+/** For operations that are under way, where another daemon goes on, milliseconds. */
+const STOP_OPERATIONS = 2_000;
 /** For all functions to give back what they have taken and to be let go of, milliseconds. */
 const STOP_DEVICES = 45_000;
 
@@ -32,11 +38,21 @@ export class Daemon {
   /** The PFs and VFs of the configuration; settled when each was added or its failure logged. */
   private configured: Promise<void> = Promise.resolve();
 
+  private keeper: Keeper = nullKeeper;
+  private served: { readonly server: RpcServer; readonly registry: DeviceRegistry } | undefined;
+  private end: (reason: string) => void = () => {};
+  /** Somebody at the control interface wants it to end: resolves with the reason. */
+  readonly ended = new Promise<string>((resolve) => {
+    this.end = resolve;
+  });
+
   /** @param deadlines others than the usual ones */
   constructor(
     private readonly config: DaemonConfig,
     private readonly log: Logger,
     private readonly deadlines: Partial<Deadlines> = {},
+    /** What systemd has told this process. */
+    private readonly environment: ServiceEnvironment = NO_SERVICE,
   ) {}
 
   /**
@@ -64,25 +80,68 @@ export class Daemon {
       token: vfTokenSource(config.vfToken, config.stateDirectory),
       log: log.child("vfio"),
     });
-    const registry = new DeviceRegistry({ bus, plugins, keeper: nullKeeper, log, spaces, deadlines: this.deadlines });
+    // Nothing is taken up without a policy: it would be kept for nobody.
+    const ha = plugins.adoption === undefined ? "off" : config.ha;
+    const keeper = this.running.use(await openKeeper({ ...config, ha }, this.environment, log));
+    this.keeper = keeper;
+    const registry = new DeviceRegistry({ bus, plugins, keeper, log, spaces, deadlines: this.deadlines });
     this.running.defer(() => this.closeDevices(registry));
+    await registry.collect();
 
-    const server = new RpcServer(createMethods(registry, log.child("rpc")), {
+    const server = new RpcServer(createMethods(registry, log.child("rpc"), this), {
       log: log.child("rpc"),
       peerCredentials,
     });
     this.running.defer(() => server.stop(STOP_REQUESTS));
+    this.served = { server, registry };
     await server.listenUnix(socket, RPC_SOCKET_MODE);
     if (config.rpcTcp !== undefined) {
       const port = await server.listenTcp(config.rpcTcp);
       log.warn(`every local user can control this daemon through TCP ${config.rpcTcp.host}:${port}`);
     }
-    this.configured = addConfigured(config, bus, registry, log);
+    const taken = registry.takeUp().catch((error) => log.error("not all VFs could be taken up", error));
+    this.configured = taken.then(() => addConfigured(config, bus, registry, log));
   }
 
-  /** Serves no more requests, lets go of all functions. Bounded in time; never rejects. */
-  async stop(): Promise<void> {
+  /** Who keeps what it has; undefined where nobody does now. */
+  get keeperInfo(): KeeperInfo | undefined {
+    return this.keeper.info?.();
+  }
+
+  /** Ends so that another daemon goes on with everything. @throws VhostdError notSupported where none could */
+  upgrade(): void {
+    this.checkProtected();
+    this.end("an upgrade is asked for");
+  }
+
+  private checkProtected(): void {
+    const info = this.keeperInfo;
+    if (info?.protects === true) return;
+    const why = info === undefined ? "nobody keeps what it has" : `${info.name} does not have all of what it has`;
+    const start = "start vfe-vhostd-ha (systemctl start vfe-vhostd-ha), and try again a second later";
+    const choose = `it was started with ha = "off": configure another way (ha = "auto"), and restart it once, which its VMs notice`;
+    throw new VhostdError("notSupported", `the daemon cannot be replaced unnoticed: ${why}`, {
+      fix: info === undefined && this.config.ha === "off" ? choose : start,
+    });
+  }
+
+  /**
+   * Serves no more requests; lets go of all functions, unless somebody keeps them for the next daemon.
+   * Bounded in time; never rejects.
+   * @returns "kept" where they are kept: this process is to end at once then, as if it was killed, with all that it has open
+   */
+  async stop(): Promise<"closed" | "kept"> {
+    // Somebody may have restarted it just now.
+    await this.keeper.reach?.(Deadline.after(STOP_KEEPER, "the keeper"));
+    if (this.served !== undefined && this.keeperInfo?.protects === true) {
+      const { server, registry } = this.served;
+      await server.stop(STOP_REQUESTS);
+      await registry.settle(Deadline.after(STOP_OPERATIONS, "the end of what is under way"));
+      this.log.info("its VFs run on, for the daemon that comes next");
+      return "kept";
+    }
     await this.running.disposeAsync();
+    return "closed";
   }
 
   private async closeDevices(registry: DeviceRegistry): Promise<void> {

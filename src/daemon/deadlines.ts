@@ -8,6 +8,8 @@ export const DEADLINES = {
   detach: 3_000,
   /** A kernel that closes a function resets it, and waits a minute and more for one that does not answer. */
   close: 10_000,
+  /** What an earlier process had begun with memory or a function is brought to an end. */
+  takeUp: 10_000,
   /** Features, queues and DRIVER_OK. */
   start: 5_000,
   /** A device gives back what it has taken: its slowest request bounds this. */

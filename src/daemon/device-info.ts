@@ -2,7 +2,9 @@ import type { PciAddress } from "../pci/address.ts";
 import type { FrontendKind } from "./front-end-kind.ts";
 import type { MigrationInfo } from "./migration.ts";
 import type { Pf, PfManagement } from "./pf.ts";
-import type { Vf, VfManagement } from "./vf.ts";
+import type { LeftVf } from "./presence.ts";
+import type { Vf } from "./vf.ts";
+import type { VfManagement } from "./vf-parts.ts";
 
 /** PFs and VFs as the control interface describes them. */
 
@@ -50,6 +52,33 @@ export interface VfInfo extends VfManagement {
   readonly migration: MigrationInfo | null;
 }
 
+/** A VF of an earlier process that is not in service. */
+export interface LeftVfInfo {
+  readonly vf: PciAddress;
+  readonly probed: false;
+  readonly vm_uuid: string;
+  readonly socket_file: string;
+  readonly mode: "client" | "server";
+  /** It was added without a PF. */
+  readonly unmanaged: boolean;
+  readonly state: "adopting" | "failed";
+  readonly reason: string | null;
+}
+
+export function leftVfInfo({ options, failed }: LeftVf): LeftVfInfo {
+  const { address, uuid, socket, mode, unmanaged } = options;
+  return {
+    vf: address,
+    probed: false,
+    vm_uuid: uuid ?? "",
+    socket_file: socket,
+    mode,
+    unmanaged: unmanaged === true,
+    state: failed === undefined ? "adopting" : "failed",
+    reason: failed ?? null,
+  };
+}
+
 /** @param vfs of it that are added */
 export function pfInfo(pf: Pf, vfs: number): PfInfo {
   return {
@@ -70,7 +99,7 @@ export function vfInfo(vf: Vf): VfInfo {
     probed: state.name !== "adopting",
     class: target.deviceClass.name,
     pf: vf.entry.physfn ?? null,
-    msix_num: vf.vectors,
+    msix_num: vf.parts.fn.interrupts.count,
     queue_num: target.queues,
     queue_size: target.queueSizeMax(0),
     device_feature: target.deviceFeatures,
@@ -87,7 +116,7 @@ export function vfInfo(vf: Vf): VfInfo {
     unmanaged: options.unmanaged === true,
     host_notifier: target.doorbellShare !== undefined,
     frontend: options.frontend ?? "standard",
-    interface: ofKernel === undefined ? "vfio-user" : (vf.interface ?? null),
+    interface: ofKernel === undefined ? "vfio-user" : (vf.parts.domain.interface ?? null),
     iommu_group: ofKernel?.group ?? null,
     numa_node: ofKernel?.numaNode ?? null,
     migration: target.migration.info,

@@ -1,7 +1,10 @@
+import type { Deadline } from "../base/deadline.ts";
 import type { Json } from "../base/json.ts";
 import type { OwnedFd } from "../native/fd.ts";
+import type { StoredSpace } from "../pci/address-space.ts";
 import type { TransportKind } from "../pci/bus.ts";
-import { DmaDomain } from "../pci/dma-domain.ts";
+import { DmaDomain, type DmaDomainOptions } from "../pci/dma-domain.ts";
+import { Failures } from "../pci/failures.ts";
 import type { AddressSpaces } from "../pci/open.ts";
 import type { Keeper } from "./keeper.ts";
 import { closing, type DomainRecord, parseDomainRecord, RECORD_VERSION } from "./record.ts";
@@ -9,6 +12,10 @@ import { closing, type DomainRecord, parseDomainRecord, RECORD_VERSION } from ".
 interface Entry {
   readonly domain: DmaDomain;
   users: number;
+  /** An earlier process had it: what is mapped there is known. */
+  readonly revived: boolean;
+  /** There is a record of it. */
+  stored: boolean;
   readonly vm: string;
   readonly transport: TransportKind;
 }
@@ -35,7 +42,8 @@ export class DomainTable {
     const key = DomainTable.key(vm, transport);
     let entry = this.domains.get(key);
     if (entry === undefined) {
-      entry = { domain: new DmaDomain(this.spaces(transport, vm)), users: 0, vm, transport };
+      const domain = new DmaDomain(this.spaces(transport, vm), this.noting(vm, transport));
+      entry = { domain, users: 0, vm, transport, revived: false, stored: false };
       this.domains.set(key, entry);
     }
     entry.users++;
@@ -45,16 +53,21 @@ export class DomainTable {
   async release(vm: string, transport: TransportKind): Promise<void> {
     const key = DomainTable.key(vm, transport);
     const entry = this.domains.get(key);
-    if (entry === undefined || --entry.users > 0) return;
-    await this.drop(key, entry.domain);
+    if (entry === undefined) return;
+    // Its function is closed: the address space may be kept by less.
+    if (--entry.users > 0) await this.checkpoint(vm, transport);
+    else await this.drop(key, entry.domain);
   }
 
-  /** Writes the domain's record to the keeper: what is mapped, with the files. One without any needs none. */
+  /** Writes the domain's record to the keeper. It is written by itself wherever memory is mapped or unmapped. */
   async checkpoint(vm: string, transport: TransportKind): Promise<void> {
     const key = DomainTable.key(vm, transport);
-    const domain = this.domains.get(key)?.domain;
-    if (domain === undefined) return;
-    if (domain.owners.length === 0) return await this.keeper.delete(recordKey(key));
+    const entry = this.domains.get(key);
+    if (entry === undefined) return;
+    const { domain } = entry;
+    // One that was there stays as long as there are VFs, which do not go on without it.
+    if (domain.isEmpty && !entry.stored) return;
+    entry.stored = true;
     await this.keeper.put(recordKey(key), () => {
       const { data, fds } = domain.snapshot();
       const record: DomainRecord = { version: RECORD_VERSION, vm, transport, domain: data };
@@ -62,33 +75,67 @@ export class DomainTable {
     });
   }
 
+  /** To a keeper that has nothing. */
+  async checkpointAll(): Promise<void> {
+    await Promise.all([...this.domains.values()].map(({ vm, transport }) => this.checkpoint(vm, transport)));
+  }
+
   /**
-   * Takes up a domain whose ranges are mapped already. It lives until the VFs that acquire it are gone.
+   * Takes up a domain whose ranges are mapped already. It lives until the VFs that acquire it are gone. No word to anyone.
    * @throws VhostdError where record and fds do not fit; the fds are closed then
    */
   revive(value: Json, fds: Map<string, OwnedFd>): void {
     using unused = closing(fds);
     const { vm, transport, domain } = parseDomainRecord(value);
-    const space = this.spaces(transport, vm);
     unused.move();
-    const revived = DmaDomain.revive(space, domain, fds);
-    this.domains.set(DomainTable.key(vm, transport), { domain: revived, users: 0, vm, transport });
+    const makeSpace = (stored: StoredSpace | undefined) => this.spaces(transport, vm, stored);
+    const revived = DmaDomain.revive(makeSpace, domain, fds, this.noting(vm, transport));
+    this.domains.set(DomainTable.key(vm, transport), {
+      ...{ domain: revived, users: 0, vm, transport },
+      ...{ revived: true, stored: true },
+    });
   }
 
-  /** After an adoption: memory of owners that could not be taken up is let go, and domains that nobody uses. */
+  /** An earlier process had it, and it was revived. */
+  isRevived(vm: string, transport: TransportKind): boolean {
+    return this.domains.get(DomainTable.key(vm, transport))?.revived === true;
+  }
+
+  /**
+   * Ends what was under way in any domain when the process before this one died: after the VFs were revived, before anything
+   * else. All are tried.
+   * @throws VhostdError the first failure: memory that stays mapped
+   */
+  async takeUp(deadline: Deadline): Promise<void> {
+    // Over vfio-user the functions are told: as long as there is none, it waits for the next change.
+    const used = [...this.domains.values()].filter(({ users, transport }) => users > 0 || transport === "vfio");
+    const failures = new Failures();
+    await Promise.all(used.map(({ domain }) => failures.of(domain.takeUp(deadline))));
+    failures.check();
+  }
+
+  /**
+   * After an adoption: memory of owners that could not be taken up is let go, and domains that nobody uses. All are tried.
+   * @throws VhostdError the first failure
+   */
   async prune(owners: ReadonlySet<string>): Promise<void> {
-    for (const [key, { domain, users, vm, transport }] of [...this.domains]) {
+    const failures = new Failures();
+    for (const [key, { domain, users }] of [...this.domains]) {
       const absent = domain.owners.filter((owner) => !owners.has(owner));
-      for (const owner of absent) if (users > 0) await domain.releaseAll(owner);
-      if (users === 0) await this.drop(key, domain);
-      else if (absent.length > 0) await this.checkpoint(vm, transport);
+      for (const owner of absent) if (users > 0) await failures.of(domain.releaseAll(owner));
+      await failures.of(users === 0 ? this.drop(key, domain) : domain.adoptedAll());
     }
+    failures.check();
   }
 
   /** Lets go of all domains without an unmap. */
   abandon(): void {
     for (const { domain } of this.domains.values()) domain.abandon();
     this.domains.clear();
+  }
+
+  private noting(vm: string, transport: TransportKind): DmaDomainOptions {
+    return { note: () => this.checkpoint(vm, transport) };
   }
 
   /** Nobody uses the domain any more; its functions, which held the mappings, are gone. */

@@ -9,6 +9,8 @@ import type { SessionTarget } from "../vhost-user/target.ts";
 import type { Deadlines } from "./deadlines.ts";
 import { startEndpoint, type VfOptions } from "./vf-parts.ts";
 
+const LISTENER = "listener";
+
 export interface FrontEndsOptions {
   readonly place: Pick<VfOptions, "socket" | "mode">;
   readonly deadlines: Deadlines;
@@ -46,27 +48,53 @@ export class FrontEnds {
     return this.current;
   }
 
-  /** Begins to look for the first one. @throws VhostdError socketInUse, socketPath */
-  start(): void {
-    startEndpoint(this.endpoint, this.options.place.socket);
+  /**
+   * Begins to look for the first one.
+   * @param fds that `fds` of an earlier process gave; taken
+   * @throws VhostdError socketInUse, socketPath
+   */
+  start(fds: ReadonlyMap<string, OwnedFd> = new Map()): void {
+    startEndpoint(this.endpoint, this.options.place.socket, false, fds.get(LISTENER));
+  }
+
+  /** What a later process goes on to listen at, borrowed. */
+  get fds(): ReadonlyMap<string, number> {
+    const { listenerFd } = this.endpoint;
+    return new Map(listenerFd === undefined ? [] : [[LISTENER, listenerFd]]);
   }
 
   /**
-   * Goes on with the one that was connected to an earlier process.
+   * Goes on with the one that was connected to an earlier process; resolves when it is heard, or will not be.
    * @param fds of its session; taken
+   * @param own as of `start`; taken
+   * @param before done before it is heard; where it throws, the session ends with that
    * @throws VhostdError socketInUse, socketPath
    */
-  revive(session: Json, fds: Map<string, OwnedFd>): void {
+  async revive(
+    session: Json,
+    fds: Map<string, OwnedFd>,
+    own: ReadonlyMap<string, OwnedFd>,
+    before: () => Promise<void>,
+  ): Promise<void> {
     const { place, target, log } = this.options;
-    startEndpoint(this.endpoint, place.socket, true);
-    this.serve(() => Session.revive(target, session, fds, { log }));
+    startEndpoint(this.endpoint, place.socket, true, own.get(LISTENER));
+    const heard = Promise.withResolvers<void>();
+    const first = async () => {
+      try {
+        await before();
+      } finally {
+        heard.resolve();
+      }
+    };
+    this.serve(() => Session.revive(target, session, fds, { log }), first);
+    await Promise.race([heard.promise, this.serving]);
   }
 
-  /** Has the record of the VF written anew, after what its session is at. */
-  note(): void {
+  /** Has the record of the VF written anew, after what its session is at. Never rejects. */
+  async note(): Promise<void> {
     const { target, log } = this.options;
     const noted = this.current?.checkpoint() ?? target.checkpoint();
-    noted.catch((error) => log.error("a change could not be noted", asError(error)));
+    await noted.catch((error) => log.error("a change could not be noted", asError(error)));
   }
 
   /** One has got to run: the next ones need not wait any more. */
@@ -94,17 +122,18 @@ export class FrontEnds {
 
   /** As stop; lets go of the session without a word to anybody. */
   async abandon(): Promise<void> {
-    this.stop();
+    this.stopping.abort();
+    this.endpoint.abandon();
     await this.current?.abandon();
   }
 
-  private serve(begin: () => Session): void {
-    this.serving = this.runSession(begin).catch((error: unknown) => this.options.onFailure(asError(error)));
+  private serve(begin: () => Session, before?: () => Promise<void>): void {
+    this.serving = this.runSession(begin, before).catch((error: unknown) => this.options.onFailure(asError(error)));
   }
 
-  private async runSession(begin: () => Session): Promise<void> {
+  private async runSession(begin: () => Session, before?: () => Promise<void>): Promise<void> {
     this.current = begin();
-    const end = await this.current.run();
+    const end = await this.current.run(before);
     this.current = undefined;
     const { firstBackoff, longestBackoff } = this.options.deadlines;
     if (end.error !== undefined) this.backoff = Math.min(longestBackoff, Math.max(firstBackoff, this.backoff * 2));

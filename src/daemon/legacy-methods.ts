@@ -7,7 +7,7 @@ import { defineMethod, type Method } from "../rpc/method.ts";
 import { InternalStatus, type InternalStatusName } from "../virtio/admin/vendor.ts";
 import { FEATURE_NAMES, hasFeature } from "../virtio/features.ts";
 import { defaultSocket } from "./default-socket.ts";
-import type { VfInfo } from "./device-info.ts";
+import type { LeftVfInfo, VfInfo } from "./device-info.ts";
 import { FRONTENDS } from "./front-end-kind.ts";
 import { isLogging, type LoggingOperation, type ManualOperation } from "./manual-operations.ts";
 import { type Devices, queueResults } from "./methods.ts";
@@ -131,7 +131,7 @@ async function carryOutVf(devices: Devices, request: Static<typeof VfRequest>): 
       return warning === undefined ? {} : { warning };
     }
     case "list":
-      return { devices: listed(devices, request).map(describeVf) };
+      return { devices: [...listed(devices, request).map(describeVf), ...left(devices, request).map(describeLeftVf)] };
     case "info":
       return { device: await describeOneVf(devices, vfAddress(request.vfdev)) };
     case "debug": {
@@ -164,6 +164,11 @@ function listed(devices: Devices, { mgmtpf, unmanaged = false }: Static<typeof V
       ? undefined
       : pfAddress(mgmtpf, "give its PCI address, or --unmanaged for those that were added without a PF"),
   );
+  return unmanaged ? all.filter((vf) => vf.unmanaged) : all;
+}
+
+function left(devices: Devices, { mgmtpf, unmanaged = false }: Static<typeof VfRequest>): LeftVfInfo[] {
+  const all = devices.listLeftVfs(mgmtpf === undefined ? undefined : pfAddress(mgmtpf));
   return unmanaged ? all.filter((vf) => vf.unmanaged) : all;
 }
 
@@ -231,12 +236,16 @@ function failure(error: Error): Answer {
 async function describeOneVf(devices: Devices, address: PciAddress): Promise<Record<string, unknown>> {
   const queues = await devices.vfStats(address);
   const info = devices.vfInfo(address);
-  return info.probed ? { ...describeVf(info), queue_stats: queueResults(queues) } : describeVf(info);
+  return { ...describeVf(info), ...(info.probed ? { queue_stats: queueResults(queues) } : {}) };
+}
+
+function describeLeftVf({ vf, probed, vm_uuid, socket_file, reason }: LeftVfInfo): Record<string, unknown> {
+  return { vf, probed, vm_uuid, socket_file, ...told(reason) };
 }
 
 function describeVf(info: VfInfo): Record<string, unknown> {
-  const { vf, probed, vm_uuid, socket_file } = info;
-  if (!probed) return { vf, probed, vm_uuid, socket_file };
+  const { vf, probed, vm_uuid, socket_file, reason } = info;
+  if (!probed) return { vf, probed, vm_uuid, socket_file, ...told(reason) };
   return {
     vf,
     probed,

@@ -3,11 +3,13 @@ import { createLogger, LOG_LEVELS } from "../base/log.ts";
 import { type CommandLine, type Option, parseCommandLine } from "../command-line.ts";
 import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
 import { DEFAULT_RUNTIME_DIRECTORY } from "../runtime-directory.ts";
+import { takeServiceEnvironment } from "../systemd/service-environment.ts";
 import { VERSION } from "../version.ts";
 import {
   type DaemonConfig,
   DEFAULT_BUS_DIRECTORIES,
   DEFAULT_STATE_DIRECTORY,
+  HA_KINDS,
   loadConfig,
   VFIO_INTERFACES,
 } from "./config.ts";
@@ -30,6 +32,7 @@ const OPTIONS = {
     value: "KIND",
     help: `how functions of this machine are opened: ${VFIO_INTERFACES.join(", ")} (auto)`,
   },
+  ha: { type: "string", value: "KIND", help: `what hides a restart from VMMs: ${HA_KINDS.join(", ")} (auto)` },
   version: { type: "boolean", help: "print the version and exit" },
 } as const satisfies Record<string, Option>;
 
@@ -37,7 +40,8 @@ const COMMAND_LINE: CommandLine<typeof OPTIONS> = {
   name: "vfe-vhostd",
   summary: "Serves vhost-user front-ends by virtio PCI virtual functions.",
   options: OPTIONS,
-  notes: 'Prints "ready DIR" when the control interface is served. SIGTERM and SIGINT stop it.',
+  notes:
+    'Prints "ready DIR" when the control interface is served. SIGTERM and SIGINT stop it; where a keeper has what it has, its VFs run on.',
 };
 
 /**
@@ -61,6 +65,7 @@ export async function runDaemon(args: readonly string[], deadlines: Partial<Dead
       logLevel: values["log-level"],
       stateDirectory: values["state-dir"],
       vfio: values.vfio,
+      ha: values.ha,
     });
   } catch (error) {
     process.stderr.write(`${COMMAND_LINE.name}: ${sentence(asError(error))}\n`);
@@ -70,20 +75,28 @@ export async function runDaemon(args: readonly string[], deadlines: Partial<Dead
   dieOfUnhandled(log);
   const asked = stopSignal();
   // Not before: --help and mistakes in the configuration are answered where native/ is not built, too.
-  const [{ Daemon }, { stopNative }] = await Promise.all([import("./daemon.ts"), import("../native/stop.ts")]);
-  const daemon = new Daemon(config, log, deadlines);
+  const [{ Daemon }, { stopNative }, { Notify }] = await Promise.all([
+    import("./daemon.ts"),
+    import("../native/stop.ts"),
+    import("../systemd/notify.ts"),
+  ]);
+  const environment = takeServiceEnvironment();
+  using notify = new Notify(environment, log);
+  const daemon = new Daemon(config, log, deadlines, environment);
+  let code = 1;
   try {
     await daemon.start();
     process.stdout.write(`ready ${config.runtimeDirectory}\n`);
+    notify.ready();
     log.info(`version ${VERSION} serves ${config.runtimeDirectory}`);
-    log.info(`${await asked}: stopping`);
-    return 0;
+    log.info(`${await Promise.race([asked, daemon.ended])}: stopping`);
+    code = 0;
   } catch (error) {
     log.error(sentence(asError(error)));
-    return 1;
-  } finally {
-    await daemon.stop();
-    stopNative();
-    exitSoon();
   }
+  notify.stopping();
+  if ((await daemon.stop()) === "kept") process.exit(code);
+  stopNative();
+  exitSoon();
+  return code;
 }

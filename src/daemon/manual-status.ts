@@ -1,5 +1,5 @@
 import type { Deadline } from "../base/deadline.ts";
-import { asError, VhostdError } from "../base/errors.ts";
+import { VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import type { OperationQueue } from "../base/operation-queue.ts";
 import type { PciAddress } from "../pci/address.ts";
@@ -24,6 +24,8 @@ export interface ManualHost {
   /** @throws VhostdError where the VF has failed */
   checkUsable(): void;
   onMoved(to: ManualTarget): void;
+  /** Has it noted for who comes after this process. */
+  note(): Promise<void>;
 }
 
 /** The internal status of one VF in other hands than those of its session: an operator's mostly. */
@@ -44,25 +46,12 @@ export class ManualStatus {
     try {
       const what = `${to === undefined ? "the internal status" : "a change of the internal status"} of ${address}`;
       const time = to === undefined ? deadlines.ask : deadlines.drain;
-      return await patience.during(what, time, (deadline) => operations.run(() => this.moveBy(to, deadline)));
+      const status = await patience.during(what, time, (deadline) => operations.run(() => this.moveBy(to, deadline)));
+      // Not as one of the operations: a session that is to note it may be waiting for them.
+      if (to !== undefined) await this.vf.note();
+      return status;
     } finally {
       this.busy = false;
-    }
-  }
-
-  /**
-   * Lets a VF go on that an earlier process may have been changing when it died: it stands still then, with whatever is in
-   * force, and nobody will ask it to run. Never rejects.
-   */
-  async letGoOn(): Promise<void> {
-    const { address, deadlines, patience, operations, parts, log } = this.vf;
-    const { manual, running } = parts.dataPath;
-    if (manual === undefined || !running) return;
-    try {
-      const run = (deadline: Deadline) => operations.run(() => manual.change("running", deadline));
-      await patience.during(`${address} going on`, deadlines.drain, run);
-    } catch (error) {
-      log.warn("an earlier process may have left it standing still", asError(error));
     }
   }
 

@@ -1,5 +1,6 @@
 import { readdirSync } from "node:fs";
 import Type, { type Static } from "typebox";
+import { VhostdError } from "../base/errors.ts";
 import { parsePciAddress } from "../pci/address.ts";
 import type { QueueStats } from "../pci/function.ts";
 import { withDiscovery } from "../rpc/discover.ts";
@@ -9,6 +10,7 @@ import { TRACKING_LABEL } from "../virtio/admin/vendor.ts";
 import { defaultSocket } from "./default-socket.ts";
 import type { PfInfo, VfInfo } from "./device-info.ts";
 import { FRONTENDS } from "./front-end-kind.ts";
+import type { KeeperInfo } from "./keeper.ts";
 import { legacyMethods } from "./legacy-methods.ts";
 import { isLogging, LOGGING_OPERATIONS, MANUAL_OPERATIONS, MAP_FORMS } from "./manual-operations.ts";
 import { MIGRATION_STATES } from "./migration.ts";
@@ -23,12 +25,28 @@ export type Devices = Pick<
   | "addVf"
   | "removeVf"
   | "listVfs"
+  | "listLeftVfs"
   | "vfInfo"
   | "vfStats"
   | "moveVf"
   | "logVf"
   | "onEvent"
 >;
+
+/** What it needs of the process. */
+export interface DaemonProcess {
+  readonly keeperInfo: KeeperInfo | undefined;
+  /** @throws VhostdError notSupported */
+  upgrade(): void;
+}
+
+/** A process that nobody keeps anything of. */
+const UNKEPT: DaemonProcess = {
+  keeperInfo: undefined,
+  upgrade() {
+    throw new VhostdError("notSupported", "nobody keeps what it has");
+  },
+};
 
 const exact = { additionalProperties: false } as const;
 const Device = Type.String({ minLength: 1, description: "PCI address, 0000:af:04.5 or af:04.5" });
@@ -129,6 +147,20 @@ const Vf = Type.Object({
   }),
 });
 
+const LeftVf = Type.Object(
+  {
+    vf: Type.String({ description: "PCI address" }),
+    probed: Type.Literal(false),
+    vm_uuid: Type.String({ description: "VM UUID, empty if none was given" }),
+    socket_file: Type.String({ description: "vhost-user socket" }),
+    mode: Mode,
+    unmanaged: Type.Boolean({ description: "it was added without a PF" }),
+    state: Type.Enum(["adopting", "failed"]),
+    reason: Type.Union([Type.String(), Type.Null()], { description: "why it cannot be taken up" }),
+  },
+  { description: "a virtual function of the daemon before, which waits to be taken up or cannot be" },
+);
+
 const Count = (description: string) => Type.Integer({ description });
 const Queues = Type.Union(
   [
@@ -151,10 +183,14 @@ const Queues = Type.Union(
 const VfWithQueues = Type.Object({ ...Vf.properties, queue_stats: Queues });
 
 /** The typed methods and those of old clients, in one table. */
-export function createMethods(devices: Devices, log: Parameters<typeof legacyMethods>[1]): Method[] {
+export function createMethods(
+  devices: Devices,
+  log: Parameters<typeof legacyMethods>[1],
+  daemon: DaemonProcess = UNKEPT,
+): Method[] {
   return withDiscovery({ title: "vfe-vhostd", version: VERSION }, [
     ...deviceMethods(devices),
-    ...processMethods(devices),
+    ...processMethods(devices, daemon),
     ...legacyMethods(devices, log),
   ]);
 }
@@ -254,10 +290,11 @@ function deviceMethods(devices: Devices): Method[] {
       name: "vf.list",
       summary: "The virtual functions in service, of one PF or of all.",
       params: Type.Object({ pf: Type.Optional(Device) }, exact),
-      result: Type.Object({ vfs: Type.Array(Vf) }),
-      handler: ({ pf }) => ({
-        vfs: devices.listVfs(pf === undefined ? undefined : parsePciAddress(pf)).map(vfResult),
-      }),
+      result: Type.Object({ vfs: Type.Array(Vf), left: Type.Array(LeftVf) }),
+      handler({ pf }) {
+        const parent = pf === undefined ? undefined : parsePciAddress(pf);
+        return { vfs: devices.listVfs(parent).map(vfResult), left: devices.listLeftVfs(parent) };
+      },
     }),
     defineMethod({
       name: "vf.info",
@@ -312,7 +349,7 @@ function deviceMethods(devices: Devices): Method[] {
   ];
 }
 
-function processMethods(devices: Devices): Method[] {
+function processMethods(devices: Devices, daemon: DaemonProcess): Method[] {
   const subscribers = new WeakSet<Call>();
   return [
     defineMethod({
@@ -328,21 +365,38 @@ function processMethods(devices: Devices): Method[] {
         errno: Type.Integer({ description: "0" }),
         errstr: Type.String({ description: "Success" }),
       }),
-      handler: () => ({
-        version: VERSION,
-        "vfe-vhostd version": VERSION,
-        "vfe-vhostd build time": BUILD_TIME,
-        "vfe-vhostd-ha version": "vfe-vhostd-ha is not connected",
-        "vfe-vhostd-ha build time": "vfe-vhostd-ha is not connected",
-        errno: 0,
-        errstr: "Success",
-      }),
+      handler() {
+        const keeper = daemon.keeperInfo;
+        const absent = "vfe-vhostd-ha is not connected";
+        return {
+          version: VERSION,
+          "vfe-vhostd version": VERSION,
+          "vfe-vhostd build time": BUILD_TIME,
+          "vfe-vhostd-ha version": keeper?.version ?? absent,
+          "vfe-vhostd-ha build time": keeper?.build ?? absent,
+          errno: 0,
+          errstr: "Success",
+        };
+      },
+    }),
+    defineMethod({
+      name: "upgrade",
+      summary: "Ends the daemon so that the next one goes on with everything; whoever supervises it starts that one.",
+      changes: () => true,
+      params: Nothing,
+      result: Nothing,
+      handler() {
+        daemon.upgrade();
+        return {};
+      },
     }),
     defineMethod({
       name: "stats",
       summary: "Counts and sizes of the daemon, and what the queues of one virtual function have done.",
       params: Type.Object({ device: Type.Optional(Device) }, exact),
       result: Type.Object({
+        pid: Type.Integer({ description: "process id of the daemon" }),
+        protected: Type.Boolean({ description: "a keeper has all that it has: a restart is not seen" }),
         pfs: Type.Integer({ description: "PFs in service" }),
         vfs: Type.Integer({ description: "VFs in service" }),
         sessions: Type.Integer({ description: "front-ends connected" }),
@@ -355,6 +409,8 @@ function processMethods(devices: Devices): Method[] {
         const queues = device === undefined ? undefined : await devices.vfStats(parsePciAddress(device));
         const vfs = devices.listVfs();
         return {
+          pid: process.pid,
+          protected: daemon.keeperInfo?.protects === true,
           pfs: devices.listPfs().length,
           vfs: vfs.length,
           sessions: vfs.filter(({ connected }) => connected).length,

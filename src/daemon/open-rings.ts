@@ -23,6 +23,16 @@ const Schema = Type.Object({
 export type OpenRingsRecord = Static<typeof Schema>;
 type OpenRing = Static<typeof OpenRing>;
 
+/** Of a device that no guest has used yet. */
+export const NO_RINGS: OpenRingsRecord = { open: [], lost: [] };
+
+/** Of a guest whose session has ended: nothing in it is needed any more. */
+export const NO_MEMORY: RingMemory = {
+  read() {
+    throw new VhostdError("badAddress", "the guest's memory went with its session");
+  },
+};
+
 /**
  * What a device still has to give back to its guest. When it is reset before it has, the indices in guest memory do not
  * say which requests those are, because a device may complete out of order: such a ring cannot go on. This is never
@@ -72,6 +82,11 @@ export class OpenRings {
   stopped({ queues }: DeviceState): void {
     const open = this.settling(queues).filter(({ lastAvail, lastUsed }) => lastAvail !== lastUsed);
     this.open = open.map(openRing);
+  }
+
+  /** A reset takes nothing from the guest. */
+  get isClean(): boolean {
+    return this.open.length === 0;
   }
 
   /** The guest's driver has given its rings up. */

@@ -5,6 +5,7 @@ import type { Logger } from "../base/log.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type PciAddress, parsePciAddress } from "../pci/address.ts";
+import type { StoredSpace } from "../pci/address-space.ts";
 import type { BusEntry } from "../pci/bus.ts";
 import { DmaDomain } from "../pci/dma-domain.ts";
 import type { PciFunction } from "../pci/function.ts";
@@ -35,9 +36,9 @@ export interface PfSurroundings {
   readonly deadlines: Deadlines;
   /** Something has changed for the worse, once and for all. */
   readonly onTrouble: (address: PciAddress, state: "gone" | "admin queue dead", reason: string) => void;
-  /** The function is closed next because it is gone; nothing of it is to be kept. */
+  /** The function is closed next: nothing of it is to be kept. */
   readonly onGone: (address: PciAddress) => Promise<void>;
-  /** What is mapped for the PF has changed: its record is written again, or for the first time. */
+  /** What is mapped for the PF changes, or has changed: its record is written. */
   readonly onMapped: (pf: Pf) => Promise<void>;
 }
 
@@ -76,6 +77,8 @@ export class Pf implements AsyncDisposable {
   /** Milliseconds. */
   private readonly closeTimeout: number;
   private readonly log: Logger;
+  private readonly onMapped: PfSurroundings["onMapped"];
+  private readonly onGone: PfSurroundings["onGone"];
   /** Where it marks the pages that its VFs write. */
   private readonly logMemory: LogMemory;
   /** Of its VFs, one at a time. */
@@ -92,9 +95,9 @@ export class Pf implements AsyncDisposable {
     this.deviceClass = parts.deviceClass;
     const own = log.child(`pf ${address}`);
     this.log = own;
-    this.logMemory = new LogMemory(parts.domain, async () => {
-      if (!this.closed && this.lost === null) await onMapped(this);
-    });
+    this.onMapped = onMapped;
+    this.onGone = onGone;
+    this.logMemory = new LogMemory(parts.domain);
     void device.gone.then((reason) => {
       if (this.closed) return;
       this.lost = reason.message;
@@ -103,8 +106,7 @@ export class Pf implements AsyncDisposable {
       // One that is still there is left open until its VFs are gone: closing it resets them.
       if (reason instanceof VhostdError && reason.code === "io") return;
       // The kernel that wants it back waits for that, and for whoever else has its fds.
-      const closed = onGone(address).finally(() => this.close());
-      closed.catch((error) => own.warn("not all of it could be let go of", asError(error)));
+      this.close().catch((error) => own.warn("not all of it could be let go of", asError(error)));
     });
     if (admin.kind === "none") {
       own.info(`holds its VFs unmanaged: ${admin.reason}`);
@@ -130,7 +132,9 @@ export class Pf implements AsyncDisposable {
     }
     const deadline = Deadline.after(around.deadlines.attach, `attaching ${address}`);
     await using undo = new AsyncDisposableStack();
-    const domain = new DmaDomain(around.spaces(entry.transport.kind, address));
+    // Before there is a PF, there is no record.
+    let pf: Pf | undefined;
+    const domain = new DmaDomain(around.spaces(entry.transport.kind, address), { note: async () => await pf?.note() });
     undo.defer(() => domain.abandon());
     const fn = undo.use(await domain.open(entry, deadline));
     const device = await whileThere(fn, deadline, () => VirtioPciDevice.probe(fn, deadline));
@@ -151,11 +155,12 @@ export class Pf implements AsyncDisposable {
       return await openAdmin(device, domain, deviceClass, answer);
     });
     undo.move();
-    return new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
+    pf = new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
+    return pf;
   }
 
   /**
-   * Goes on with a PF from its record and fds, without a word to it.
+   * Goes on with a PF from its record and fds, without a word to it: `takeUp` is next.
    * @throws VhostdError where they do not fit; all fds are closed then
    */
   static revive(entry: BusEntry, record: PfRecord, fds: Map<string, OwnedFd>, around: PfSurroundings): Pf {
@@ -166,17 +171,32 @@ export class Pf implements AsyncDisposable {
     if (deviceClass === undefined) {
       throw new VhostdError("pfDeviceId", `no plugin serves virtio device id ${record.layout.virtioId} any more`);
     }
-    const space = around.spaces(entry.transport.kind, address);
-    const domain = DmaDomain.revive(space, record.domain, takeFds(fds, "domain"));
+    let pf: Pf | undefined;
+    const makeSpace = (stored: StoredSpace | undefined) => around.spaces(entry.transport.kind, address, stored);
+    const note = async () => await pf?.note();
+    const domain = DmaDomain.revive(makeSpace, record.domain, takeFds(fds, "domain"), { note });
     undo.defer(() => domain.abandon());
     const fn = domain.reviveFunction(entry, record.function, takeFds(fds, "function"));
     undo.defer(() => fn.abandon());
     const device = new VirtioPciDevice(fn, record.layout);
     const admin = reviveAdmin(device, record.admin, takeFds(fds, "admin"));
     undo.move();
-    const pf = new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
-    pf.cleanUp();
+    pf = new Pf(address, entry, { fn, device, domain, admin, deviceClass }, around);
     return pf;
+  }
+
+  /**
+   * Ends what was under way when the process before this one died, once, before its VFs are moved.
+   * @throws VhostdError where memory stays mapped that should not be; the PF can be used all the same
+   */
+  async takeUp(deadline: Deadline): Promise<void> {
+    const { domain } = this.parts;
+    try {
+      await domain.takeUp(deadline);
+      await domain.adoptedAll();
+    } finally {
+      this.cleanUp();
+    }
   }
 
   get management(): PfManagement {
@@ -193,6 +213,13 @@ export class Pf implements AsyncDisposable {
       tracking: admin.tracking.map((mode) => TRACKING_LABEL[mode]),
       reason: this.lost ?? (dead === null ? null : `its admin queue is dead: ${dead}`),
     };
+  }
+
+  /** Asks it for a sign of life: `reason` is right afterwards. Never rejects. */
+  async look(deadline: Deadline): Promise<void> {
+    await deadline.race(this.parts.device.status()).catch(() => {});
+    // Of one that is gone this is said first.
+    await new Promise(setImmediate);
   }
 
   /** Why the function is gone, or null. */
@@ -245,6 +272,10 @@ export class Pf implements AsyncDisposable {
     return { record, fds: joinFds(parts) };
   }
 
+  private async note(): Promise<void> {
+    if (!this.closed && this.lost === null) await this.onMapped(this);
+  }
+
   /** Where an earlier process had pages marked: that ends, and is begun anew by who wants it. */
   private cleanUp(): void {
     const { admin } = this.parts;
@@ -287,6 +318,8 @@ export class Pf implements AsyncDisposable {
     steps.use(fn);
     steps.defer(() => domain.detach(fn));
     if (admin.kind === "vendor") steps.use(admin.admin.queue);
+    // Before anything of it ends: a process that dies in the middle is not to go on with it.
+    steps.defer(() => this.onGone(this.address));
   }
 
   /** Lets go of everything without a word to the function. */

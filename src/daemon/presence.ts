@@ -2,12 +2,20 @@ import { VhostdError } from "../base/errors.ts";
 import type { PciAddress } from "../pci/address.ts";
 import { type BusEntry, takesToken } from "../pci/bus.ts";
 import type { Vf } from "./vf.ts";
+import type { VfOptions } from "./vf-parts.ts";
 
 /** A slot is taken as soon as an add begins, so that two adds of one address cannot meet. */
 export type Slot<T> = { readonly live: T } | "adding" | "removing";
 
+/** A VF of an earlier process: it waits to be taken up again, or cannot be. */
+export interface LeftVf {
+  readonly options: VfOptions;
+  /** Why it cannot be. */
+  readonly failed?: string;
+}
+
 export interface VfSlot {
-  slot: Slot<Vf>;
+  slot: Slot<Vf> | { readonly left: LeftVf };
   readonly socket: string;
   /** The PF that it is a VF of; undefined for a function that is none. */
   readonly pf: PciAddress | undefined;
@@ -20,10 +28,36 @@ export function stillClosing(what: string): VhostdError {
   });
 }
 
-/** What is there under an address. @param what "VF 0000:5a:00.1" @throws VhostdError busy where it comes or goes just now */
-export function liveIn<T>(slot: Slot<T>, what: string): T {
-  if (typeof slot === "object") return slot.live;
+/** What is in service under an address, or undefined. */
+export function liveOf<T>(slot: Slot<T> | { readonly left: LeftVf }): T | undefined {
+  return typeof slot === "object" && "live" in slot ? slot.live : undefined;
+}
+
+/** What an earlier process has left under an address, or undefined. */
+export function leftOf(slot: VfSlot["slot"]): LeftVf | undefined {
+  return typeof slot === "object" && "left" in slot ? slot.left : undefined;
+}
+
+/**
+ * What is there under an address.
+ * @param what "VF 0000:5a:00.1"
+ * @throws VhostdError busy where it comes or goes just now; vfRestoring, noDevice where an earlier process has left it
+ */
+export function liveIn<T>(slot: Slot<T> | { readonly left: LeftVf }, what: string): T {
+  if (typeof slot === "object" && "live" in slot) return slot.live;
+  if (typeof slot === "object") throw notTakenUp(slot.left, what);
   throw new VhostdError("busy", `${what} is ${slot === "adding" ? "being added" : "being removed"}`);
+}
+
+function notTakenUp({ failed, options }: LeftVf, what: string): VhostdError {
+  if (failed !== undefined) {
+    return new VhostdError("noDevice", `${what} could not be taken up after a restart: ${failed}`, {
+      fix: `remove it, then add it again: vfe-vhost-cli vf -r ${options.address}`,
+    });
+  }
+  return new VhostdError("vfRestoring", `${what} waits to be taken up after a restart`, {
+    fix: "try again in a moment",
+  });
 }
 
 /** Why a VF should not be removed: the session of its front-end would end too early. */
@@ -34,16 +68,22 @@ export function vfMigrating(address: PciAddress): VhostdError {
 }
 
 /** Why a VF cannot be added: it is there. */
-export function vfExists(address: PciAddress, slot: Slot<Vf> | undefined): VhostdError {
+export function vfExists(address: PciAddress, slot: VfSlot["slot"] | undefined): VhostdError {
   if (slot === "removing") return stillClosing(`VF ${address}`);
-  if (typeof slot === "object" && slot.live.state.name === "failed") {
-    return new VhostdError("vfExists", `VF ${address} has been added already, and has failed: ${slot.live.reason}`, {
+  const failed = typeof slot === "object" ? failureOf(slot) : undefined;
+  if (failed !== undefined) {
+    return new VhostdError("vfExists", `VF ${address} has been added already, and has failed: ${failed}`, {
       fix: `remove it, then add it again: vfe-vhost-cli vf -r ${address}`,
     });
   }
   return new VhostdError("vfExists", `VF ${address} has been added already`, {
     fix: `nothing is to be done, or remove it first: vfe-vhost-cli vf -r ${address}`,
   });
+}
+
+function failureOf(slot: { readonly live: Vf } | { readonly left: LeftVf }): string | undefined {
+  if ("left" in slot) return slot.left.failed;
+  return slot.live.state.name === "failed" ? (slot.live.reason ?? "") : undefined;
 }
 
 /** Why there is no such VF. */

@@ -1,10 +1,10 @@
-import Type from "typebox";
+import Type, { type Static } from "typebox";
 import type { Json } from "../base/json.ts";
 import { parseStored } from "../base/stored.ts";
 import { parsePciAddress } from "../pci/address.ts";
 import { PciLayoutSchema } from "../virtio/data-path-record.ts";
 import type { PciLayout } from "../virtio/pci-layout.ts";
-import { FRONTENDS, type FrontendKind, namedFrontend } from "./front-end-kind.ts";
+import { FRONTENDS, namedFrontend } from "./front-end-kind.ts";
 import type { VfOptions } from "./vf-parts.ts";
 
 /**
@@ -44,15 +44,16 @@ export type DomainRecord = {
 export type VfRecord = {
   readonly version: typeof RECORD_VERSION;
   /** What the operator said when the VF was added. */
-  readonly options: {
-    readonly address: string;
-    readonly socket: string;
-    readonly mode: "client" | "server";
-    readonly uuid?: string;
-    readonly unmanaged?: true;
-    readonly hostNotifier?: false;
-    readonly frontend?: FrontendKind;
-  };
+  readonly options: Static<typeof OptionsSchema>;
+  /** The internal status that an operator holds it in. */
+  readonly held?: "quiesced" | "freezed";
+  /** A front-end was given its doorbells. */
+  readonly shared?: true;
+  /** Its front-end is having it reset. */
+  readonly resetting?: true;
+  /** Its session ended, and all was given back: what is left of it is to be undone. */
+  readonly ending?: true;
+  /** null while it is not open: it is to be opened anew. */
   readonly function: Json;
   readonly dataPath: Json;
   /** null where no front-end is connected. */
@@ -61,6 +62,12 @@ export type VfRecord = {
   readonly rings: Json;
   readonly link: Json;
 };
+
+/** Of a VF whose function is not open: who comes after this process opens it anew. */
+export function hollowRecord(options: VfOptions, rings: Json): VfRecord {
+  const nothing = { function: null, dataPath: null, session: null, link: null };
+  return { version: RECORD_VERSION, options, rings, ...nothing };
+}
 
 const version = Type.Literal(RECORD_VERSION);
 
@@ -88,17 +95,23 @@ const DomainSchema = Type.Object({
   domain: Type.Unknown(),
 });
 
+const OptionsSchema = Type.Object({
+  address: Type.String(),
+  socket: Type.String(),
+  mode: Type.Union([Type.Literal("client"), Type.Literal("server")]),
+  uuid: Type.Optional(Type.String()),
+  unmanaged: Type.Optional(Type.Literal(true)),
+  hostNotifier: Type.Optional(Type.Literal(false)),
+  frontend: Type.Optional(Type.Enum([...FRONTENDS])),
+});
+
 const VfSchema = Type.Object({
   version,
-  options: Type.Object({
-    address: Type.String(),
-    socket: Type.String(),
-    mode: Type.Union([Type.Literal("client"), Type.Literal("server")]),
-    uuid: Type.Optional(Type.String()),
-    unmanaged: Type.Optional(Type.Literal(true)),
-    hostNotifier: Type.Optional(Type.Literal(false)),
-    frontend: Type.Optional(Type.Enum([...FRONTENDS])),
-  }),
+  options: OptionsSchema,
+  held: Type.Optional(Type.Enum(["quiesced", "freezed"])),
+  shared: Type.Optional(Type.Literal(true)),
+  resetting: Type.Optional(Type.Literal(true)),
+  ending: Type.Optional(Type.Literal(true)),
   function: Type.Unknown(),
   dataPath: Type.Unknown(),
   session: Type.Unknown(),
@@ -121,9 +134,13 @@ export function parseVfRecord(value: Json): VfRecord {
   return parseStored(VfSchema, value, "the record of a VF") as VfRecord;
 }
 
-/** What the operator said when the VF was added. */
-export function optionsOf(record: VfRecord): VfOptions {
-  const { address, socket, mode, uuid, unmanaged, hostNotifier, frontend } = record.options;
+/** What the operator said when the VF was added. @throws VhostdError invalid, badArguments */
+export function parseVfOptions(value: Json): VfOptions {
+  const { address, socket, mode, uuid, unmanaged, hostNotifier, frontend } = parseStored(
+    OptionsSchema,
+    value,
+    "what was said of the VF",
+  );
   return {
     address: parsePciAddress(address),
     socket,

@@ -1,5 +1,5 @@
-import type { Deadline } from "../base/deadline.ts";
-import { VhostdError } from "../base/errors.ts";
+import { Deadline } from "../base/deadline.ts";
+import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
 import type { MapForm } from "../native/dirty-log.ts";
@@ -12,9 +12,13 @@ import { stillHeld } from "../pci/vfio/still-held.ts";
 import type { PluginRegistry } from "../plugin-host.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import { DEADLINES, type Deadlines } from "./deadlines.ts";
-import { type PfInfo, pfInfo, type VfInfo, vfInfo } from "./device-info.ts";
+import { type LeftVfInfo, leftVfInfo, type PfInfo, pfInfo, type VfInfo, vfInfo } from "./device-info.ts";
+import { DeviceTable } from "./device-table.ts";
 import { DomainTable } from "./domains.ts";
 import { namedFrontend } from "./front-end-kind.ts";
+import { Adoption } from "./ha/adoption.ts";
+import { renewPfs } from "./ha/renew-pfs.ts";
+import { hasMemory, type OpenedVf, type StoredVf } from "./ha/stored-vf.ts";
 import type { Keeper } from "./keeper.ts";
 import { leaveMigrations } from "./leaving.ts";
 import type { ManualLog } from "./manual-logging.ts";
@@ -22,23 +26,22 @@ import { type LoggingOperation, MANUAL_STATUS, type ManualOperation } from "./ma
 import { migrationEvent } from "./migration.ts";
 import type { OpenRings } from "./open-rings.ts";
 import { Pf, type PfSurroundings } from "./pf.ts";
-import {
-  liveIn,
-  parentMissing,
-  pfMissing,
-  type Slot,
-  stillClosing,
-  type VfSlot,
-  vfExists,
-  vfMigrating,
-  vfMissing,
-} from "./presence.ts";
-import { closing, optionsOf, type PfRecord, parsePfRecord, parseVfRecord, type VfRecord } from "./record.ts";
+import { leftOf, liveOf, vfExists, vfMigrating } from "./presence.ts";
+import { type PfRecord, parsePfRecord } from "./record.ts";
 import { Renewal } from "./renewal.ts";
-import { checkSocketPath } from "./socket-path.ts";
 import { parseVmUuid } from "./uuid.ts";
 import { Vf } from "./vf.ts";
-import { type AddVf, controlOwner, guestOf, UNMANAGED, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
+import {
+  type AddVf,
+  controlOwner,
+  guestOf,
+  type LeftFunction,
+  reviveFunction,
+  UNMANAGED,
+  type VfOptions,
+  type VfSurroundings,
+  vmOf,
+} from "./vf-parts.ts";
 
 /** More are refused: the existing stack's limit, which its users plan with. */
 const MOST_VFS = 2048;
@@ -51,8 +54,8 @@ export interface RegistryEvent {
 /** The PFs and VFs of this daemon. Operations on different functions run side by side. */
 export class DeviceRegistry {
   private leaving = false;
-  private readonly pfs = new Map<PciAddress, Slot<Pf>>();
-  private readonly vfs = new Map<PciAddress, VfSlot>();
+  private readonly table: DeviceTable;
+  private adoption: Adoption | undefined;
   /** Of VFs that were removed, with their VM: a guest that comes back to rings which cannot go on is told so. */
   private readonly lostRings = new Map<PciAddress, { readonly vm: string; readonly rings: OpenRings }>();
   /** Adds that are under way. */
@@ -79,6 +82,8 @@ export class DeviceRegistry {
     },
   ) {
     const spaces = options.spaces ?? addressSpaces();
+    this.table = new DeviceTable(options.bus);
+    options.keeper.onReturn?.(() => this.writeAll());
     this.domains = new DomainTable(options.keeper, spaces);
     const deadlines = { ...DEADLINES, ...options.deadlines };
     this.around = {
@@ -90,7 +95,7 @@ export class DeviceRegistry {
       renew: (address) => this.renew(address),
       stillHeld: async (entry, deadline) => {
         // The kernel would name this process.
-        if (this.usesGroupOf(entry)) return undefined;
+        if (this.table.usesGroupOf(entry)) return undefined;
         return await (options.stillHeld ?? stillHeld)(entry, deadline);
       },
       onMigration: (vf, info) => this.emit(migrationEvent(vf, info)),
@@ -109,33 +114,43 @@ export class DeviceRegistry {
   }
 
   /** @throws VhostdError pfExists, pfNotFound, or what attaching throws */
-  addPf(address: PciAddress): Promise<PfInfo> {
-    return this.noted(this.attachPf(address));
+  async addPf(address: PciAddress): Promise<PfInfo> {
+    this.table.checkNewPf(address);
+    return await this.noted(this.attachPf(address));
   }
 
   private async attachPf(address: PciAddress): Promise<PfInfo> {
-    this.checkNewPf(address);
-    this.pfs.set(address, "adding");
+    this.table.pfs.set(address, "adding");
     try {
-      const entry = await this.find(address, "pfNotFound");
+      const entry = await this.table.find(address, "pfNotFound");
       const pf = await Pf.attach(address, entry, this.pfSurroundings);
       await using undo = new AsyncDisposableStack();
       undo.use(pf);
       await this.options.keeper.put(`pf/${address}`, () => pf.snapshot());
       undo.move();
-      this.pfs.set(address, { live: pf });
+      this.table.pfs.set(address, { live: pf });
     } catch (error) {
-      this.pfs.delete(address);
+      this.table.pfs.delete(address);
       throw error;
     }
     this.emit({ type: "pf", pf: address, state: "added" });
-    return this.infoOfPf(this.livePf(address));
+    return this.infoOfPf(this.table.livePf(address));
+  }
+
+  /** It is in service, or comes or goes. */
+  hasPf(address: PciAddress): boolean {
+    return this.table.pfs.has(address);
+  }
+
+  /** As hasPf, or it waits to be taken up. */
+  hasVf(address: PciAddress): boolean {
+    return this.table.vfs.has(address);
   }
 
   /** @throws VhostdError pfHasVfs, pfNotFound */
   async removePf(address: PciAddress): Promise<void> {
-    const pf = this.livePf(address);
-    const vfs = this.addressesOf(address);
+    const pf = this.table.livePf(address);
+    const vfs = this.table.addressesOf(address);
     if (vfs.length > 0) {
       throw new VhostdError(
         "pfHasVfs",
@@ -145,20 +160,20 @@ export class DeviceRegistry {
         },
       );
     }
-    this.pfs.set(address, "removing");
+    this.table.pfs.set(address, "removing");
     try {
       await pf[Symbol.asyncDispose]();
       await this.options.keeper.delete(`pf/${address}`);
     } finally {
       // Opened again meanwhile it would not be a fresh one.
-      if (pf.late === undefined) this.pfs.delete(address);
-      else void pf.late.then(() => this.pfs.delete(address));
+      if (pf.late === undefined) this.table.pfs.delete(address);
+      else void pf.late.then(() => this.table.pfs.delete(address));
     }
     this.emit({ type: "pf", pf: address, state: "removed" });
   }
 
   listPfs(): PfInfo[] {
-    return [...this.pfs.values()].flatMap((slot) => (typeof slot === "string" ? [] : [this.infoOfPf(slot.live)]));
+    return this.table.livePfs.map((pf) => this.infoOfPf(pf));
   }
 
   /** @throws VhostdError vfExists, socketInUse, socketPath, limitExceeded, vfNotFound, pfNotFound, or what attaching throws */
@@ -166,42 +181,42 @@ export class DeviceRegistry {
     return this.noted(this.attachVf(wanted));
   }
 
-  private async attachVf(wanted: AddVf): Promise<VfInfo> {
+  /** @param left by an earlier process; until it is attached, and where it cannot be, its slot stays as it is */
+  private async attachVf(wanted: AddVf, left?: { readonly rings: Json | undefined }): Promise<VfInfo> {
     const { address } = wanted;
-    if (this.vfs.has(address)) throw vfExists(address, this.vfs.get(address)?.slot);
+    if (left === undefined && this.table.vfs.has(address)) throw vfExists(address, this.table.vfs.get(address)?.slot);
     const uuid = parseVmUuid(wanted.uuid);
     const options: VfOptions = {
       address,
-      socket: this.checkSocket(wanted.socket),
+      socket: this.table.checkSocket(wanted.socket, address),
       mode: wanted.mode,
       ...(uuid === undefined ? {} : { uuid }),
       ...(wanted.unmanaged === true ? { unmanaged: true } : {}),
       ...(wanted.hostNotifier === false ? { hostNotifier: false } : {}),
       ...namedFrontend(wanted.frontend),
     };
-    if (this.vfs.size >= MOST_VFS)
-      throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
-    const entry = await this.find(address, "vfNotFound");
-    const parent = await this.parentOf(options, entry);
+    if (left === undefined) this.checkCount();
+    const entry = await this.table.find(address, "vfNotFound");
+    const parent = await this.table.parentOf(options, entry);
     // Looked up while others may have run: the slot is taken without a wait in between.
-    if (this.vfs.has(address)) throw vfExists(address, this.vfs.get(address)?.slot);
-    this.checkSocket(options.socket);
-    if (options.unmanaged === true) this.checkUnmanaged(address, entry);
+    if (left === undefined && this.table.vfs.has(address)) throw vfExists(address, this.table.vfs.get(address)?.slot);
+    this.table.checkSocket(options.socket, address);
+    if (options.unmanaged === true) this.table.checkUnmanaged(address, entry);
     const mover = this.moverOf(options, parent);
     const place = { socket: options.socket, pf: entry.physfn };
-    this.vfs.set(address, { slot: "adding", ...place });
+    if (left === undefined) this.table.vfs.set(address, { slot: "adding", ...place });
     let vf: Vf;
     try {
       const lost = this.lostRings.get(address);
       // Another VM has rings of its own.
       const rings = lost?.vm === guestOf(options) ? lost.rings : undefined;
-      vf = await Vf.attach(options, entry, mover, this.around, { rings });
+      vf = await Vf.attach(options, entry, mover, this.around, { rings, storedRings: left?.rings });
     } catch (error) {
-      this.vfs.delete(address);
+      if (left === undefined) this.table.vfs.delete(address);
       throw error;
     }
     this.lostRings.delete(address);
-    this.vfs.set(address, { slot: { live: vf }, ...place });
+    this.table.vfs.set(address, { slot: { live: vf }, ...place });
     return vfInfo(vf);
   }
 
@@ -211,18 +226,22 @@ export class DeviceRegistry {
    * @throws VhostdError vfNotFound, busy
    */
   async removeVf(address: PciAddress, { force = false } = {}): Promise<string | undefined> {
+    await this.adoption?.hurry(address);
     await this.renewals.get(address)?.end();
     this.renewals.delete(address);
-    const vf = this.liveVf(address);
+    const left = this.table.leftVf(address);
+    // Nothing but its name is here.
+    if (left?.failed !== undefined) return void this.table.vfs.delete(address);
+    const vf = this.table.liveVf(address);
     if (vf.isMigrating && !force) throw vfMigrating(address);
-    const entry = this.vfs.get(address);
+    const entry = this.table.vfs.get(address);
     if (entry !== undefined) entry.slot = "removing";
     try {
       return await vf.remove();
     } finally {
       // Opened again meanwhile it would not be a fresh one.
-      if (vf.closing === undefined) this.vfs.delete(address);
-      else void vf.closing.then(() => this.vfs.delete(address));
+      if (vf.closing === undefined) this.table.vfs.delete(address);
+      else void vf.closing.then(() => this.table.vfs.delete(address));
       if (vf.rings.trouble !== undefined) this.lostRings.set(address, { vm: guestOf(vf.options), rings: vf.rings });
     }
   }
@@ -232,25 +251,33 @@ export class DeviceRegistry {
    * @throws VhostdError vfNotFound, notSupported, quiesceFailed, freezeFailed, adminQueue
    */
   async moveVf(address: PciAddress, operation: ManualOperation): Promise<InternalStatusName> {
-    return await this.liveVf(address).move(MANUAL_STATUS[operation]);
+    await this.adoption?.hurry(address);
+    return await this.table.liveVf(address).move(MANUAL_STATUS[operation]);
   }
 
   /** Begins or ends to log the pages that a VF writes. @throws VhostdError vfNotFound; see ManualLogging */
   async logVf(address: PciAddress, operation: LoggingOperation, form?: MapForm): Promise<ManualLog> {
-    const { byHand } = this.liveVf(address).target;
+    await this.adoption?.hurry(address);
+    const { byHand } = this.table.liveVf(address).target;
     return await (operation === "start-logging" ? byHand.start(form) : byHand.stop());
   }
 
   /** The VFs of one PF, or all of them. @throws VhostdError pfNotFound */
   listVfs(pf?: PciAddress): VfInfo[] {
-    if (pf !== undefined) this.livePf(pf);
-    const vfs = [...this.vfs.values()].filter((vf) => pf === undefined || vf.pf === pf);
-    return vfs.flatMap(({ slot }) => (typeof slot === "string" ? [] : [vfInfo(slot.live)]));
+    return this.table.vfsOf(pf).flatMap(({ slot }) => (liveOf(slot) === undefined ? [] : [vfInfo(liveOf(slot)!)]));
+  }
+
+  /** As listVfs: those of an earlier process that wait to be taken up, or cannot be. @throws VhostdError pfNotFound */
+  listLeftVfs(pf?: PciAddress): LeftVfInfo[] {
+    return this.table
+      .vfsOf(pf)
+      .flatMap(({ slot }) => leftOf(slot) ?? [])
+      .map(leftVfInfo);
   }
 
   /** @throws VhostdError vfNotFound */
   vfInfo(address: PciAddress): VfInfo {
-    return vfInfo(this.liveVf(address));
+    return vfInfo(this.table.liveVf(address));
   }
 
   /**
@@ -258,61 +285,83 @@ export class DeviceRegistry {
    * @throws VhostdError vfNotFound
    */
   async vfStats(address: PciAddress): Promise<readonly QueueStats[] | null> {
-    return await this.liveVf(address).queueStats();
+    await this.adoption?.hurry(address);
+    return await this.table.liveVf(address).queueStats();
   }
 
   /**
-   * Goes on with what the keeper has, as an earlier process left it: PFs, DMA domains, then VFs. What cannot be taken
-   * up is logged and left out; the others go on.
+   * Goes on with what the keeper has, as an earlier process left it: PFs and DMA domains are taken up, VFs wait for `takeUp`
+   * when this resolves. Without a policy of adoption there is nothing.
+   * @throws what the keeper does
    */
-  async revive(): Promise<void> {
-    const { keeper, log } = this.options;
-    const keys = await keeper.list();
-    const kinds = {
-      pf: (record: Json, fds: Map<string, OwnedFd>) => this.revivePf(parsePfRecord(record), fds),
-      domain: async (record: Json, fds: Map<string, OwnedFd>) => this.domains.revive(record, fds),
-      vf: (record: Json, fds: Map<string, OwnedFd>) => this.reviveVf(parseVfRecord(record), fds),
-    };
-    for (const [kind, reviveOne] of Object.entries(kinds)) {
-      for (const key of keys.filter((key) => key.startsWith(`${kind}/`))) {
-        const stored = await keeper.get(key);
-        if (stored === undefined) continue;
-        try {
-          await reviveOne(stored.record, stored.fds);
-        } catch (error) {
-          closing(stored.fds)[Symbol.dispose]();
-          // As long as the keeper has the fds, function and front-end believe that somebody is there.
-          await keeper.delete(key);
-          log.error(`${key} could not be taken up again`, error);
-        }
-      }
+  async collect(): Promise<void> {
+    const { keeper, log, plugins } = this.options;
+    const policy = plugins.adoption;
+    if (policy === undefined) return;
+    this.adoption = new Adoption({
+      ...{ keeper, log, policy },
+      revivePf: (record, fds, deadline) => this.revivePf(parsePfRecord(record), fds, deadline),
+      reviveDomain: (record, fds) => this.domains.revive(record, fds),
+      takeUpDomains: (deadline) => this.domains.takeUp(deadline),
+      openVf: (stored) => this.openVf(stored),
+      reviveVf: (stored) => this.reviveVf(stored),
+      pruneDomains: () => this.pruneDomains(),
+      renewPfs: (others) => {
+        const add = (address: PciAddress) => this.noted(this.attachPf(address));
+        return renewPfs({ table: this.table, add, log, time: this.around.deadlines.stats }, others);
+      },
+      attachVf: async (options, rings) => void (await this.noted(this.attachVf(options, { rings }))),
+      leaveVf: (options, failed) => this.leaveVf(options, failed),
+    });
+    try {
+      await this.adoption.collect(Deadline.after(this.around.deadlines.takeUp, "taking up DMA domains"));
+    } catch (error) {
+      // Nobody is to wait for it.
+      this.adoption = undefined;
+      throw error;
     }
-    const owners = [...this.vfs.keys()].flatMap((address) => [address, controlOwner(address)]);
-    await this.domains.prune(new Set(owners));
+  }
+
+  /** Takes up the VFs of an earlier process. Never rejects: what cannot be taken up is logged, the others go on. */
+  async takeUp(): Promise<void> {
+    await this.adoption?.run();
+    this.adoption = undefined;
+  }
+
+  /** `collect` and `takeUp`. */
+  async revive(): Promise<void> {
+    await this.collect();
+    await this.takeUp();
+  }
+
+  /** What is under way ends, as far as the deadline lets it: another process goes on with everything. Never rejects. */
+  async settle(deadline: Deadline): Promise<void> {
+    this.leaving = true;
+    const settled = Promise.all([...this.adding, ...this.table.liveVfs.map((vf) => vf.settled())]);
+    await deadline.race(settled).catch(() => {});
   }
 
   /** See leaveMigrations. No function is opened again from now on. */
   async leaveMigrations(deadline: Deadline): Promise<void> {
     this.leaving = true;
-    const live = () => [...this.vfs.values()].flatMap(({ slot }) => (typeof slot === "object" ? [slot.live] : []));
-    await leaveMigrations(live, deadline);
+    await leaveMigrations(() => this.table.liveVfs, deadline);
   }
 
   /** Removes all VFs, then all PFs; those that are just being added too. */
   async close(): Promise<void> {
     await Promise.allSettled(this.adding);
-    await Promise.allSettled([...this.vfs.keys()].map((address) => this.removeVf(address, { force: true })));
-    await Promise.allSettled([...this.pfs.keys()].map((address) => this.removePf(address)));
+    await Promise.allSettled([...this.table.vfs.keys()].map((address) => this.removeVf(address, { force: true })));
+    await Promise.allSettled([...this.table.pfs.keys()].map((address) => this.removePf(address)));
   }
 
   /** Drops every live object without a word to any function: what the death of the process does. */
   async abandon(): Promise<void> {
     await Promise.all([...this.renewals.values()].map((renewal) => renewal.end()));
-    for (const { slot } of this.vfs.values()) if (typeof slot !== "string") await slot.live.abandon();
-    for (const slot of this.pfs.values()) if (typeof slot !== "string") slot.live.abandon();
+    for (const vf of this.table.liveVfs) await vf.abandon();
+    for (const pf of this.table.livePfs) pf.abandon();
     this.domains.abandon();
-    this.vfs.clear();
-    this.pfs.clear();
+    this.table.vfs.clear();
+    this.table.pfs.clear();
   }
 
   onEvent(handler: (event: RegistryEvent) => void): Disposable {
@@ -320,27 +369,71 @@ export class DeviceRegistry {
     return { [Symbol.dispose]: () => void this.handlers.delete(handler) };
   }
 
-  private async revivePf(record: PfRecord, fds: Map<string, OwnedFd>): Promise<void> {
+  private async revivePf(record: PfRecord, fds: Map<string, OwnedFd>, deadline: Deadline): Promise<void> {
     const address = parsePciAddress(record.address);
-    const entry = await this.find(address, "pfNotFound");
-    this.pfs.set(address, { live: Pf.revive(entry, record, fds, this.pfSurroundings) });
+    const entry = await this.table.find(address, "pfNotFound");
+    const pf = Pf.revive(entry, record, fds, this.pfSurroundings);
+    this.table.pfs.set(address, { live: pf });
+    await pf.takeUp(deadline).catch((error) => {
+      this.options.log.child(`pf ${address}`).error("memory of an earlier process stays mapped", asError(error));
+    });
   }
 
-  private async reviveVf(record: VfRecord, fds: Map<string, OwnedFd>): Promise<void> {
-    const address = parsePciAddress(record.options.address);
-    const entry = await this.find(address, "vfNotFound");
-    const options = optionsOf(record);
-    const parent = await this.parentOf(options, entry);
-    const vf = await Vf.revive(entry, record, fds, this.moverOf(options, parent), this.around);
-    this.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf: entry.physfn });
+  private async openVf({ record, options, fds }: StoredVf): Promise<LeftFunction> {
+    const entry = await this.table.find(options.address, "vfNotFound");
+    if (hasMemory(record) && !this.domains.isRevived(vmOf(options), entry.transport.kind)) {
+      throw new VhostdError(
+        "invalid",
+        "what is mapped for its VM is not known: the record of that is missing or damaged",
+      );
+    }
+    return reviveFunction(options, entry, record, fds, this.around);
+  }
+
+  private async reviveVf({ record, options, fds, left }: OpenedVf): Promise<void> {
+    const { address } = options;
+    const { entry } = left;
+    await using undo = new AsyncDisposableStack();
+    undo.defer(() => left.abandon());
+    const parent = this.table.parentAddressOf(options, entry);
+    // Its PF's entry has just been read, with a link for each of its VFs.
+    const mover = this.moverOf(options, parent === undefined ? undefined : this.table.livePf(parent).entry);
+    undo.move();
+    const vf = await Vf.revive(left, record, fds, mover, this.around);
+    this.table.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf: entry.physfn });
+  }
+
+  private leaveVf(options: VfOptions, failed: string | undefined): void {
+    const { address, socket } = options;
+    const left = { options, ...(failed === undefined ? {} : { failed }) };
+    // Whose VF it is the bus says, where it still does.
+    const pf = this.table.vfs.get(address)?.pf ?? this.table.parentNamed(address);
+    this.table.vfs.set(address, { slot: { left }, socket, pf });
+  }
+
+  private async pruneDomains(): Promise<void> {
+    // Those that come or go have memory of theirs, too.
+    const here = [...this.table.vfs].filter(([, { slot }]) => leftOf(slot) === undefined);
+    const owners = here.flatMap(([address]) => [address, controlOwner(address)]);
+    await this.domains.prune(new Set(owners));
+  }
+
+  /** To a keeper that has nothing. What still waits to be taken up is written by those that it becomes. */
+  private async writeAll(): Promise<void> {
+    await this.adoption?.finished;
+    const { keeper } = this.options;
+    const there = this.table.livePfs.filter(({ reason }) => reason === null);
+    for (const pf of there) await keeper.put(`pf/${pf.address}`, () => pf.snapshot());
+    await this.domains.checkpointAll();
+    await Promise.all(this.table.liveVfs.map((vf) => vf.note()));
   }
 
   /** Opens the function of a VF again, which serves nobody any more, until it is open or the VF is removed. */
   private renew(address: PciAddress): void {
-    const entry = this.vfs.get(address);
+    const entry = this.table.vfs.get(address);
     // Who removes it closes it.
-    if (entry === undefined || typeof entry.slot === "string" || this.leaving) return;
-    const old = entry.slot.live;
+    const old = entry === undefined ? undefined : liveOf(entry.slot);
+    if (entry === undefined || old === undefined || this.leaving) return;
     const renewal = new Renewal({
       old,
       open: () => this.openAgain(old),
@@ -355,23 +448,17 @@ export class DeviceRegistry {
   }
 
   private async openAgain({ address, options, before }: Vf): Promise<Vf> {
-    const entry = await this.find(address, "vfNotFound");
-    const mover = this.moverOf(options, await this.parentOf(options, entry));
+    const entry = await this.table.find(address, "vfNotFound");
+    const mover = this.moverOf(options, await this.table.parentOf(options, entry));
     // Who removes it waits for an attempt.
     const deadlines = { ...this.around.deadlines, attach: this.around.deadlines.close };
     return await Vf.attach(options, entry, mover, { ...this.around, deadlines }, before);
   }
 
-  private usesGroupOf({ address, transport }: BusEntry): boolean {
-    const live = [...this.vfs.values(), ...[...this.pfs.values()].map((slot) => ({ slot }))];
-    const entries = live.flatMap(({ slot }) => (typeof slot === "string" ? [] : [slot.live.entry]));
-    return entries.some(
-      (other) =>
-        other.address !== address &&
-        transport.kind === "vfio" &&
-        other.transport.kind === "vfio" &&
-        other.transport.group === transport.group,
-    );
+  private checkCount(): void {
+    if (this.table.vfs.size >= MOST_VFS) {
+      throw new VhostdError("limitExceeded", `there are ${MOST_VFS} VFs already, the most`);
+    }
   }
 
   private emit(event: RegistryEvent): void {
@@ -387,112 +474,12 @@ export class DeviceRegistry {
     }
   }
 
-  private async find(address: PciAddress, code: "pfNotFound" | "vfNotFound"): Promise<BusEntry> {
-    const entry = await this.options.bus.find(address);
-    if (entry === undefined) {
-      throw new VhostdError(code, `no function ${address} on the bus directories of this daemon`, {
-        fix: "check the address (lspci, or ls of vfe-softvf's devices directory) and the daemon's --bus options",
-      });
-    }
-    return entry;
-  }
-
-  private checkNewPf(address: PciAddress): void {
-    if (this.vfs.has(address)) {
-      throw new VhostdError("pfExists", `${address} serves a guest itself, added with "vf -a … --unmanaged"`, {
-        fix: `remove it there first: vfe-vhost-cli vf -r ${address}`,
-      });
-    }
-    const [vf] = this.addressesOf(address);
-    if (vf !== undefined && !this.pfs.has(address)) {
-      throw new VhostdError("busy", `VF ${vf} of ${address} is in service: opening the PF would reset it`, {
-        fix: `remove its VFs first (vfe-vhost-cli vf -r ${vf}), and add them after the PF`,
-      });
-    }
-    const slot = this.pfs.get(address);
-    if (slot === undefined) return;
-    if (slot === "removing") throw stillClosing(`PF ${address}`);
-    const gone = typeof slot === "string" ? null : slot.live.reason;
-    throw new VhostdError(
-      "pfExists",
-      `PF ${address} has been added already${gone === null ? "" : `, and is gone: ${gone}`}`,
-      {
-        fix: `nothing is to be done, or remove it first: vfe-vhost-cli mgmtpf -r ${address}`,
-      },
-    );
-  }
-
-  /**
-   * The PF by which a VF is managed; undefined for one that is added unmanaged.
-   * @throws VhostdError vfNotFound where it is no VF, pfNotFound, busy
-   */
-  private async parentOf({ address, unmanaged }: VfOptions, entry: BusEntry): Promise<BusEntry | undefined> {
-    const { physfn } = entry;
-    if (this.pfs.has(address)) {
-      throw new VhostdError("vfNotFound", `${address} is in service as a PF`, {
-        fix: `remove it there first: vfe-vhost-cli mgmtpf -r ${address}`,
-      });
-    }
-    if (unmanaged === true) return undefined;
-    if (physfn === undefined) {
-      throw new VhostdError("vfNotFound", `${address} is not a virtual function`, {
-        fix: 'PFs are added with "mgmtpf -a"; a function that serves a guest itself with "vf -a … --unmanaged"',
-      });
-    }
-    if (!this.pfs.has(physfn)) throw parentMissing(entry, physfn);
-    return await this.find(physfn, "pfNotFound");
-  }
-
-  /**
-   * The kernel resets a PF that is opened or closed, and its VFs with it; who has a PF can reset it at any time.
-   * @throws VhostdError busy
-   */
-  private checkUnmanaged(address: PciAddress, { physfn, virtfns }: BusEntry): void {
-    if (physfn !== undefined && typeof this.pfs.get(physfn) === "string") this.livePf(physfn);
-    if (virtfns.size === 0) return;
-    throw new VhostdError("busy", `${address} has ${virtfns.size} VFs: a guest that has it could reset them`, {
-      fix: `take its VFs away first (vfe-vhost-cli sriov ${address} 0), or serve those`,
-    });
-  }
-
   /** @throws VhostdError pfNotFound, vfIndex, busy */
   private moverOf({ address }: VfOptions, parent: BusEntry | undefined) {
-    return parent === undefined ? UNMANAGED : this.livePf(parent.address).moverFor(address, parent);
-  }
-
-  /** The path in its shortest form. @throws VhostdError badArguments, socketPath, socketInUse */
-  private checkSocket(path: string): string {
-    const socket = checkSocketPath(path);
-    for (const [address, vf] of this.vfs) {
-      if (vf.socket !== socket) continue;
-      throw new VhostdError("socketInUse", `${socket} is the socket of VF ${address} already`, {
-        fix: "give each VF a socket of its own",
-      });
-    }
-    return socket;
+    return parent === undefined ? UNMANAGED : this.table.livePf(parent.address).moverFor(address, parent);
   }
 
   private infoOfPf(pf: Pf): PfInfo {
-    return pfInfo(pf, this.addressesOf(pf.address).length);
-  }
-
-  private addressesOf(pf: PciAddress): PciAddress[] {
-    return [...this.vfs].filter(([, vf]) => vf.pf === pf).map(([address]) => address);
-  }
-
-  private livePf(address: PciAddress): Pf {
-    const slot = this.pfs.get(address);
-    if (slot === undefined) {
-      const vf = this.vfs.get(address);
-      const parent = vf?.pf !== undefined && this.pfs.has(vf.pf) ? vf.pf : undefined;
-      throw pfMissing(address, parent, vf === undefined ? this.addressesOf(address)[0] : address);
-    }
-    return liveIn(slot, `PF ${address}`);
-  }
-
-  private liveVf(address: PciAddress): Vf {
-    const slot = this.vfs.get(address)?.slot;
-    if (slot === undefined) throw vfMissing(address);
-    return liveIn(slot, `VF ${address}`);
+    return pfInfo(pf, this.table.addressesOf(pf.address).length);
   }
 }

@@ -1,5 +1,6 @@
 import { setTimeout as pause } from "node:timers/promises";
 import { asError, sentence } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
 import type { LinkRecord } from "./link.ts";
 import type { Migration } from "./migration.ts";
@@ -8,6 +9,8 @@ import type { OpenRings } from "./open-rings.ts";
 /** What outlives the VF that it was found out by: of one that was here before, or is opened again. */
 export interface VfBefore {
   readonly rings?: OpenRings | undefined;
+  /** The same, of an earlier process. */
+  readonly storedRings?: Json | undefined;
   readonly link?: LinkRecord | undefined;
   /** How its last session ended. */
   readonly trouble?: string | undefined;

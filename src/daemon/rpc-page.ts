@@ -45,6 +45,7 @@ const noDevices: Devices = {
   addVf: () => Promise.reject(new Error("no devices")),
   removeVf: () => Promise.reject(new Error("no devices")),
   listVfs: () => [],
+  listLeftVfs: () => [],
   vfInfo() {
     throw new Error("no devices");
   },

@@ -1,28 +1,28 @@
+import { VhostdError } from "../base/errors.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DmaDomain } from "../pci/dma-domain.ts";
 
-/** The guest memory that the front-end of one VF gives, in the domain that all VFs of its VM share. */
+/**
+ * The guest memory that the front-end of one VF gives, in the domain that all VFs of its VM share. A message of the front-end may
+ * be handled again by the next process: each of these done twice is done once.
+ */
 export class VfMemory {
-  /** @param checkpoint writes the domain's record to the keeper */
   constructor(
     private readonly owner: PciAddress,
     private readonly domain: DmaDomain,
-    private readonly checkpoint: () => Promise<void>,
   ) {}
 
   /** The fd is borrowed for the call. */
   async map(range: DmaRange, fd: number): Promise<void> {
-    await using undo = new AsyncDisposableStack();
     await this.domain.claim(this.owner, range, fd);
-    undo.defer(() => this.domain.release(this.owner, range));
-    await this.checkpoint();
-    undo.move();
   }
 
+  /** Of what is not there, nothing. */
   async unmap(range: DmaRange): Promise<void> {
-    await this.domain.release(this.owner, range);
-    await this.checkpoint();
+    await this.domain.release(this.owner, range).catch((error) => {
+      if (!(error instanceof VhostdError && error.code === "notFound")) throw error;
+    });
   }
 
   /** End of guest memory, guest-physical, exclusive; 0 where there is none. */
@@ -38,6 +38,5 @@ export class VfMemory {
   /** Whatever is left of it. */
   async clear(): Promise<void> {
     await this.domain.releaseAll(this.owner);
-    await this.checkpoint();
   }
 }

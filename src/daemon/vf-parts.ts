@@ -12,7 +12,7 @@ import type { PluginRegistry } from "../plugin-host.ts";
 import type { Endpoint } from "../vhost-user/endpoint.ts";
 import { configSize, configValues } from "../virtio/config-space.ts";
 import { type ClassLookup, DataPath } from "../virtio/data-path.ts";
-import type { MoverFactory } from "../virtio/mover.ts";
+import type { MoverFactory, StateMover } from "../virtio/mover.ts";
 import type { Deadlines } from "./deadlines.ts";
 import type { DomainTable } from "./domains.ts";
 import type { FrontendKind } from "./front-end-kind.ts";
@@ -80,6 +80,19 @@ export interface VfMover {
   readonly standBys?: OperationQueue;
 }
 
+/** How a VF's state is moved, as people see it. */
+export interface VfManagement {
+  readonly mover: StateMover["kind"];
+  /** Its PF can freeze, save and restore it. */
+  readonly managed: boolean;
+  readonly unmanaged_reason: string | null;
+}
+
+export function managementOf({ dataPath, mover }: VfParts): VfManagement {
+  const managed = dataPath.capabilities.resumeAnywhere;
+  return { mover: dataPath.moverKind, managed, unmanaged_reason: managed ? null : mover.unmanagedReason() };
+}
+
 /** How a VF without a PF is moved. */
 export const UNMANAGED: VfMover = { make: undefined, unmanagedReason: () => "it was added with --unmanaged" };
 
@@ -117,16 +130,51 @@ export async function openParts(
     logNotices(dataPath, options, around);
     const { deviceClass } = dataPath;
     const config = await deadline.race(readConfig(dataPath));
-    const releaseControl = controlRelease(options, entry, domain, around);
+    const releaseControl = controlRelease(options, domain);
     undo.defer(releaseControl);
     deadline.check();
     await domain.attach(fn);
     undo.defer(() => domain.detach(fn));
     deadline.check();
     await dataPath.openControl(domain, controlOwner(options.address), configValues(deviceClass.configSpace, config));
-    if (dataPath.controlQueue !== undefined) await around.domains.checkpoint(vmOf(options), entry.transport.kind);
     return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
   });
+}
+
+/** A function as an earlier process left it, in its domain. */
+export interface LeftFunction {
+  readonly entry: BusEntry;
+  readonly domain: DmaDomain;
+  readonly fn: PciFunction;
+  /** Where nothing comes of it: this process has nothing of it any more. */
+  abandon(): Promise<void>;
+}
+
+/**
+ * The function of a record, and its domain, which must be there. All of those that a domain has come before anything is
+ * changed in it.
+ * @throws VhostdError where the record or an fd does not fit
+ */
+export function reviveFunction(
+  options: VfOptions,
+  entry: BusEntry,
+  record: VfRecord,
+  fds: Map<string, OwnedFd>,
+  { domains }: VfSurroundings,
+): LeftFunction {
+  const [vm, transport] = [vmOf(options), entry.transport.kind];
+  const domain = domains.acquire(vm, transport);
+  try {
+    const fn = domain.reviveFunction(entry, record.function, takeFds(fds, "function"));
+    const abandon = async () => {
+      fn.abandon();
+      await domains.release(vm, transport);
+    };
+    return { entry, domain, fn, abandon };
+  } catch (error) {
+    void domains.release(vm, transport);
+    throw error;
+  }
 }
 
 /**
@@ -136,23 +184,22 @@ export async function openParts(
  */
 export async function reviveParts(
   options: VfOptions,
-  entry: BusEntry,
+  left: LeftFunction,
   record: VfRecord,
   fds: Map<string, OwnedFd>,
   mover: VfMover,
   around: VfSurroundings,
   undo: AsyncDisposableStack,
 ): Promise<VfParts> {
-  const domain = acquireDomain(options, entry, around, undo);
-  const fn = domain.reviveFunction(entry, record.function, takeFds(fds, "function"));
-  undo.defer(() => fn.abandon());
+  const { entry, domain, fn } = left;
+  undo.defer(() => left.abandon());
   const own = takeFds(fds, "dataPath");
   const dataPath = DataPath.revive(fn, record.dataPath, own, classLookup(options, around), mover.make);
   undo.defer(() => dataPath.abandon());
   logNotices(dataPath, options, around);
   const { deviceClass } = dataPath;
   const config = await readConfig(dataPath);
-  const releaseControl = controlRelease(options, entry, domain, around);
+  const releaseControl = controlRelease(options, domain);
   return { entry, fn, dataPath, domain, mover, deviceClass, config, releaseControl };
 }
 
@@ -161,21 +208,24 @@ export async function reviveParts(
  * closed, its domain is released (and with it what its kernel has mapped, where it was the last). All steps are taken,
  * also where one fails.
  * @param reset taken first
+ * @param letKeeperGo the keeper has none of its fds any more
  * @throws VhostdError what could not be done
  */
 export async function closeParts(
-  options: VfOptions,
   { entry, fn, dataPath, domain, releaseControl }: VfParts,
-  { domains, keeper }: VfSurroundings,
+  options: VfOptions,
+  { domains }: VfSurroundings,
   reset: () => Promise<void>,
+  letKeeperGo: () => Promise<void>,
 ): Promise<void> {
   await using steps = new AsyncDisposableStack();
   steps.defer(() => domains.release(vmOf(options), entry.transport.kind));
   steps.use(fn);
-  // Not after it: closing may take long, and as long as the keeper has its fds it is not closed.
-  steps.defer(() => keeper.delete(vfKey(options.address)));
   steps.defer(releaseControl);
   steps.defer(() => domain.detach(fn));
+  // Before it: whoever finds it with the keeper takes it for one that reaches its memory. And closing may take long, and as
+  // long as the keeper has its fds it is not closed.
+  steps.defer(letKeeperGo);
   steps.defer(reset);
   steps.defer(() => dataPath.abandon());
 }
@@ -203,17 +253,11 @@ export function controlOwner(address: PciAddress): string {
   return `control/${address}`;
 }
 
-function controlRelease(
-  options: VfOptions,
-  entry: BusEntry,
-  domain: DmaDomain,
-  { domains }: VfSurroundings,
-): () => Promise<void> {
+function controlRelease(options: VfOptions, domain: DmaDomain): () => Promise<void> {
   return async () => {
     const owner = controlOwner(options.address);
     if (!domain.owners.includes(owner)) return;
     await domain.releaseAll(owner);
-    await domains.checkpoint(vmOf(options), entry.transport.kind);
   };
 }
 
@@ -276,15 +320,19 @@ export function usableQueues({ deviceClass, dataPath, fn, config, entry }: VfPar
 /**
  * Begins to look for the front-end.
  * @param connected one is there already
+ * @param listener as of Endpoint.start
  * @throws VhostdError socketInUse, socketPath
  */
-export function startEndpoint(endpoint: Endpoint, path: string, connected = false): void {
+export function startEndpoint(endpoint: Endpoint, path: string, connected = false, listener?: OwnedFd): void {
   try {
-    endpoint.start(connected);
+    endpoint.start(connected, listener);
   } catch (cause) {
     if (!(cause instanceof SystemError)) throw cause;
     if (cause.errno === EADDRINUSE) {
-      throw new VhostdError("socketInUse", `another process listens at ${path}`, { cause });
+      throw new VhostdError("socketInUse", `another process listens at ${path}`, {
+        fix: "end that process, or choose another socket",
+        cause,
+      });
     }
     throw new VhostdError("socketPath", `${path} cannot be made: ${errnoText(cause.errno)}`, {
       fix: "check that the directory is there and that this user may write to it",

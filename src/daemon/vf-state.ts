@@ -15,13 +15,16 @@ export type VfState =
 
 type Name = VfState["name"];
 
-/** What may follow what. `failed` is left by removing the VF only; `attaching` again while it is opened again. */
+/**
+ * What may follow what. `failed` is left by removing the VF only; `attaching` again while it is opened again; `configuring` from
+ * `running` where an earlier process has died in a start, whose message is handled again.
+ */
 const NEXT: Readonly<Record<Name, readonly Name[]>> = {
   attaching: ["idle", "detaching", "failed", "absent"],
   adopting: ["idle", "running", "failed", "absent"],
   idle: ["configuring", "attaching", "detaching", "failed"],
   configuring: ["running", "stopping", "failed"],
-  running: ["stopping", "failed"],
+  running: ["configuring", "stopping", "failed"],
   stopping: ["idle", "failed"],
   failed: ["detaching", "absent"],
   detaching: ["absent"],

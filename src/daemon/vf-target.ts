@@ -4,7 +4,7 @@ import type { Logger } from "../base/log.ts";
 import type { OperationQueue } from "../base/operation-queue.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DeviceClass } from "../plugin.ts";
-import type { DoorbellShare, RingEventfds, SessionTarget } from "../vhost-user/target.ts";
+import type { Delivered, Delivery, DoorbellShare, RingEventfds, SessionTarget } from "../vhost-user/target.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
 import type { Tracking } from "../virtio/dirty-log.ts";
 import type { FreezeMode, StopNote } from "../virtio/mover.ts";
@@ -40,6 +40,10 @@ export interface TargetHost {
   fail(error: Error): void;
   /** The function runs for its guest. */
   onRunning(): Promise<void>;
+  /** Who comes after this process is not to take it for a reset by somebody else. */
+  beforeReset(): Promise<void>;
+  /** The session ends, and the function has given everything back. */
+  beforeEnd(): Promise<void>;
   /** The function was reset. */
   onReset(): void;
   /** The configuration space was read. */
@@ -49,6 +53,8 @@ export interface TargetHost {
   /** Process of the front-end that is connected. */
   peer(): number | undefined;
   checkpoint(): Promise<void>;
+  /** undefined where the keeper is none that can. */
+  deliver(delivery: Delivery, records: boolean): Promise<Delivered> | undefined;
 }
 
 /** What a session may do with a VF. Operations on one VF never interleave. */
@@ -86,7 +92,12 @@ export class VfTarget implements SessionTarget {
     parts.dataPath.onTrackingLost((error) => this.loseTracking(error));
     // The doorbells of a process are sockets or memory of its own.
     const mayShare = parts.entry.transport.kind === "vfio" && options.hostNotifier !== false;
-    if (mayShare && this.sharesSome()) this.doorbellShare = async (queue) => this.share(queue);
+    if (mayShare && this.sharesSome()) this.doorbellShare = (queue) => this.share(queue);
+  }
+
+  /** As an earlier process knew it. */
+  wasShared(): void {
+    this.shared = true;
   }
 
   get dirtyTracking(): boolean {
@@ -131,7 +142,9 @@ export class VfTarget implements SessionTarget {
       try {
         const deadline = Deadline.after(vf.deadlines.start, `start of ${this.address}`);
         const { dataPath } = vf.parts;
-        await this.migration.start(wanted, vf.peer(), () => dataPath.start(wanted, eventfds, deadline));
+        await this.migration.start(wanted, vf.peer(), () =>
+          dataPath.start(wanted, eventfds, deadline, () => vf.checkpoint()),
+        );
         // It may have got lost meanwhile.
         vf.checkUsable();
         vf.become({ name: "running" });
@@ -205,6 +218,7 @@ export class VfTarget implements SessionTarget {
 
   reset(): Promise<void> {
     return this.vf.operations.run(async () => {
+      if (this.vf.state().name === "running") await this.vf.beforeReset();
       await this.comeToRest();
       this.migration.wasReset();
       this.vf.rings.givenUp();
@@ -224,6 +238,7 @@ export class VfTarget implements SessionTarget {
         if (name === "running") vf.become({ name: "stopping" });
         try {
           await this.drain((deadline) => this.giveBack(memory, deadline), name === "stopping");
+          if (vf.rings.isClean) await vf.beforeEnd();
         } catch (error) {
           vf.log.warn("what the function had taken is not all given back", asError(error));
         }
@@ -267,6 +282,13 @@ export class VfTarget implements SessionTarget {
 
   checkpoint(): Promise<void> {
     return this.vf.checkpoint();
+  }
+
+  async deliver(delivery: Delivery, records: boolean): Promise<Delivered> {
+    const delivered = await this.vf.deliver(delivery, records);
+    if (delivered !== undefined) return delivered;
+    if (records) await this.vf.checkpoint();
+    return { kind: "undone" };
   }
 
   /** Not all that the function writes is marked from now on. Nobody is harmed by what is missing in a log of an operator's. */
@@ -337,10 +359,14 @@ export class VfTarget implements SessionTarget {
     return Array.from({ length: this.queues }, (_, queue) => this.canShare(queue)).includes(true);
   }
 
-  private share(queue: number): DoorbellShare | undefined {
+  /** Who comes after this process has to know it before the front-end can do anything with it. */
+  private async share(queue: number): Promise<DoorbellShare | undefined> {
     if (!this.canShare(queue)) return undefined;
+    const isFirst = !this.shared;
     this.shared = true;
-    return this.vf.parts.dataPath.shareDoorbell(queue);
+    const share = this.vf.parts.dataPath.shareDoorbell(queue);
+    if (isFirst) await this.vf.checkpoint();
+    return share;
   }
 
   private canShare(queue: number): boolean {

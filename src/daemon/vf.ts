@@ -5,42 +5,36 @@ import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { BusEntry } from "../pci/bus.ts";
-import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { QueueStats } from "../pci/function.ts";
 import type { SessionEnd } from "../vhost-user/session.ts";
 import type { InternalStatusName } from "../virtio/admin/vendor.ts";
 import type { DeviceFailure } from "../virtio/device-watch.ts";
-import type { StateMover } from "../virtio/mover.ts";
 import { configColumns } from "./config-columns.ts";
 import { FrontEnds } from "./front-ends.ts";
 import { Link, type LinkBefore } from "./link.ts";
 import { ManualStatus, type ManualTarget } from "./manual-status.ts";
-import { OpenRings } from "./open-rings.ts";
+import { NO_MEMORY, NO_RINGS, OpenRings } from "./open-rings.ts";
 import { Patience } from "./patience.ts";
-import { askQueueStats } from "./queue-statistics.ts";
-import { closing, joinFds, optionsOf, RECORD_VERSION, type Snapshot, takeFds, type VfRecord } from "./record.ts";
+import { queueStatsOf } from "./queue-statistics.ts";
+import { closing, parseVfOptions, takeFds, type VfRecord } from "./record.ts";
 import type { VfBefore } from "./renewal.ts";
+import { VfClosing } from "./vf-closing.ts";
 import { VfMemory } from "./vf-memory.ts";
 import {
-  closeParts,
+  type LeftFunction,
+  managementOf,
   openParts,
   reviveParts,
+  type VfManagement,
   type VfMover,
   type VfOptions,
   type VfParts,
   type VfSurroundings,
   vfKey,
-  vmOf,
 } from "./vf-parts.ts";
+import { takeSnapshot, type VfParticulars, type VfSnapshot } from "./vf-snapshot.ts";
 import { checkTransition, type VfState } from "./vf-state.ts";
 import { VfTarget } from "./vf-target.ts";
-
-export interface VfManagement {
-  readonly mover: StateMover["kind"];
-  /** Its PF can freeze, save and restore it. */
-  readonly managed: boolean;
-  readonly unmanaged_reason: string | null;
-}
 
 /** One virtual function in the daemon's hands: its life cycle. */
 export class Vf {
@@ -56,7 +50,11 @@ export class Vf {
   private readonly manual: ManualStatus;
   private readonly memory: VfMemory;
   private readonly link: Link;
-  private lettingGo: Promise<void> | undefined;
+  private readonly end: VfClosing;
+  /** The internal status that an operator holds it in. */
+  private held: VfRecord["held"];
+  /** It is being reset for its front-end, or what that has left is being undone. */
+  private underWay: VfParticulars["underWay"];
   /** After `remove`: settles when the function is closed, where that goes on still. */
   closing: Promise<void> | undefined;
   /** What a session may do with it. */
@@ -64,7 +62,8 @@ export class Vf {
 
   private constructor(
     readonly options: VfOptions,
-    private readonly parts: VfParts,
+    /** For those who only look. */
+    readonly parts: VfParts,
     private readonly around: VfSurroundings,
     state: VfState,
     /** What its device still has to give back; outlives the VF where it never will. */
@@ -75,11 +74,10 @@ export class Vf {
     this.log = around.log.child(`vf ${options.address}`);
     this.patience = new Patience(around.deadlines.lastDrain);
     this.manual = this.makeManual();
-    this.memory = new VfMemory(options.address, parts.domain, () =>
-      around.domains.checkpoint(vmOf(options), parts.entry.transport.kind),
-    );
+    this.memory = new VfMemory(options.address, parts.domain);
     this.target = this.makeTarget();
     this.link = this.makeLink(link);
+    this.end = new VfClosing(options, parts, around, this.log, rings, () => this.target.hasShared);
     this.frontEnds = new FrontEnds({
       place: options,
       deadlines: around.deadlines,
@@ -111,7 +109,7 @@ export class Vf {
     const deadline = Deadline.after(around.deadlines.attach, `attaching ${options.address}`);
     await using undo = new AsyncDisposableStack();
     const parts = await openParts(options, entry, mover, around, undo, deadline);
-    const rings = before.rings ?? new OpenRings(parts.deviceClass);
+    const rings = before.rings ?? OpenRings.revive(before.storedRings ?? NO_RINGS, parts.deviceClass);
     const link = before.link === undefined ? parts : { record: before.link };
     const vf = new Vf(options, parts, around, { name: "attaching" }, rings, link);
     vf.trouble = before.trouble;
@@ -122,6 +120,8 @@ export class Vf {
     // It may have got lost meanwhile.
     vf.checkUsable();
     vf.frontEnds.start();
+    // Where it listens that is known only now.
+    if (vf.frontEnds.fds.size > 0) await vf.checkpoint();
     vf.become({ name: "idle" });
     if (before.link !== undefined) void vf.link.look();
     undo.move();
@@ -134,30 +134,63 @@ export class Vf {
    * @throws VhostdError where the record or an fd does not fit; all fds are closed then
    */
   static async revive(
-    entry: BusEntry,
+    left: LeftFunction,
     record: VfRecord,
     fds: Map<string, OwnedFd>,
     mover: VfMover,
     around: VfSurroundings,
   ): Promise<Vf> {
     using _unused = closing(fds);
-    const options = optionsOf(record);
+    const options = parseVfOptions(record.options);
     await using undo = new AsyncDisposableStack();
-    const parts = await reviveParts(options, entry, record, fds, mover, around, undo);
+    const parts = await reviveParts(options, left, record, fds, mover, around, undo);
     const rings = OpenRings.revive(record.rings, parts.deviceClass);
     const vf = new Vf(options, parts, around, { name: "adopting" }, rings, { record: record.link });
-    vf.become({ name: parts.dataPath.running ? "running" : "idle" });
+    vf.isHeldIn(record.held);
+    vf.underWay = record.ending === true ? "end" : record.resetting === true ? "reset" : undefined;
+    if (record.shared === true) vf.target.wasShared();
     const { session } = record;
-    if (session === null) vf.frontEnds.start();
-    else {
-      vf.frontEnds.revive(session, takeFds(fds, "session"));
+    const own = takeFds(fds, "frontEnds");
+    if (session === null) {
+      await vf.takeUp();
+      if (record.ending === true) await vf.finishEnd();
+      vf.frontEnds.start(own);
+    } else {
+      await vf.frontEnds.revive(session, takeFds(fds, "session"), own, () => vf.takeUp());
       vf.target.migration.joined(vf.frontEnds.session?.peer);
     }
-    if (vf.frontEnds.session?.isBehind === true) void vf.manual.letGoOn();
     // Nobody was there to be told of a change.
     void vf.link.look();
     undo.move();
     return vf;
+  }
+
+  /** Before its front-end is heard: the function is where the record says, or the session ends with the reason. */
+  private async takeUp(): Promise<void> {
+    const { dataPath } = this.parts;
+    const deadline = Deadline.after(this.around.deadlines.start, `taking up ${this.address}`);
+    const eventfds = this.frontEnds.session?.eventfds ?? new Map();
+    try {
+      const held = this.held !== undefined;
+      const found = await this.operations.run(() => dataPath.takeUp(eventfds, deadline, { held }));
+      if (found === "reset" && this.underWay === undefined)
+        throw new VhostdError("io", "somebody has reset the function while nobody served it");
+    } finally {
+      if (this.current.name === "adopting") this.become({ name: dataPath.running ? "running" : "idle" });
+    }
+  }
+
+  /** What an earlier process was about to undo when it died. */
+  private async finishEnd(): Promise<void> {
+    await this.target.release(NO_MEMORY);
+    await this.memory.clear();
+    this.underWay = undefined;
+    await this.checkpoint();
+  }
+
+  private isHeldIn(status: VfRecord["held"]): void {
+    this.held = status;
+    this.trouble = status && `${status} by hand, its guest waits (let it go on with "vf -d -o 1")`;
   }
 
   get address(): PciAddress {
@@ -184,18 +217,9 @@ export class Vf {
     return (this.current.name === "running" ? undefined : this.rings.trouble) ?? null;
   }
 
-  get vectors(): number {
-    return this.parts.fn.interrupts.count;
-  }
-
   /** As its bus described it when it was added. */
   get entry(): BusEntry {
     return this.parts.entry;
-  }
-
-  /** Which of the kernel's interfaces it is reached by; undefined where there is no choice. */
-  get interface(): DmaDomain["interface"] {
-    return this.parts.domain.interface;
   }
 
   /** Driver features of the front-end that runs now, or null. */
@@ -211,9 +235,7 @@ export class Vf {
 
   /** How its state is moved, and why not better. */
   get management(): VfManagement {
-    const { dataPath, mover } = this.parts;
-    const managed = dataPath.capabilities.resumeAnywhere;
-    return { mover: dataPath.moverKind, managed, unmanaged_reason: managed ? null : mover.unmanagedReason() };
+    return managementOf(this.parts);
   }
 
   /** Changes the internal status by hand, where `to` is given. @returns the status afterwards */
@@ -221,16 +243,10 @@ export class Vf {
     return this.manual.move(to);
   }
 
-  /**
-   * What the queues of its guest have done; null where the function does not count, or does not say so soon. Its
-   * configuration is read, too: where no driver runs it, it tells nobody of changes.
-   */
+  /** See queueStatsOf. */
   async queueStats(): Promise<readonly QueueStats[] | null> {
-    if (this.current.name === "failed" || this.lettingGo !== undefined) return null;
-    const time = this.around.deadlines.stats;
-    const config = Deadline.after(time, `the configuration of ${this.address}`).race(this.target.readConfig());
-    const [all] = await Promise.all([askQueueStats(this.parts.fn, time, this.log), config.catch(() => {})]);
-    return all?.slice(0, this.target.queues) ?? null;
+    if (this.current.name === "failed" || this.end.hasBegun) return null;
+    return await queueStatsOf(this.parts.fn, this.target, this.around.deadlines.stats, this.log);
   }
 
   /** What a VF that takes its place has to know. */
@@ -245,7 +261,7 @@ export class Vf {
     if (this.current.name === "idle") this.become({ name: "attaching" });
     await this.frontEnds.close("the function is opened again");
     // Who removes it meanwhile does not wait behind a kernel that takes its time.
-    const closed = await this.operations.run(async () => [this.letGo()]);
+    const closed = await this.operations.run(async () => [this.end.letGo()]);
     await Promise.all(closed);
   }
 
@@ -285,21 +301,23 @@ export class Vf {
       const hasFailed = this.current.name === "failed";
       this.become({ name: "detaching" });
       try {
-        if (!hasFailed && this.lettingGo === undefined) await this.lastReset();
-        const what = `closing ${this.address}`;
-        await Deadline.after(this.around.deadlines.close, what).race(this.letGo());
+        if (!hasFailed && !this.end.hasBegun) await this.end.lastReset();
+        await Deadline.after(this.around.deadlines.close, `closing ${this.address}`).race(this.end.letGo());
       } catch (error) {
         if (!(error instanceof VhostdError && error.code === "timedOut")) throw error;
         this.log.warn("the kernel is still closing it; until then it cannot be added again", error);
-        this.closing = this.letGo().catch((cause) => this.log.warn("not all of it could be let go of", asError(cause)));
+        this.closing = this.end
+          .letGo()
+          .catch((cause) => this.log.warn("not all of it could be let go of", asError(cause)));
       } finally {
+        await this.end.forget();
         this.become({ name: "absent" });
       }
     });
-    return await this.warnOfHolder();
+    return this.closing === undefined ? await this.end.holder() : undefined;
   }
 
-  /** Drops every live object without a word to the function or the front-end: what a crash does, in order. */
+  /** Drops every live object without a word to anybody: what a crash does, in order. */
   async abandon(): Promise<void> {
     this.link[Symbol.dispose]();
     await this.frontEnds.abandon();
@@ -309,28 +327,28 @@ export class Vf {
   }
 
   /** The record of this VF as it is now, and the fds that belong to it (borrowed). */
-  snapshot(): { record: VfRecord; fds: Map<string, number> } {
-    const parts: Record<string, Snapshot | undefined> = {
-      function: this.parts.fn.snapshot(),
-      dataPath: this.parts.dataPath.snapshot(),
-      session: this.frontEnds.session?.snapshot(),
-    };
-    return {
-      record: {
-        version: RECORD_VERSION,
-        options: this.options,
-        function: parts.function?.data ?? null,
-        dataPath: parts.dataPath?.data ?? null,
-        session: parts.session?.data ?? null,
-        rings: this.rings.snapshot(),
-        link: this.link.snapshot(),
-      },
-      fds: joinFds(parts),
-    };
+  snapshot(): VfSnapshot {
+    const { options, held, underWay, rings, parts, link } = this;
+    const shared = this.target.hasShared;
+    // One that ends has nothing more to say.
+    const session = underWay === "end" ? undefined : this.frontEnds.session;
+    const more = { session: session?.snapshot(), frontEnds: { data: null, fds: this.frontEnds.fds } };
+    return takeSnapshot({ options, held, underWay, shared, rings, link, ...parts, ...more });
   }
 
   async checkpoint(): Promise<void> {
     await this.around.keeper.put(this.key, () => this.snapshot());
+  }
+
+  /** As checkpoint, after what its session is at. Never rejects. */
+  async note(): Promise<void> {
+    if (this.end.hasBegun) await this.end.hollow();
+    else await this.frontEnds.note();
+  }
+
+  /** Nothing is under way. */
+  async settled(): Promise<void> {
+    await this.operations.run(async () => {});
   }
 
   /** @throws VhostdError noDevice where the function failed, with the reason of that */
@@ -339,38 +357,6 @@ export class Vf {
     throw new VhostdError("noDevice", `the VF has failed: ${this.current.reason}`, {
       fix: "remove it and add it again",
     });
-  }
-
-  private async warnOfHolder(): Promise<string | undefined> {
-    if (!this.target.hasShared || this.closing !== undefined) return undefined;
-    const deadline = Deadline.after(this.around.deadlines.detach, `finding out who holds ${this.address}`);
-    const holder = await this.around.stillHeld(this.entry, deadline);
-    if (holder === undefined) return undefined;
-    const warning = `${holder}; until that ends it can be used with the memory that is mapped for its VM`;
-    this.log.warn(warning);
-    return warning;
-  }
-
-  private async lastReset(): Promise<void> {
-    const deadline = Deadline.after(this.around.deadlines.detach, `reset of ${this.address}`);
-    await this.parts.dataPath.reset(deadline).catch((error) => {
-      this.log.warn("the last reset failed; the function is closed all the same", error);
-    });
-  }
-
-  /** Closes the function, once; nothing of it is left in this process, nor with the keeper. */
-  private letGo(): Promise<void> {
-    this.lettingGo ??= closeParts(this.options, this.parts, this.around, async () => {
-      // As long as a front-end maps a doorbell, the kernel has the function open and does not reset it by itself.
-      if (!this.target.hasShared) return;
-      const deadline = Deadline.after(this.around.deadlines.detach, `function-level reset of ${this.address}`);
-      // The kernel would wait for it, and hold it open meanwhile.
-      if (!(await this.parts.dataPath.answers(deadline))) return;
-      await this.parts.fn.reset(deadline).catch((error) => {
-        this.log.warn("the kernel could not reset it; it stays at status 0, kept from memory", error);
-      });
-    });
-    return this.lettingGo;
   }
 
   private get key(): string {
@@ -397,9 +383,10 @@ export class Vf {
       checkUsable: () => this.checkUsable(),
       onMoved: (to) => {
         this.log.warn(`internal status changed by hand: ${to}`);
-        this.trouble = to === "running" ? undefined : `${to} by hand, its guest waits (let it go on with "vf -d -o 1")`;
+        this.isHeldIn(to === "running" ? undefined : to);
         this.around.onState(this);
       },
+      note: () => this.note(),
     });
   }
 
@@ -413,16 +400,29 @@ export class Vf {
       fail: (error) => this.fail(error),
       onRunning: async () => {
         this.frontEnds.ranWell();
-        this.trouble = undefined;
+        this.isHeldIn(undefined);
         await this.link.begin();
       },
+      beforeReset: async () => {
+        this.underWay = "reset";
+        await this.checkpoint();
+      },
+      beforeEnd: async () => {
+        this.underWay = "end";
+        await this.checkpoint();
+      },
       onReset: () => {
-        this.trouble = undefined;
+        if (this.underWay === "reset") this.underWay = undefined;
+        this.isHeldIn(undefined);
       },
       onConfig: (config) => this.link.seen(config),
       onMigration: () => this.around.onMigration(this.address, this.target.migration.info),
       peer: () => this.frontEnds.session?.peer,
       checkpoint: () => this.checkpoint(),
+      deliver: (delivery, records) => {
+        const { keeper } = this.around;
+        return keeper.deliver?.(this.key, records ? () => this.snapshot() : undefined, delivery);
+      },
     });
   }
 
@@ -434,7 +434,7 @@ export class Vf {
       guest: () => (this.current.name === "running" ? this.frontEnds.session : undefined),
       canReconnect: () => this.parts.dataPath.capabilities.resumeAnywhere,
       onChange: () => this.around.onState(this),
-      onRecord: () => this.frontEnds.note(),
+      onRecord: () => void this.note(),
     };
     return new Link(options, before);
   }
@@ -447,9 +447,10 @@ export class Vf {
 
   private async onSessionEnd({ reason, error }: SessionEnd): Promise<void> {
     this.target.onConfigChange(() => {});
+    this.underWay = undefined;
     this.link.forget();
     this.trouble = error === undefined ? undefined : `the last session ended: ${sentence(error)}`;
-    if (this.current.name === "failed") return await this.around.keeper.delete(this.key);
+    if (this.current.name === "failed") return await this.end.hollow();
     if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${reason}`);
     this.around.onState(this);
     if (this.target.hasShared) this.around.renew(this.address);
@@ -482,7 +483,7 @@ export class Vf {
     this.patience.hurry();
     this.parts.dataPath.abandon();
     // While it is being attached, who does that undoes it.
-    if (name !== "attaching" && name !== "adopting") void this.giveUp(error.message);
+    if (name !== "attaching") void this.giveUp(error.message);
   }
 
   /** Nothing of a function that has failed is held: a kernel that wants it back waits for that. Never rejects. */
@@ -490,7 +491,7 @@ export class Vf {
     try {
       await this.frontEnds.close(reason);
       // An operator who removes it meanwhile does not wait behind a kernel that takes its time.
-      const closed = await this.operations.run(async () => [this.letGo()]);
+      const closed = await this.operations.run(async () => [this.end.letGo()]);
       await Promise.all(closed);
     } catch (error) {
       this.log.warn("not all of it could be let go of", asError(error));

@@ -1,5 +1,5 @@
 import { asError, VhostdError } from "../base/errors.ts";
-import type { OwnedFd } from "../native/fd.ts";
+import type { CloseLane, OwnedFd } from "../native/fd.ts";
 import { HeaderFlag, isFull, type KeeperMessage } from "./messages.ts";
 import type { StoredRecord } from "./store.ts";
 
@@ -10,9 +10,13 @@ export class IncomingRequest implements Disposable {
   private size = 0;
   private refusal: Error | undefined;
 
-  /** @param check throws where a request of that size, bytes, and with so many fds is refused */
+  /**
+   * @param lane where the fds are closed
+   * @param check throws where a request of that size, bytes, and with so many fds is refused
+   */
   constructor(
     private readonly first: KeeperMessage,
+    private readonly lane: CloseLane,
     private readonly check: (size: number, fds: number) => void,
   ) {}
 
@@ -34,7 +38,7 @@ export class IncomingRequest implements Disposable {
       throw new VhostdError("protocol", "a part that is not full is not the last one");
     this.size += payload.length;
     this.parts.push(payload);
-    this.fds.push(...fds.splice(0));
+    this.fds.push(...fds.splice(0).map((fd) => fd.inLane(this.lane)));
     try {
       this.check(this.size, this.fds.length);
     } catch (error) {

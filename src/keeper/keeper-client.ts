@@ -2,11 +2,13 @@ import { Deadline } from "../base/deadline.ts";
 import { asError, SystemError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import { OperationQueue } from "../base/operation-queue.ts";
-import type { OwnedFd } from "../native/fd.ts";
+import { CloseLane, fileIdentity, type OwnedFd } from "../native/fd.ts";
 import { MessageSocket } from "../native/message-socket.ts";
 import { connectUnix } from "../native/sys.ts";
 import type { KeeperIdentity } from "./keeper-connection.ts";
 import {
+  ANSWER,
+  ANSWERED,
   Command,
   type CommandName,
   checkKey,
@@ -15,9 +17,11 @@ import {
   decodeRefusal,
   encodeJson,
   encodeMessage,
+  encodePlaces,
   HeaderFlag,
   KEEPER_FRAMING,
   KEEPER_VERSION,
+  NEW_FD,
   partsOf,
   Readability,
 } from "./messages.ts";
@@ -46,7 +50,10 @@ interface Answer {
 
 interface Asked {
   readonly command: CommandName;
+  readonly quiet: boolean;
   readonly parts: Uint8Array[];
+  /** Of the fds, which are of one record: it does not hold up others. */
+  readonly lane: CloseLane;
   readonly fds: OwnedFd[];
   readonly reply: PromiseWithResolvers<Answer>;
 }
@@ -61,6 +68,10 @@ export class KeeperClient implements Disposable {
   private resolveLost: (reason: Error) => void = () => {};
   private readonly asked = new Map<number, Asked>();
   private readonly sending = new OperationQueue();
+  /** By key: the last put, with the files of the record where it is known to be stored. */
+  private readonly last = new Map<string, { files?: readonly number[] }>();
+  /** Keys of which the keeper takes no record for now: it would only have more fds to close. */
+  private readonly stillClosing = new Set<string>();
   private nextId = 1;
   private end: Error | undefined;
   private who: KeeperIdentity | undefined;
@@ -109,11 +120,39 @@ export class KeeperClient implements Disposable {
     return this.who;
   }
 
-  /** @throws VhostdError keeperStore, connectionLost, timedOut; what was stored before stays then */
-  async put(key: string, take: () => Kept): Promise<void> {
+  /** Why nothing can be asked any more; undefined while all is well. */
+  get ended(): Error | undefined {
+    return this.end;
+  }
+
+  /**
+   * @param quiet another request is made next: the answer to that one says that this one is done, too
+   * @throws VhostdError keeperStore: nothing is stored then. After a delete it may be taken; connectionLost, timedOut: it may
+   *   be stored or not
+   */
+  async put(key: string, take: () => Kept, quiet = false): Promise<void> {
+    if (this.stillClosing.has(key)) {
+      throw new VhostdError("keeperStore", `the keeper still closes too many files of earlier records ${key}`);
+    }
     const { record, fds } = take();
-    const names = [...fds.keys()];
-    await this.ask("put", key, encodeJson({ names, record }), [...fds.values()]);
+    const numbers = [...fds.values()];
+    const files = numbers.map(fileIdentity);
+    const bytes = encodeJson({ names: [...fds.keys()], record });
+    const before = this.last.get(key)?.files;
+    const put: { files?: readonly number[] } = {};
+    this.last.set(key, put);
+    if (before === undefined) await this.ask("put", key, bytes, numbers, undefined, quiet);
+    else {
+      const earlier = new Map(before.map((file, place) => [file, place]));
+      const places = files.map((file) => {
+        const place = earlier.get(file) ?? NEW_FD;
+        earlier.delete(file);
+        return place;
+      });
+      const added = numbers.filter((_, index) => places[index] === NEW_FD);
+      await this.ask("change", key, encodePlaces(places, bytes), added, undefined, quiet);
+    }
+    put.files = files;
   }
 
   /** The fds are the caller's. @throws VhostdError protocol where what is stored is no record */
@@ -145,7 +184,10 @@ export class KeeperClient implements Disposable {
 
   /** @throws VhostdError */
   async delete(key: string): Promise<void> {
-    await this.ask("delete", key);
+    this.last.delete(key);
+    const { bytes } = await this.ask("delete", key);
+    if (bytes.length > 0) this.stillClosing.add(key);
+    else this.stillClosing.delete(key);
   }
 
   /**
@@ -161,6 +203,21 @@ export class KeeperClient implements Disposable {
     });
   }
 
+  /**
+   * Takes bytes out of a socket of a record and sends others on it, both or nothing, whatever becomes of this process.
+   * @param place of the socket among the fds, as they were stored
+   * @returns bytes that were sent; the socket took no more
+   * @throws VhostdError notFound where there is no such socket, nothing was done then; connectionLost, timedOut: it may be
+   *   done or not
+   */
+  async answer(key: string, place: number, take: number, reply: Uint8Array): Promise<number> {
+    const payload = new Uint8Array(ANSWER.size + reply.length);
+    ANSWER.write(payload, { place, take });
+    payload.set(reply, ANSWER.size);
+    const { bytes } = await this.ask("answer", key, payload);
+    return ANSWERED.read(bytes).sent;
+  }
+
   [Symbol.dispose](): void {
     if (this.end !== undefined) return;
     this.end = new VhostdError("cancelled", "the connection to the keeper was closed by this side");
@@ -173,14 +230,15 @@ export class KeeperClient implements Disposable {
     payload: Uint8Array = NOTHING,
     fds: readonly number[] = [],
     deadline = Deadline.after(ANSWER_TIMEOUT, `${command} ${key} at the keeper`),
+    quiet = false,
   ): Promise<Answer> {
     if (this.end !== undefined) throw this.lostError();
     checkKey(key);
     const id = this.nextId;
     this.nextId = (id % 0xffff_ffff) + 1;
-    const asked: Asked = { command, parts: [], fds: [], reply: Promise.withResolvers() };
+    const asked: Asked = { command, quiet, parts: [], lane: new CloseLane(), fds: [], reply: Promise.withResolvers() };
     this.asked.set(id, asked);
-    const sent = this.sending.run(() => this.send(id, command, key, partsOf(payload, fds)));
+    const sent = this.sending.run(() => this.send(id, asked, key, partsOf(payload, fds)));
     sent.catch((error) => asked.reply.reject(error));
     try {
       return await deadline.race(asked.reply.promise);
@@ -199,12 +257,13 @@ export class KeeperClient implements Disposable {
   /** The parts of a request come one after the other. @throws what the socket does; the connection goes on where nothing went out */
   private async send(
     id: number,
-    command: CommandName,
+    { command, quiet }: Asked,
     key: string,
     parts: ReturnType<typeof partsOf<number>>,
   ): Promise<void> {
     for (const [index, { payload, fds, more }] of parts.entries()) {
-      const message = { id, command: Command[command], flags: more ? HeaderFlag.more : 0, key, payload };
+      const flags = (more ? HeaderFlag.more : 0) | (quiet ? HeaderFlag.quiet : 0);
+      const message = { id, command: Command[command], flags, key, payload };
       try {
         await this.socket.send(encodeMessage(message), fds);
       } catch (error) {
@@ -235,6 +294,7 @@ export class KeeperClient implements Disposable {
     }
     if (fds.length > 0 && asked.command !== "get")
       throw new VhostdError("protocol", `${asked.command} was answered with fds`);
+    this.resolveQuiet(asked);
     if ((flags & HeaderFlag.error) !== 0) {
       // What came of the answer before is of no use.
       this.asked.delete(id);
@@ -243,10 +303,20 @@ export class KeeperClient implements Disposable {
       return;
     }
     asked.parts.push(payload);
-    asked.fds.push(...fds.splice(0));
+    asked.fds.push(...fds.splice(0).map((fd) => fd.inLane(asked.lane)));
     if ((flags & HeaderFlag.more) !== 0) return;
     this.asked.delete(id);
     asked.reply.resolve({ bytes: Buffer.concat(asked.parts), fds: asked.fds });
+  }
+
+  /** What was asked for before this, and not refused, is done. */
+  private resolveQuiet(answered: Asked): void {
+    for (const [id, asked] of this.asked) {
+      if (asked === answered) return;
+      if (!asked.quiet) continue;
+      this.asked.delete(id);
+      asked.reply.resolve({ bytes: NOTHING, fds: [] });
+    }
   }
 
   /** Not by this side's will. */

@@ -1,13 +1,16 @@
 import { Deadline } from "../base/deadline.ts";
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { type Message, MessageSocket } from "../native/message-socket.ts";
-import { isReadable } from "../native/sys.ts";
+import { type Message, MessageSocket, sendAtOnce, takeBytes } from "../native/message-socket.ts";
+import { isReadable, isUnixStream } from "../native/sys.ts";
 import { IncomingRequest } from "./incoming-request.ts";
 import {
+  ANSWER,
+  ANSWERED,
   Command,
   decodeJson,
   decodeMessage,
+  decodePlaces,
   encodeJson,
   encodeMessage,
   encodeRefusal,
@@ -17,10 +20,14 @@ import {
   type KeeperMessage,
   partsOf,
   Readability,
+  STILL_CLOSING,
 } from "./messages.ts";
 import type { Store, StoredRecord } from "./store.ts";
 
 const NOTHING = new Uint8Array(0);
+const STORING: ReadonlySet<number> = new Set([Command.put, Command.change]);
+/** Bytes that are taken out of a socket at once. */
+const TAKE_MAX = 64 << 10;
 
 /** What a keeper says of itself. */
 export type KeeperIdentity = {
@@ -79,7 +86,10 @@ export class KeeperConnection implements Disposable {
     if ((part.command === Command.hello) === this.greeted) {
       throw new VhostdError("protocol", `command ${part.command} came ${this.greeted ? "after" : "before"} hello`);
     }
-    this.begun ??= new IncomingRequest(part, (size, fds) => this.store.checkRecord(part.key, size, fds));
+    // Not in the lane of this connection: a file that takes long to close would hold up those of all records.
+    this.begun ??= new IncomingRequest(part, this.store.laneOf(part.key), (size, fds) =>
+      this.store.checkRecord(part.key, size, fds),
+    );
     if (!this.begun.add(part, message.fds)) return;
     using request = this.begun;
     this.begun = undefined;
@@ -87,6 +97,8 @@ export class KeeperConnection implements Disposable {
       await this.handle(part, request.take());
     } catch (error) {
       if (!(error instanceof VhostdError) || error.code === "protocol" || this.socket.closed) throw error;
+      // An answer behind it is then not given: the record would be of before the message that is answered.
+      if (error.code === "keeperStore" && STORING.has(part.command)) this.store.delete(part.key);
       await this.answer(part, encodeRefusal(error), [], HeaderFlag.error);
     }
   }
@@ -103,19 +115,31 @@ export class KeeperConnection implements Disposable {
         if (key === "") throw new VhostdError("protocol", "a record has no key");
         this.store.put(key, { bytes, fds });
         unused.move();
-        return await this.answer(request);
+        return await this.answerUnlessQuiet(request);
+      case Command.change: {
+        const { places, record } = decodePlaces(bytes);
+        this.store.change(key, places, { bytes: record, fds });
+        unused.move();
+        return await this.answerUnlessQuiet(request);
+      }
       case Command.get:
         return await this.get(request);
       case Command.list:
         return await this.answer(request, encodeJson(this.store.keys));
       case Command.delete:
         this.store.delete(key);
-        return await this.answer(request);
+        return await this.answer(request, this.store.laneOf(key).full ? STILL_CLOSING : NOTHING);
       case Command.readable:
         return await this.answer(request, this.readable(decodeJson(bytes, "a question")));
+      case Command.answer:
+        return await this.answer(request, this.answerFor(key, bytes));
       default:
         throw new VhostdError("protocol", `there is no command ${command}`);
     }
+  }
+
+  private async answerUnlessQuiet(request: KeeperMessage): Promise<void> {
+    if ((request.flags & HeaderFlag.quiet) === 0) await this.answer(request);
   }
 
   private async greet(request: KeeperMessage, bytes: Uint8Array): Promise<void> {
@@ -137,6 +161,28 @@ export class KeeperConnection implements Disposable {
       record.bytes,
       record.fds.map((fd) => fd.number),
     );
+  }
+
+  /**
+   * What a daemon would do itself, and might die between the two.
+   * @throws VhostdError notFound, protocol where nothing was done; io where the message does not lie there
+   */
+  private answerFor(key: string, bytes: Uint8Array): Uint8Array {
+    if (bytes.length < ANSWER.size) throw new VhostdError("protocol", `${bytes.length} bytes are no answer`);
+    const { place, take } = ANSWER.read(bytes);
+    const fd = this.store.get(key)?.fds[place];
+    if (fd === undefined || !isUnixStream(fd.number)) {
+      throw new VhostdError("notFound", `there is no socket ${place} in a record ${key}`);
+    }
+    const lane = this.store.laneOf(key);
+    // What comes out of the socket would wait there, too: the client has a lane of its own for it.
+    if (lane.full) throw new VhostdError("notFound", `too many files of the record ${key} are still being closed`);
+    // It has waited too long, or is dead: whoever goes on finds all as it was.
+    if (this.socket.hungUp) throw new VhostdError("connectionLost", "the client is gone");
+    if (take > TAKE_MAX) throw new VhostdError("protocol", `${take} bytes are to be taken, at most ${TAKE_MAX}`);
+    if (take > 0) takeBytes(fd.number, take, lane);
+    const reply = bytes.subarray(ANSWER.size);
+    return ANSWERED.encode({ sent: reply.length === 0 ? 0 : sendAtOnce(fd.number, reply) });
   }
 
   /** Sockets only: other files may keep waiting who asks. */

@@ -9,6 +9,7 @@ import {
   keeperSocket,
   makeRuntimeDirectory,
 } from "../runtime-directory.ts";
+import { takeServiceEnvironment } from "../systemd/service-environment.ts";
 import { BUILD_TIME, VERSION } from "../version.ts";
 import { KEEPER_VERSION } from "./messages.ts";
 
@@ -57,16 +58,18 @@ async function serve(args: readonly string[]): Promise<number> {
   const asked = stopSignal();
   const directory = resolve(values["runtime-dir"] ?? DEFAULT_RUNTIME_DIRECTORY);
   // Not before: --help and mistakes on the command line are answered where native/ is not built, too.
-  const [{ KeeperServer }, { STORE_LIMITS, Store }, { lockDirectory, raiseOpenFileLimit }, { stopNative }] =
+  const [{ KeeperServer }, { STORE_LIMITS, Store }, { lockDirectory, raiseOpenFileLimit }, { stopNative }, { Notify }] =
     await Promise.all([
       import("./keeper-server.ts"),
       import("./store.ts"),
       import("../native/sys.ts"),
       import("../native/stop.ts"),
+      import("../systemd/notify.ts"),
     ]);
   await using running = new AsyncDisposableStack();
   running.defer(exitSoon);
   running.defer(stopNative);
+  const notify = running.use(new Notify(takeServiceEnvironment(), log));
   running.defer(await makeRuntimeDirectory(directory, NAME));
   running.defer(await makeRuntimeDirectory(keeperDirectory(directory), NAME));
   const lock = lockDirectory(keeperDirectory(directory));
@@ -89,6 +92,8 @@ async function serve(args: readonly string[]): Promise<number> {
     new KeeperServer(store, { path: keeperSocket(directory), identity, log, user: process.geteuid?.() ?? 0 }),
   );
   process.stdout.write(`ready ${directory}\n`);
+  notify.ready();
   log.info(`${await asked}: stopping`);
+  notify.stopping();
   return 0;
 }

@@ -14,16 +14,33 @@ export const KEEPER_VERSION = 1;
 export const Command = {
   /** Payload: JSON, what the daemon speaks. Answer: JSON, who the keeper is; refused, the connection ends. First, and once. */
   hello: 1,
-  /** Key, the record as payload, its fds. It takes the place of an earlier one as a whole. */
+  /**
+   * Key, the record as payload, its fds. It takes the place of an earlier one as a whole. Where it is refused (keeperStore),
+   * neither is there any more.
+   */
   put: 2,
   /** Key. Answer: parts of the record, with the fds; none where there is no such record. */
   get: 3,
   /** Answer: parts of a JSON array of all keys. */
   list: 4,
-  /** Key, of a record that need not be there. */
+  /**
+   * Key, of a record that need not be there. Answer: nothing, or STILL_CLOSING where a record of this key is not taken before
+   * more of the fds of earlier ones are closed.
+   */
   delete: 5,
   /** Payload: JSON, [key, index of the fd] of each that is asked for. Answer: a byte for each, Readability. */
   readable: 6,
+  /**
+   * Key, of a record with a stream socket. Payload: ANSWER, then bytes. So many bytes are taken out of the socket and dropped,
+   * and these are sent on it, as far as it takes them at once. Answer: ANSWERED. Nothing is done for a client that is gone, nor
+   * (notFound) where too many fds of this key are still being closed.
+   */
+  answer: 7,
+  /**
+   * As put, also where it is refused, of a record that is there: some of its fds stay. Payload: places (see encodePlaces),
+   * then the record. The fds are those that do not stay.
+   */
+  change: 8,
 } as const;
 export type CommandName = keyof typeof Command;
 
@@ -33,6 +50,8 @@ export const HeaderFlag = {
   reply: 2,
   /** With reply. Payload: a refusal. */
   error: 4,
+  /** Of a request to store: it is answered only where it is refused. The answer to a later request says that it is done. */
+  quiet: 8,
 } as const;
 
 /** In front of each message. Sizes in bytes; the payload is what of the body follows the key. */
@@ -43,6 +62,18 @@ export const HEADER = struct("keeper header", 16, {
   bodySize: [8, "u32"],
   keySize: [12, "u16"],
 });
+
+/** Which of the record's fds, and bytes to take. */
+export const ANSWER = struct("keeper answer", 8, { place: [0, "u32"], take: [4, "u32"] });
+/** Bytes that were sent. */
+export const ANSWERED = struct("keeper answered", 4, { sent: [0, "u32"] });
+
+/** The answer to a delete; see there. */
+export const STILL_CLOSING: Uint8Array = Uint8Array.of(1);
+
+/** The place of an fd that was not there before. */
+export const NEW_FD = 0xffff_ffff;
+const WORD = 4;
 
 export const Readability = { no: 0, yes: 1, unknown: 2 } as const;
 
@@ -120,6 +151,25 @@ export function decodeJson(bytes: Uint8Array, what: string): unknown {
   } catch (cause) {
     throw new VhostdError("protocol", `${what} is no JSON`, { cause });
   }
+}
+
+/** Where each fd of a record was in the earlier one, or NEW_FD. Their count, then as many words. */
+export function encodePlaces(places: readonly number[], record: Uint8Array): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array((1 + places.length) * WORD + record.length);
+  const view = new DataView(bytes.buffer);
+  for (const [index, word] of [places.length, ...places].entries()) view.setUint32(index * WORD, word, true);
+  bytes.set(record, (1 + places.length) * WORD);
+  return bytes;
+}
+
+/** @throws VhostdError protocol where they are not all there */
+export function decodePlaces(bytes: Uint8Array): { readonly places: readonly number[]; readonly record: Uint8Array } {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  const count = bytes.length < WORD ? 0 : view.getUint32(0, true);
+  const end = (1 + count) * WORD;
+  if (end > bytes.length) throw new VhostdError("protocol", `${bytes.length} bytes are not ${count} places`);
+  const places = Array.from({ length: count }, (_, index) => view.getUint32((1 + index) * WORD, true));
+  return { places, record: bytes.subarray(end) };
 }
 
 export function encodeRefusal({ code, number, message, fix }: VhostdError): Uint8Array<ArrayBuffer> {

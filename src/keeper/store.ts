@@ -1,5 +1,6 @@
 import { VhostdError } from "../base/errors.ts";
-import type { OwnedFd } from "../native/fd.ts";
+import { CloseLane, type OwnedFd } from "../native/fd.ts";
+import { NEW_FD } from "./messages.ts";
 
 /** What a keeper keeps at most, in all and of one record. */
 export interface StoreLimits {
@@ -20,6 +21,9 @@ export const STORE_LIMITS: StoreLimits = {
   totalFds: 262_144,
 };
 
+/** Lanes of keys without records that may be there before those are looked for. */
+const LANES_SPARE = 64;
+
 /** A record, which means nothing here, and its fds in the order in which they came. */
 export interface StoredRecord {
   readonly bytes: Uint8Array;
@@ -29,6 +33,10 @@ export interface StoredRecord {
 /** The records of a daemon, with the fds that they speak of. */
 export class Store implements Disposable {
   private readonly records = new Map<string, StoredRecord>();
+  /** By key: what a VM has sent holds up the closing of its own files only, also when others come in their place. */
+  private readonly lanes = new Map<string, CloseLane>();
+  /** With so many lanes those that are not needed any more are dropped. */
+  private mostLanes = LANES_SPARE;
   private size = 0;
   private fdCount = 0;
 
@@ -48,15 +56,60 @@ export class Store implements Disposable {
     return this.records.get(key);
   }
 
+  /** Where the fds of this key's records are closed. */
+  laneOf(key: string): CloseLane {
+    const known = this.lanes.get(key);
+    if (known !== undefined) return known;
+    if (this.lanes.size >= this.mostLanes) {
+      for (const [of, lane] of this.lanes) if (!this.records.has(of) && lane.idle) this.lanes.delete(of);
+      this.mostLanes = 2 * this.lanes.size + LANES_SPARE;
+    }
+    const lane = new CloseLane();
+    this.lanes.set(key, lane);
+    return lane;
+  }
+
   /**
-   * In the place of an earlier record of that key. Takes the fds where it does not throw.
-   * @throws VhostdError keeperStore beyond a limit; what was there stays
+   * In the place of an earlier record of that key. Takes the fds, which are in its lane, where it does not throw.
+   * @throws VhostdError keeperStore beyond a limit, or while too many fds of that key are still being closed; what was there
+   *   stays
    */
   put(key: string, record: StoredRecord): void {
+    this.replace(key, record, this.records.get(key)?.fds ?? []);
+  }
+
+  /**
+   * As put, where some of the fds of the earlier record stay.
+   * @param places of each fd in the earlier record, or NEW_FD: those are `record.fds`, in their order
+   * @throws VhostdError notFound, protocol, keeperStore; what was there stays
+   */
+  change(key: string, places: readonly number[], { bytes, fds: added }: StoredRecord): void {
+    const before = this.records.get(key);
+    if (before === undefined) throw new VhostdError("notFound", `there is no record ${key}`);
+    const unused: (OwnedFd | undefined)[] = [...before.fds];
+    let taken = 0;
+    const fds = places.map((place) => {
+      const fd = place === NEW_FD ? added[taken++] : unused[place];
+      if (fd === undefined) throw new VhostdError("protocol", `the record ${key} has no fd ${place} that could stay`);
+      if (place !== NEW_FD) unused[place] = undefined;
+      return fd;
+    });
+    if (taken < added.length) throw new VhostdError("protocol", `the record ${key} came with too many fds`);
+    this.replace(
+      key,
+      { bytes, fds },
+      unused.filter((fd) => fd !== undefined),
+    );
+  }
+
+  private replace(key: string, record: StoredRecord, unused: readonly OwnedFd[]): void {
     const before = this.records.get(key);
     const size = this.size - (before?.bytes.length ?? 0) + record.bytes.length;
     const fdCount = this.fdCount - (before?.fds.length ?? 0) + record.fds.length;
     const { limits } = this;
+    if (this.laneOf(key).full) {
+      throw new VhostdError("keeperStore", `too many files of earlier records ${key} are still being closed`);
+    }
     this.checkRecord(key, record.bytes.length, record.fds.length);
     check(`bytes of all records with ${key}`, size, limits.totalSize);
     check(`fds of all records with ${key}`, fdCount, limits.totalFds);
@@ -64,7 +117,7 @@ export class Store implements Disposable {
     this.records.set(key, record);
     this.size = size;
     this.fdCount = fdCount;
-    closeAll(before?.fds ?? []);
+    closeAll(unused);
   }
 
   /** A record, or the begin of one, that may grow into one that is kept. @throws VhostdError keeperStore */

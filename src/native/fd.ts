@@ -4,6 +4,8 @@ import { c, check } from "./load.ts";
 import { onStop } from "./stop.ts";
 
 let live = 0;
+/** How often each number has been given an owner. */
+const owners: number[] = [];
 
 /** The count of OwnedFds that are open in this process, for tests of leaks. */
 export function liveFds(): number {
@@ -34,6 +36,11 @@ export class CloseLane {
     return Number(c.vhostd_pending_closes(this.number)) > PENDING_MAX;
   }
 
+  /** All files that were disposed of are closed. */
+  get idle(): boolean {
+    return Number(c.vhostd_pending_closes(this.number)) === 0;
+  }
+
   /** For OwnedFd: takes over an open fd. */
   close(fd: number): void {
     if (!stopping) {
@@ -61,6 +68,7 @@ export class OwnedFd implements Disposable {
     readonly lane?: CloseLane,
   ) {
     this.held = checkFd(number);
+    owners[number] = (owners[number] ?? 0) + 1;
     live++;
   }
 
@@ -79,6 +87,11 @@ export class OwnedFd implements Disposable {
     return new OwnedFd(duplicateNumber(this.number), this.lane);
   }
 
+  /** A new owner in the place of this one, which closes in another lane. @throws VhostdError invalid when closed */
+  inLane(lane: CloseLane): OwnedFd {
+    return new OwnedFd(this.release(), lane);
+  }
+
   /** Gives the number to the caller, who closes it from now on. @throws VhostdError invalid when closed */
   release(): number {
     const number = this.number;
@@ -95,6 +108,11 @@ export class OwnedFd implements Disposable {
     if (this.lane === undefined) c.vhostd_close(number);
     else this.lane.close(number);
   }
+}
+
+/** Tells the file of an owned fd from all others that have had its number before or will have it. */
+export function fileIdentity(fd: number): number {
+  return fd * 2 ** 32 + (owners[fd] ?? 0);
 }
 
 /** A descriptor of our own for a file that was lent to us and may be anybody's. @throws SystemError */

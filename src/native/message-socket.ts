@@ -15,6 +15,8 @@ export interface Framing {
   bodySize(header: Uint8Array): number;
   /** The most fds that a message of this protocol may carry. */
   readonly maxFds: number;
+  /** Whether a message with this header may carry any; each may, where left out. */
+  mayCarryFds?(header: Uint8Array): boolean;
 }
 
 /** One message as it arrived. */
@@ -25,13 +27,24 @@ export interface Message extends Disposable {
   readonly fds: OwnedFd[];
 }
 
+/** One message that was looked at. */
+export interface PeekedMessage extends Message {
+  /** All of it still lies in the socket, and `fds` are duplicates. */
+  readonly left: boolean;
+  /**
+   * Takes it out of the socket, where it is `left` and the socket is open. Once, before the next one is looked at.
+   * @throws VhostdError protocol where the peer has made it disappear
+   */
+  finish(): void;
+}
+
 export interface MessageSocketOptions {
   /** Milliseconds for a message that has begun to be complete; 10 s. */
   readonly partialTimeout?: number;
   /** Milliseconds for a message to be taken by the socket; 10 s. */
   readonly sendTimeout?: number;
-  /** Sees the header of a message while the message still lies in the socket. */
-  onHeader?(header: Uint8Array): void;
+  /** A message that is looked at has to be taken out of the socket, because it did not come in one piece. */
+  beforeTaking?(): void;
 }
 
 /** What has arrived of a message whose header is not complete. */
@@ -43,6 +56,7 @@ interface Begun {
 }
 
 const EAGAIN = 11;
+const EMFILE = 24;
 const EPIPE = 32;
 const ECONNRESET = 104;
 /** The most fds that the kernel puts into one message (SCM_MAX_FD). */
@@ -99,6 +113,11 @@ export class MessageSocket implements Disposable {
     return this.owned.number;
   }
 
+  /** The peer sends nothing more. What it sent before may still lie in the socket. @throws VhostdError cancelled */
+  get hungUp(): boolean {
+    return check(c.vhostd_is_hung_up(this.fd), "poll") > 0;
+  }
+
   /**
    * The next message, or undefined when the peer hung up between two messages. Nothing is taken from the socket before
    * this is called, and never more than one message. After an error the place in the stream is lost: close the socket.
@@ -106,7 +125,37 @@ export class MessageSocket implements Disposable {
    * (a message began and was not completed, or fds that came before cannot be closed), cancelled (closed meanwhile);
    * SystemError EMFILE (no room for its fds)
    */
-  async receive(): Promise<Message | undefined> {
+  receive(): Promise<Message | undefined> {
+    return this.next((begun, bodySize) => this.take(begun, bodySize));
+  }
+
+  /**
+   * As `receive`, and leaves the message in the socket until it is finished, for whoever comes after this process: where it
+   * came in one piece, which has its fds, too. Any other is taken out.
+   */
+  peek(): Promise<PeekedMessage | undefined> {
+    return this.next(async (begun, bodySize) => {
+      const whole = begun.taken === 0 ? this.look(begun, bodySize) : undefined;
+      if (whole !== undefined) return whole;
+      if (begun.taken === 0) this.options.beforeTaking?.();
+      return { ...(await this.take(begun, bodySize)), left: false, finish() {} };
+    });
+  }
+
+  /** Whether exactly these bytes lie first in the socket. */
+  startsWith(bytes: Uint8Array): boolean {
+    const first = this.first(bytes.length);
+    return first.length === bytes.length && first.every((byte, at) => byte === bytes[at]);
+  }
+
+  /** The bytes that lie first in the socket, which may be fewer than `size`. */
+  first(size: number): Uint8Array {
+    const bytes = new Uint8Array(size);
+    return bytes.subarray(0, Math.max(0, Number(c.vhostd_peek(this.fd, bytes, size))));
+  }
+
+  /** Calls for the message that has begun, its header filled in; `complete` is given the size of its body, bytes. */
+  private async next<T>(complete: (begun: Begun, bodySize: number) => Promise<T>): Promise<T | undefined> {
     if (this.receiving) throw new VhostdError("invalid", "receive() is called while another is waiting");
     this.receiving = true;
     try {
@@ -122,8 +171,7 @@ export class MessageSocket implements Disposable {
         if (!Number.isSafeInteger(bodySize) || bodySize < 0) {
           throw new VhostdError("protocol", `message announces a body of ${bodySize} bytes`);
         }
-        this.options.onHeader?.(begun.header);
-        return await this.take(begun, bodySize);
+        return await complete(begun, bodySize);
       } catch (error) {
         closeAll(begun.fds);
         throw error;
@@ -160,7 +208,11 @@ export class MessageSocket implements Disposable {
       check(count, "peek at a message");
       if (Number(c.vhostd_unread(this.fd)) > count) {
         // A look ends where bytes came with fds: these are taken, so that the next look begins there.
-        begun.taken += check(this.takePart(rest.subarray(0, count), begun.fds), "receive a part of a header");
+        if (begun.taken === 0) this.options.beforeTaking?.();
+        begun.taken += check(
+          this.read(c.vhostd_receive, rest.subarray(0, count), begun.fds),
+          "receive a part of a header",
+        );
         continue;
       }
       if (ended) throw lostError(begun.taken + count, header.length);
@@ -170,13 +222,42 @@ export class MessageSocket implements Disposable {
     }
   }
 
+  /** The message as it lies in the socket; undefined where that does not show all of it and all of its fds. */
+  private look({ header, fds }: Begun, bodySize: number): PeekedMessage | undefined {
+    const size = header.length + bodySize;
+    // One byte more, which is seen where the look did not end at the message.
+    const bytes = new Uint8Array(size + 1);
+    const count = this.read(c.vhostd_peek_message, bytes, fds);
+    if (count === -EMFILE) check(count, "look at a message with file descriptors");
+    // The fds may then be those of a later message.
+    const isUnclear = count > size && fds.length > 0;
+    if (isUnclear) closeAll(fds);
+    const mayCarryFds = this.framing.mayCarryFds?.(header) ?? true;
+    if (count < size || (isUnclear && mayCarryFds)) {
+      closeAll(fds);
+      return undefined;
+    }
+    return {
+      header,
+      body: bytes.subarray(header.length, size),
+      fds,
+      left: true,
+      finish: () => this.takeOut(size),
+      [Symbol.dispose]: () => closeAll(fds),
+    };
+  }
+
+  private takeOut(size: number): void {
+    if (this.owned !== undefined) takeBytes(this.owned.number, size, this.lane);
+  }
+
   private async take({ header, taken: begin, fds }: Begun, bodySize: number): Promise<Message> {
     const headerSize = header.length;
     const bytes = new Uint8Array(headerSize + bodySize);
     bytes.set(header);
     let deadline: Deadline | undefined;
     for (let taken = begin; taken < bytes.length; ) {
-      const count = this.takePart(from(bytes, taken), fds);
+      const count = this.read(c.vhostd_receive, from(bytes, taken), fds);
       if (count === -EAGAIN) {
         deadline ??= Deadline.after(this.partialTimeout, `arrival of a message of ${bytes.length} bytes`);
         await this.readable.wait(deadline);
@@ -191,14 +272,13 @@ export class MessageSocket implements Disposable {
     };
   }
 
-  /** The count of bytes taken or -errno; the fds that came are added to `fds`, which the caller closes. */
-  private takePart(into: Uint8Array, fds: OwnedFd[]): number {
+  /** The count of bytes read or -errno; the fds that came are added to `fds`, which the caller closes. */
+  private read(call: typeof c.vhostd_receive, into: Uint8Array, fds: OwnedFd[], limit = this.framing.maxFds): number {
     arrivedCount[0] = 0;
-    const count = Number(c.vhostd_receive(this.fd, into, into.length, arrivedFds, arrivedCount));
+    const count = Number(call(this.fd, into, into.length, arrivedFds, arrivedCount));
     for (let at = 0; at < arrivedCount[0]!; at++) fds.push(new OwnedFd(arrivedFds[at]!, this.lane));
-    if (fds.length > this.framing.maxFds) {
-      throw new VhostdError("protocol", `message carries ${fds.length} fds, the limit is ${this.framing.maxFds}`);
-    }
+    if (fds.length > limit)
+      throw new VhostdError("protocol", `message carries ${fds.length} fds, the limit is ${limit}`);
     return count;
   }
 
@@ -288,6 +368,28 @@ class Readiness implements Disposable {
 /** What is left of `bytes`; mostly all of it, and then no second view is made. */
 function from(bytes: Uint8Array, at: number): Uint8Array {
   return at === 0 ? bytes : bytes.subarray(at);
+}
+
+/**
+ * Takes bytes out of a stream socket, in which they lie, and drops them.
+ * @param lane of the fds that are among them. They come along, although nobody wants them: dropped by the kernel they would be
+ *   closed on this thread
+ * @throws VhostdError io where fewer lay there
+ */
+export function takeBytes(socket: number, size: number, lane: CloseLane): void {
+  arrivedCount[0] = 0;
+  const count = Number(c.vhostd_receive(socket, new Uint8Array(size), size, arrivedFds, arrivedCount));
+  for (let at = 0; at < arrivedCount[0]!; at++) new OwnedFd(arrivedFds[at]!, lane)[Symbol.dispose]();
+  // Without room for the fds the bytes have been taken all the same.
+  if (count === size || count === -EMFILE) return;
+  throw new VhostdError("io", `of a message of ${size} bytes that lay in the socket ${count} could be taken`);
+}
+
+/** As much as a stream socket takes now. @returns bytes; all of them where the peer is gone */
+export function sendAtOnce(socket: number, bytes: Uint8Array): number {
+  const count = Number(c.vhostd_send(socket, bytes, bytes.length, NO_FDS, 0));
+  if (count === -EAGAIN) return 0;
+  return count === -EPIPE || count === -ECONNRESET ? bytes.length : check(count, "send an answer");
 }
 
 function closeAll(fds: OwnedFd[]): void {

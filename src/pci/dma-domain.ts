@@ -5,10 +5,13 @@ import { OperationQueue } from "../base/operation-queue.ts";
 import { duplicate, type OwnedFd } from "../native/fd.ts";
 import { slowClose } from "../native/slow.ts";
 import { fileInfo } from "../native/sys.ts";
-import type { AddressSpace, DmaRange } from "./address-space.ts";
+import type { AddressSpace, DmaRange, StoredSpace } from "./address-space.ts";
 import type { BusEntry } from "./bus.ts";
-import { parseDomainRecord } from "./dma-record.ts";
+import { Claims } from "./claims.ts";
+import { domainRecord, readDomainRecord } from "./dma-record.ts";
+import { Failures } from "./failures.ts";
 import type { FunctionSnapshot, PciFunction } from "./function.ts";
+import { checkFile, checkRange } from "./range-checks.ts";
 import {
   describe,
   type Extent,
@@ -26,13 +29,26 @@ export interface DmaDomainOptions {
   readonly conflictTimeout?: number;
   /** Milliseconds for one map, unmap, attach or detach; 30 s. */
   readonly mapTimeout?: number;
+  /**
+   * Writes the domain's record, what `snapshot` gives: before anything is mapped or unmapped, which is marked as under way
+   * there, and after it. Where it fails nothing is mapped, or unmapped.
+   */
+  readonly note?: (() => Promise<void>) | undefined;
 }
 
-/** What is mapped: a range, and our own descriptor of its file. */
+/** A range, and our own descriptor of its file. */
 interface Mapped {
   readonly range: DmaRange;
   readonly fd: OwnedFd;
+  /**
+   * `mapping` and `unmapping`: it may be mapped or not, the record says so; also after an unmap that failed. `left`: an earlier
+   * process died while it was that.
+   */
+  state: "mapping" | "mapped" | "unmapping" | "left";
 }
+
+/** What the record says to be under way. */
+const PENDING = { mapping: "map", mapped: undefined, unmapping: "unmap", left: "unmap" } as const;
 
 /** A claim that has not ended. */
 interface PendingClaim {
@@ -51,15 +67,21 @@ interface PendingClaim {
  * The order that keeps memory safe: a file is held open here before it is mapped, and until its unmap has succeeded.
  * Where an unmap fails the error says so, the file stays open and the unmap is tried again with the next change.
  *
+ * The order that keeps a successor safe, which the kernel does not tell what is mapped: the record knows a range, as under
+ * way, before it is mapped, and until it is unmapped.
+ *
  * Operations on one domain run one after the other; domains do not wait for each other.
  */
 export class DmaDomain {
   private mapped: Mapped[] = [];
-  private readonly claims = new Map<string, DmaRange[]>();
+  private readonly claims = new Claims();
   private readonly pending = new Set<PendingClaim>();
   private readonly operations = new OperationQueue();
   private readonly conflictTimeout: number;
   private readonly mapTimeout: number;
+  private readonly note: () => Promise<void>;
+  /** Something was mapped or unmapped by this process. */
+  private hasChanged = false;
 
   constructor(
     private readonly space: AddressSpace,
@@ -67,6 +89,7 @@ export class DmaDomain {
   ) {
     this.conflictTimeout = options.conflictTimeout ?? 5_000;
     this.mapTimeout = options.mapTimeout ?? 30_000;
+    this.note = options.note ?? (async () => {});
   }
 
   /** Opens a function that is to be attached here. @throws VhostdError; nothing is left open then */
@@ -75,29 +98,44 @@ export class DmaDomain {
   }
 
   /**
-   * Goes on with a function as another process left it, attached, without a message to it. Takes the fds.
-   * @throws VhostdError invalid where the record or the fds do not fit
+   * Goes on with a function as another process left it, attached, without a message to it. Takes the fds. All functions of a
+   * revived domain are, before anything is asked for here.
+   * @throws VhostdError invalid where the record or the fds do not fit, or the function has missed a change of the memory
    */
   reviveFunction(entry: BusEntry, data: Json, fds: Map<string, OwnedFd>): PciFunction {
+    // Over vfio-user each is told for itself: it would reach what was taken away, and not what has come.
+    if (this.hasChanged && this.space.snapshot === undefined) {
+      for (const fd of fds.values()) fd[Symbol.dispose]();
+      throw new VhostdError("invalid", `the memory of its VM has changed before ${entry.address} was taken up`);
+    }
     const fn = this.space.revive(entry, data, fds);
     this.space.adopt(fn);
     return fn;
   }
 
-  /** All that is mapped becomes reachable for the function too. @throws VhostdError; the function reaches nothing then */
+  /**
+   * All that is mapped becomes reachable for the function too. It is in no record yet: it dies with this process, and with it
+   * what it was given so far.
+   * @throws VhostdError; the function reaches nothing then
+   */
   attach(fn: PciFunction): Promise<void> {
-    return this.operations.run(() => {
-      const mapped = this.mapped.map(({ range, fd }) => ({ ...range, fd: fd.number }));
-      return this.space.attach(fn, mapped, this.deadline(`mapping guest memory for ${fn.address}`));
+    return this.operations.run(async () => {
+      await this.space.attach(fn, withFiles(this.mapped), this.deadline(`mapping guest memory for ${fn.address}`));
+      if (this.space.snapshot === undefined) return;
+      // The space is another one with each function. Its record is there before that of the function.
+      await this.note().catch(async (error) => {
+        await this.detachNow(fn);
+        throw error;
+      });
     });
   }
 
-  /** The function reaches nothing any more. Does not fail because it is gone. */
+  /**
+   * The function reaches nothing any more. Does not fail because it is gone. Nobody is to go on with it: its record goes
+   * before.
+   */
   detach(fn: PciFunction): Promise<void> {
-    return this.operations.run(() => {
-      const ranges = this.mapped.map(({ range }) => range);
-      return this.space.detach(fn, ranges, this.deadline(`unmapping guest memory for ${fn.address}`));
-    });
+    return this.operations.run(() => this.detachNow(fn));
   }
 
   /**
@@ -108,7 +146,7 @@ export class DmaDomain {
    *   Nothing of the claim is mapped then.
    */
   async claim(owner: string, range: DmaRange, fd: number): Promise<void> {
-    this.checkRange(range);
+    checkRange(range, this.pageSize, this.usable);
     checkFile(range, fd);
     const deadline = Deadline.after(this.conflictTimeout, `waiting for guest memory at ${describe(extentOf(range))}`);
     const claim: PendingClaim = { owner, range, cancelled: false, wake: () => {} };
@@ -144,7 +182,7 @@ export class DmaDomain {
       const iova = highestPlace(this.usable, taken, size, this.pageSize);
       if (iova === undefined) throw new VhostdError("iommuDomain", `the IOMMU has no room for ${size} bytes`);
       const range = { iova, size, file: { dev, ino }, offset };
-      this.checkRange(range);
+      checkRange(range, this.pageSize, this.usable);
       checkFile(range, fd);
       await this.tryClaim({ owner, range, cancelled: false, wake: () => {} }, fd);
       return range;
@@ -155,14 +193,14 @@ export class DmaDomain {
   release(owner: string, range: DmaRange): Promise<void> {
     const waiting = this.cancel((claim) => claim.owner === owner && sameRange(claim.range, range));
     return this.operations.run(async () => {
-      const held = this.claims.get(owner) ?? [];
+      const held = this.claims.of(owner);
       const kept = held.filter((other) => !sameRange(other, range));
       if (kept.length === held.length) {
         if (waiting) return;
         throw new VhostdError("notFound", `${owner} holds no guest memory ${describe(extentOf(range))}`);
       }
-      this.setClaims(owner, kept);
-      await this.unmapUnclaimed();
+      this.claims.set(owner, kept);
+      await this.unmapUnclaimed({ changed: true });
     });
   }
 
@@ -175,8 +213,9 @@ export class DmaDomain {
   releaseAll(owner: string): Promise<void> {
     this.giveUp(owner);
     return this.operations.run(async () => {
-      this.claims.delete(owner);
-      await this.unmapUnclaimed();
+      const changed = this.claims.of(owner).length > 0;
+      this.claims.set(owner, []);
+      await this.unmapUnclaimed({ changed });
     });
   }
 
@@ -192,47 +231,77 @@ export class DmaDomain {
 
   /** End of the memory that `owner` holds, guest-physical, exclusive; 0 where that is none. */
   endOf(owner: string): number {
-    return Math.max(0, ...(this.claims.get(owner) ?? []).map(({ iova, size }) => iova + size));
+    return Math.max(0, ...this.claims.of(owner).map(({ iova, size }) => iova + size));
   }
 
   /** Who holds guest memory here. */
   get owners(): string[] {
-    return [...this.claims.keys()];
+    return this.claims.owners;
   }
 
-  /** Plain data and the files of what is mapped (borrowed). */
+  /** There is nothing that a successor would have to know. */
+  get isEmpty(): boolean {
+    return this.owners.length === 0 && this.mapped.length === 0 && this.space.snapshot?.() === undefined;
+  }
+
+  /** Plain data, the files of what is mapped or may be, and what keeps the address space (borrowed). */
   snapshot(): FunctionSnapshot {
-    const fds = new Map(this.mapped.map(({ fd }, i) => [`memory.${i}`, fd.number]));
-    return {
-      data: {
-        mapped: this.mapped.map(({ range }) => plain(range)),
-        claims: [...this.claims].map(([owner, ranges]) => ({ owner, ranges: ranges.map(plain) })),
-      },
-      fds,
-    };
+    const mapped = this.mapped.map(({ range, fd, state }) => ({ range, fd: fd.number, pending: PENDING[state] }));
+    return domainRecord(mapped, this.claims.all, this.space.snapshot?.());
   }
 
   /**
-   * Goes on with a domain as another process left it, mapped. Takes the fds.
-   * @throws VhostdError invalid where the record or the fds do not fit
+   * Goes on with a domain as another process left it, mapped. Takes the fds. Claims to what that process was just mapping are
+   * gone: whoever asked for it asks again.
+   * @param makeSpace is given what was kept of the address space, with its fds
+   * @throws VhostdError invalid where the record or the fds do not fit, or what `makeSpace` throws
    */
-  static revive(space: AddressSpace, data: Json, fds: Map<string, OwnedFd>, options: DmaDomainOptions = {}): DmaDomain {
+  static revive(
+    makeSpace: (stored: StoredSpace | undefined) => AddressSpace,
+    data: Json,
+    fds: Map<string, OwnedFd>,
+    options: DmaDomainOptions = {},
+  ): DmaDomain {
+    const { mapped, claims, space: stored } = readDomainRecord(data, fds);
     using undo = new DisposableStack();
-    for (const fd of fds.values()) undo.use(fd);
-    const record = parseDomainRecord(data);
-    const domain = new DmaDomain(space, options);
-    for (const [i, range] of record.mapped.entries()) {
-      const fd = fds.get(`memory.${i}`);
-      if (fd === undefined) throw new VhostdError("invalid", `the stored DMA domain lacks the descriptor memory.${i}`);
-      checkFile(range, fd.number);
-      domain.mapped.push({ range, fd });
-    }
-    if (fds.size !== record.mapped.length) {
-      throw new VhostdError("invalid", `the stored DMA domain has ${fds.size} fds for ${record.mapped.length} ranges`);
-    }
-    for (const { owner, ranges } of record.claims) domain.claims.set(owner, [...ranges]);
+    for (const { fd } of mapped) undo.use(fd);
+    const domain = new DmaDomain(makeSpace(stored), options);
     undo.move();
+    domain.mapped = mapped.map(({ range, fd, pending }) => ({
+      ...{ range, fd },
+      state: pending === undefined ? "mapped" : "left",
+    }));
+    const left = domain.mapped.filter(({ state }) => state === "left").map(({ range }) => extentOf(range));
+    for (const [owner, ranges] of claims) {
+      const stand = ranges.filter((range) => !left.some((extent) => overlaps(extent, extentOf(range))));
+      domain.claims.set(owner, stand);
+    }
     return domain;
+  }
+
+  /**
+   * Ends what was under way when the process before this one died: once, after the functions were revived and before anything
+   * else is asked for. What was being mapped or unmapped is unmapped; what is mapped becomes this process's.
+   * @throws VhostdError where some of it stays mapped: it is tried again with the next change
+   */
+  takeUp(deadline: Deadline): Promise<void> {
+    return this.operations.run(async () => {
+      const failures = new Failures();
+      for (const one of this.mapped) if (one.state === "left") await failures.of(this.unmap(one, deadline));
+      const mapped = this.mapped.filter(({ state }) => state === "mapped");
+      await failures.of(this.space.takeUp?.(withFiles(mapped), deadline));
+      await failures.of(this.unmapUnclaimed({ changed: true, deadline }));
+      failures.check();
+    });
+  }
+
+  /** No function of an earlier process is revived any more: what is held for others is let go. */
+  adoptedAll(): Promise<void> {
+    return this.operations.run(async () => {
+      if (this.space.adoptedAll === undefined) return;
+      this.space.adoptedAll();
+      await this.note();
+    });
   }
 
   /** Lets go of everything of this process without an unmap; what nobody else holds is not mapped any more. */
@@ -251,25 +320,29 @@ export class DmaDomain {
       throw new VhostdError("cancelled", `${owner} gave up its claim to ${describe(extentOf(range))}`);
     const extent = extentOf(range);
     const there = this.mapped.filter((mapped) => overlaps(extentOf(mapped.range), extent));
-    const conflict = there.find((mapped) => !sameBacking(mapped.range, range));
+    const conflict = there.find((mapped) => mapped.state !== "mapped" || !sameBacking(mapped.range, range));
     if (conflict !== undefined) {
       if (this.isClaimed(conflict.range)) return conflict;
       // Left over from an unmap that failed.
-      await this.unmap(conflict);
+      await this.unmapUnclaimed({ only: conflict });
       return this.tryClaim(claim, fd);
     }
     const gaps = subtract(
       extent,
       there.map((mapped) => extentOf(mapped.range)),
     );
-    const held = this.claims.get(owner) ?? [];
+    const held = this.claims.of(owner);
+    const isNew = !held.some((other) => sameRange(other, range));
+    if (!isNew && gaps.length === 0) return undefined;
     // Claimed before it is mapped, so that nothing that is mapped is ever without a claim.
-    if (!held.some((other) => sameRange(other, range))) this.setClaims(owner, [...held, range]);
+    if (isNew) this.claims.set(owner, [...held, range]);
     try {
-      for (const gap of gaps) await this.map(slice(range, gap), fd, () => claim.cancelled);
+      const missing = gaps.map((gap) => slice(range, gap));
+      await this.map(missing, fd, () => claim.cancelled);
     } catch (error) {
-      this.setClaims(owner, held);
-      await this.unmapUnclaimed().catch((cause) => {
+      this.claims.set(owner, held);
+      await this.unmapUnclaimed({ changed: true }).catch((cause) => {
+        if (asError(cause).message === asError(error).message) throw error;
         throw new VhostdError("iommuDomain", `${asError(error).message}; ${asError(cause).message}`, { cause });
       });
       throw error;
@@ -277,19 +350,72 @@ export class DmaDomain {
     return undefined;
   }
 
-  private async map(range: DmaRange, fd: number, cancelled: () => boolean): Promise<void> {
-    using undo = new DisposableStack();
-    const own = undo.use(duplicate(fd));
-    const deadline = this.deadline(`mapping guest memory ${describe(extentOf(range))}`);
-    await this.space.map(range, own.number, deadline, cancelled);
-    undo.move();
-    this.mapped.push({ range, fd: own });
+  /** Where it fails, what it has mapped is there as `unmapping`. */
+  private async map(ranges: readonly DmaRange[], fd: number, cancelled: () => boolean): Promise<void> {
+    const added = this.hold(ranges, fd);
+    let done = 0;
+    try {
+      if (added.length > 0) await this.note();
+      this.hasChanged ||= added.length > 0;
+      for (const { range, fd: own } of added) {
+        const deadline = this.deadline(`mapping guest memory ${describe(extentOf(range))}`);
+        await this.space.map(range, own.number, deadline, cancelled);
+        done++;
+      }
+      for (const one of added) one.state = "mapped";
+      await this.note();
+    } catch (error) {
+      for (const one of added.slice(0, done)) one.state = "unmapping";
+      const missing = added.slice(done);
+      this.mapped = this.mapped.filter((one) => !missing.includes(one));
+      for (const { fd: own } of missing) own[Symbol.dispose]();
+      throw error;
+    }
   }
 
-  private async unmap(mapped: Mapped): Promise<void> {
-    const where = describe(extentOf(mapped.range));
+  /** Ranges of one file that are to be mapped, with a descriptor for each. */
+  private hold(ranges: readonly DmaRange[], fd: number): Mapped[] {
+    using undo = new DisposableStack();
+    const added = ranges.map((range): Mapped => ({ range, fd: undo.use(duplicate(fd)), state: "mapping" }));
+    undo.move();
+    this.mapped.push(...added);
+    return added;
+  }
+
+  /**
+   * Tries all of it; throws the first failure.
+   * @param changed the record is not right any more, whatever is unmapped
+   * @param only this one
+   * @param deadline for all of it
+   */
+  private async unmapUnclaimed({
+    changed = false,
+    only,
+    deadline,
+  }: {
+    changed?: boolean;
+    only?: Mapped;
+    deadline?: Deadline;
+  } = {}): Promise<void> {
+    const failures = new Failures();
+    const unclaimed = only === undefined ? this.mapped.filter(({ range }) => !this.isClaimed(range)) : [only];
+    const begun = unclaimed.filter(({ state }) => state === "mapped");
+    for (const one of begun) one.state = "unmapping";
+    if (begun.length > 0 && !(await failures.of(this.note()))) for (const one of begun) one.state = "mapped";
+    for (const one of unclaimed) if (one.state !== "mapped") await failures.of(this.unmap(one, deadline));
+    await failures.of(this.space.settle?.(deadline ?? this.deadline("unmapping guest memory")));
+    if (changed || unclaimed.length > 0) await failures.of(this.note());
+    for (const claim of this.pending) claim.wake();
+    failures.check();
+  }
+
+  private async unmap(mapped: Mapped, deadline?: Deadline): Promise<void> {
+    const { range, state } = mapped;
+    const where = describe(extentOf(range));
+    this.hasChanged = true;
+    const until = deadline ?? this.deadline(`unmapping guest memory ${where}`);
     try {
-      await this.space.unmap(mapped.range, this.deadline(`unmapping guest memory ${where}`));
+      await (state === "left" ? this.space.unmapIfThere(range, until) : this.space.unmap(range, until));
     } catch (cause) {
       throw new VhostdError("iommuDomain", `guest memory ${where} could not be unmapped and is still reachable`, {
         fix: "remove the VFs of this VM to close their functions",
@@ -300,26 +426,13 @@ export class DmaDomain {
     await slowClose(mapped.fd);
   }
 
-  /** Tries all of it; throws the first failure. */
-  private async unmapUnclaimed(): Promise<void> {
-    const failures: unknown[] = [];
-    for (const mapped of this.mapped.filter(({ range }) => !this.isClaimed(range))) {
-      await this.unmap(mapped).catch((error) => failures.push(error));
-    }
-    const settled = this.space.settle?.(this.deadline("unmapping guest memory"));
-    await settled?.catch((error) => failures.push(error));
-    for (const claim of this.pending) claim.wake();
-    if (failures.length > 0) throw failures[0];
+  private detachNow(fn: PciFunction): Promise<void> {
+    const ranges = this.mapped.map(({ range }) => range);
+    return this.space.detach(fn, ranges, this.deadline(`unmapping guest memory for ${fn.address}`));
   }
 
   private isClaimed(range: DmaRange): boolean {
-    const extent = extentOf(range);
-    return [...this.claims.values()].some((ranges) => ranges.some((claimed) => overlaps(extentOf(claimed), extent)));
-  }
-
-  private setClaims(owner: string, ranges: DmaRange[]): void {
-    if (ranges.length === 0) this.claims.delete(owner);
-    else this.claims.set(owner, ranges);
+    return this.claims.holdersOf(extentOf(range)).length > 0;
   }
 
   private cancel(which: (claim: PendingClaim) => boolean): boolean {
@@ -331,49 +444,16 @@ export class DmaDomain {
     return claims.length > 0;
   }
 
-  private checkRange(range: DmaRange): void {
-    const { iova, size, offset } = range;
-    const end = iova + size;
-    const whole = [iova, size, offset, end, offset + size].every((value) => Number.isSafeInteger(value) && value >= 0);
-    if (!whole || size === 0) {
-      throw new VhostdError("invalid", `guest memory of ${size} bytes at ${iova}, offset ${offset}: not a range`);
-    }
-    const where = describe(extentOf(range));
-    const page = this.space.pageSize;
-    if ([iova, size, offset].some((value) => value % page !== 0)) {
-      throw new VhostdError(
-        "invalid",
-        `guest memory ${where} at offset 0x${offset.toString(16)} of its file cannot be mapped: its begin, length and offset must be multiples of ${page} bytes`,
-      );
-    }
-    const { usable } = this;
-    const [hole] = subtract(extentOf(range), usable);
-    if (hole !== undefined) {
-      throw new VhostdError(
-        "iommuDomain",
-        `guest memory ${where} meets ${describe(hole)}, which the IOMMU cannot map`,
-        {
-          fix: "give the guest less memory, or move its memory around the hole",
-          data: { start: hole.start, end: hole.end - 1 },
-        },
-      );
-    }
-    // A union of two usable ranges is not one: a mapping that crosses their border may be refused in its middle.
-    if (!usable.some((one) => one.start <= iova && end <= one.end)) {
-      throw new VhostdError("iommuDomain", `guest memory ${where} crosses the border of two ranges of the IOMMU`);
-    }
-  }
-
   private get usable(): Extent[] {
     return this.space.ioRanges.map(({ start, end: last }) => ({ start, end: last + 1 }));
   }
 
   private conflictError(range: DmaRange, conflict: Mapped, cause: unknown): VhostdError {
     const extent = extentOf(conflict.range);
-    const owners = [...this.claims].filter(([, held]) => held.some((other) => overlaps(extentOf(other), extent)));
+    const holders = this.claims.holdersOf(extent).join(", ");
     return new VhostdError(
       "iommuDomain",
-      `guest memory ${describe(extentOf(range))} overlaps ${describe(extent)}, which ${owners.map(([owner]) => owner).join(", ")} has from another file`,
+      `guest memory ${describe(extentOf(range))} overlaps ${describe(extent)}, which ${holders} has from another file`,
       { fix: "check whether two VMs were given the same UUID", cause },
     );
   }
@@ -383,21 +463,6 @@ export class DmaDomain {
   }
 }
 
-/**
- * A file may end inside its last page: memory is mapped, and kept, by whole pages.
- * @throws VhostdError invalid where the fd is another file than the range says, or the range ends beyond its last page
- */
-function checkFile(range: DmaRange, fd: number): void {
-  const { dev, ino, size, pageSize } = fileInfo(fd);
-  const where = describe(extentOf(range));
-  if (dev !== range.file.dev || ino !== range.file.ino) {
-    throw new VhostdError("invalid", `guest memory ${where} came with another file than the one it names`);
-  }
-  if (range.offset + range.size > Math.ceil(size / pageSize) * pageSize) {
-    throw new VhostdError("invalid", `guest memory ${where} ends at ${range.offset + range.size} of a file of ${size}`);
-  }
-}
-
-function plain({ iova, size, file, offset }: DmaRange) {
-  return { iova, size, file: { dev: file.dev, ino: file.ino }, offset };
+function withFiles(mapped: readonly Mapped[]): (DmaRange & { readonly fd: number })[] {
+  return mapped.map(({ range, fd }) => ({ ...range, fd: fd.number }));
 }

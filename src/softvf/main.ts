@@ -8,6 +8,7 @@ import { parsePciAddress } from "../pci/address.ts";
 import type { SoftOption } from "../plugin.ts";
 import { BUILT_IN_PLUGINS, PluginRegistry } from "../plugin-host.ts";
 import { dieOfUnhandled, exitSoon, stopSignal } from "../process.ts";
+import { takeServiceEnvironment } from "../systemd/service-environment.ts";
 import { VERSION } from "../version.ts";
 import { allOptions, optionFlag } from "./class-options.ts";
 import {
@@ -67,12 +68,19 @@ async function serve(args: readonly string[]): Promise<number> {
   dieOfUnhandled(log);
   const asked = stopSignal();
   // Not before: --help and mistakes on the command line are answered where native/ is not built, too.
-  const [{ Softvf }, { stopNative }] = await Promise.all([import("./softvf.ts"), import("../native/stop.ts")]);
+  const [{ Softvf }, { stopNative }, { Notify }] = await Promise.all([
+    import("./softvf.ts"),
+    import("../native/stop.ts"),
+    import("../systemd/notify.ts"),
+  ]);
+  using notify = new Notify(takeServiceEnvironment(), log);
   const softvf = new Softvf(config, log);
   try {
     await softvf.start();
     process.stdout.write(`ready ${config.runtimeDirectory}\n`);
+    notify.ready();
     log.info(`${await asked}: stopping`);
+    notify.stopping();
     return 0;
   } finally {
     await softvf.stop();

@@ -5,7 +5,7 @@ import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { Connection } from "./connection.ts";
 import { BackendRequest, U64, VRING_AREA } from "./messages.ts";
-import type { DoorbellShare } from "./target.ts";
+import type { DoorbellShare, SessionTarget } from "./target.ts";
 
 /** A front-end that has not answered by then is not waited for any longer. Milliseconds. */
 const REPLY_TIMEOUT = 10_000;
@@ -28,7 +28,7 @@ export class BackChannel implements Disposable {
     private readonly replyAck: boolean,
     private readonly log: Logger,
   ) {
-    this.connection = new Connection(fd, () => U64.size);
+    this.connection = new Connection(fd, { payloadLimit: () => U64.size });
     void this.readReplies();
   }
 
@@ -46,11 +46,19 @@ export class BackChannel implements Disposable {
     });
   }
 
+  /** Offers the doorbells of these queues, where the function can share them. */
+  async shareDoorbells(target: Pick<SessionTarget, "doorbellShare">, queues: readonly number[]): Promise<void> {
+    for (const queue of queues) {
+      const share = await target.doorbellShare?.(queue);
+      if (share !== undefined) this.hostNotifier(queue, share);
+    }
+  }
+
   /**
    * VRING_HOST_NOTIFIER_MSG: the front-end may map the queue's doorbell itself. One that does not has been given the function
    * all the same: its kicks go a way on which nobody can be kept waiting, and which is slower.
    */
-  hostNotifier(queue: number, { fd, offset, size }: DoorbellShare): void {
+  private hostNotifier(queue: number, { fd, offset, size }: DoorbellShare): void {
     const area = VRING_AREA.encode({ queue: BigInt(queue), size, offset });
     this.enqueue(async () => {
       try {

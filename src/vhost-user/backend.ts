@@ -11,11 +11,11 @@ import { ConfigAhead } from "./config-ahead.ts";
 import { DeviceStatus } from "./device-status.ts";
 import { DirtyLogging } from "./dirty-logging.ts";
 import { checkOffered, functionFeatures, offeredFeatures, offeredProtocolFeatures } from "./features.ts";
-import { GuestMemory, type Region } from "./guest-memory.ts";
+import { GuestMemory } from "./guest-memory.ts";
 import { ProtocolFeature } from "./messages.ts";
 import type { SessionRecord } from "./record.ts";
-import { checkInside, eventfdsOf, indices, RING_FDS, Ring, type RingFd } from "./rings.ts";
-import { decodeState, encodeRegions, encodeState, reviveRegions, word } from "./snapshot.ts";
+import { eventfdsOf, indices, Ring, type RingFd } from "./rings.ts";
+import { decodeState, encodeRegions, encodeState, reviveRegions, snapshotFds, word } from "./snapshot.ts";
 import { featuresOf, type SessionState, transition } from "./state.ts";
 import type { SessionTarget } from "./target.ts";
 import { checkModern, preparedQueue, startedQueue, wantedState } from "./wanted-state.ts";
@@ -39,10 +39,14 @@ export class Backend {
   readonly config: ConfigAhead;
   /** Why memory of the guest was refused, where the function has not run since. */
   refusedMemory: Error | undefined;
+  /** An earlier process may have handled the message that is handled: the record has it then. */
+  mayRepeat = false;
   private said: DeviceStatus;
   /** What the function keeps of a ring between a stop and the start that follows at once, by queue. */
   private readonly inFlight = new Map<number, readonly number[]>();
   private channel: BackChannel | undefined;
+  /** A start has begun and has not ended. */
+  private starting: boolean;
 
   /**
    * @param record where the session is: FRESH_RECORD, or what `snapshot` gave
@@ -61,16 +65,17 @@ export class Backend {
     this.protocolFeatures = BigInt(record.protocolFeatures);
     this.said = new DeviceStatus(record.status);
     this.config = new ConfigAhead(target);
+    this.starting = record.starting ?? false;
     this.state = decodeState(record.state);
     // Pages may be marked for a front-end to which that would not be offered now.
     checkOffered(featuresOf(this.state), this.offered | LOG_ALL, "stored features");
-    this.memory = new GuestMemory(target, reviveRegions(record, takeFd));
+    this.memory = new GuestMemory(target, reviveRegions(record, takeFd), record.removed);
     this.rings = Array.from({ length: target.queues }, (_, index) => new Ring(index, target.queueSizeMax(index)));
     for (const ring of record.rings) {
       this.ring(ring.index).revive(ring, (which) => takeFd(`${which}.${ring.index}`));
     }
     if (this.state.kind === "running") for (const index of this.state.queues) this.ring(index).ready(this.memory);
-    this.logging = new DirtyLogging(target, this.memory, log, this.chatter);
+    this.logging = new DirtyLogging(target, this.memory, log, this.chatter, record.unmarked);
     if (record.log !== undefined) this.logging.revive(record.log, takeFd("log"));
     const channel = takeFd("backend");
     if (channel !== undefined) this.setBackChannel(channel);
@@ -161,17 +166,31 @@ export class Backend {
     return this.isBehind || this.logging.loss !== undefined;
   }
 
+  /** Not all is marked that the function wrote, and the session may end for it. */
+  get pagesSeen(): boolean {
+    return this.logging.mayEnd(this.wantsLogging);
+  }
+
   /**
    * Tells the function what it is behind with.
    * @returns whether anything has changed
    * @throws VhostdError where not all is marked that the function wrote, as soon as the session may end for it
    */
   async catchUp(): Promise<boolean> {
-    if (this.logging.mayEnd(this.wantsLogging)) throw this.logging.loss;
+    if (this.pagesSeen) throw this.logging.loss;
     if (this.startDue) await this.start();
     else if (this.enableDue || this.disableDue) await this.applyEnabled();
     else return false;
     return true;
+  }
+
+  /** Goes on where an earlier process has died: with a start, and with doorbells of which it may not have told. */
+  async goOn(): Promise<void> {
+    await this.followLogging();
+    if (!this.starting || !this.mayStart)
+      return await this.shareDoorbells(this.rings.filter((ring) => this.runs(ring)));
+    await this.start();
+    await this.followLogging();
   }
 
   /**
@@ -192,14 +211,16 @@ export class Backend {
     const enabled = started.filter(isUsed);
     const next = transition(this.state, { type: "start", queues: indices(started), enabled: indices(enabled) });
     const config = await this.config.take();
+    this.starting = true;
     await this.target.start(wantedState(this.target, features, config, queues), eventfdsOf(started));
+    this.starting = false;
     this.state = next;
     this.refusedMemory = undefined;
     const used = enabled.length === started.length ? "" : `, ${enabled.length} of them enabled`;
     this.log.info(
       `running with ${started.length} of ${this.rings.length} queues${used}, features 0x${features.toString(16)}`,
     );
-    await this.shareDoorbells(this.said.firstDoorbellOnly ? started.filter(({ index }) => index === 0) : started);
+    await this.shareDoorbells(started);
   }
 
   /** PRESETUP: what is set up from here on is only prepared. */
@@ -289,8 +310,9 @@ export class Backend {
   async enable(ring: Ring, enabled: boolean): Promise<void> {
     const changed = ring.enabled !== enabled;
     ring.enabled = enabled;
-    if (!changed || this.state.kind !== "running" || !this.runs(ring)) return;
+    if (this.state.kind !== "running" || !this.runs(ring)) return;
     const isNew = enabled && !this.state.enabled.includes(ring.index);
+    if (!isNew && !changed) return;
     if (isNew && !this.givenUp) {
       await this.target.checkpoint();
       await this.applyEnabled();
@@ -315,13 +337,6 @@ export class Backend {
     if (which === "call") await this.target.setCall(ring.index, ring.call ?? null);
   }
 
-  /** @throws VhostdError protocol where a ring in use would lose its memory */
-  checkRunningRings(regions: readonly Region[]): void {
-    for (const ring of this.rings) {
-      if (this.runs(ring) && ring.addresses !== undefined) checkInside(ring.index, ring.size, ring.addresses, regions);
-    }
-  }
-
   /** Takes ownership of `fd`, in the place of an earlier one. @throws VhostdError protocol */
   setBackChannel(fd: OwnedFd): void {
     if (!isUnixStream(fd.number)) {
@@ -343,24 +358,20 @@ export class Backend {
   }
 
   snapshot(): { record: SessionRecord; fds: Map<string, number> } {
-    const fds = new Map<string, number>();
+    const fds = snapshotFds(this.memory.list, this.rings);
     const log = this.logging.snapshot();
     if (log !== undefined) fds.set("log", log.fd);
     if (this.channel !== undefined) fds.set("backend", this.channel.fd);
-    for (const [index, region] of this.memory.list.entries()) fds.set(`region.${index}`, region.fd.number);
-    for (const ring of this.rings) {
-      for (const which of RING_FDS) {
-        const fd = ring.fds[which];
-        if (fd !== undefined) fds.set(`${which}.${ring.index}`, fd.number);
-      }
-    }
     const record: SessionRecord = {
       state: encodeState(this.state),
       protocolFeatures: word(this.protocolFeatures),
       status: this.said.word,
       regions: encodeRegions(this.memory.list),
+      removed: [...this.memory.removed],
       rings: this.rings.flatMap((ring) => ring.snapshot() ?? []),
       ...(log?.record === undefined ? {} : { log: log.record }),
+      ...(this.logging.ranUnmarked ? { unmarked: true } : {}),
+      ...(this.starting ? { starting: true } : {}),
     };
     return { record, fds };
   }
@@ -474,13 +485,9 @@ export class Backend {
   }
 
   private async shareDoorbells(rings: readonly Ring[]): Promise<void> {
-    const { target, channel } = this;
-    if (target.doorbellShare === undefined || channel === undefined) return;
     if (!this.has(ProtocolFeature.HOST_NOTIFIER) || !this.has(ProtocolFeature.BACKEND_SEND_FD)) return;
-    for (const ring of rings) {
-      const share = await target.doorbellShare(ring.index);
-      if (share !== undefined) channel.hostNotifier(ring.index, share);
-    }
+    const wanted = this.said.firstDoorbellOnly ? rings.filter(({ index }) => index === 0) : rings;
+    await this.channel?.shareDoorbells(this.target, indices(wanted));
   }
 
   private closeFds(): void {

@@ -1,6 +1,6 @@
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { type Framing, MessageSocket } from "../native/message-socket.ts";
+import { type Framing, type Message, MessageSocket } from "../native/message-socket.ts";
 import {
   encodeMessage,
   FLAG_NEED_REPLY,
@@ -22,32 +22,64 @@ export interface Incoming extends Disposable {
   readonly fds: OwnedFd[];
 }
 
+/** A message that may still lie in the socket. */
+export interface PeekedIncoming extends Incoming {
+  /** It does. What came in pieces was taken out. */
+  readonly left: boolean;
+  readonly header: Uint8Array;
+  /** Takes it out, where it is `left`. @throws VhostdError protocol */
+  finish(): void;
+}
+
+export interface ConnectionOptions {
+  /** Bytes that a request may carry at most. @throws VhostdError protocol for an unknown request */
+  payloadLimit(request: number): number;
+  /** Whether a request may carry fds; each may, where left out. */
+  mayCarryFds?(request: number): boolean;
+  /** `peek` has to take a message out of the socket. */
+  beforeTaking?(): void;
+}
+
 /** One vhost-user channel: the connection itself, or the back-end's own channel. */
 export class Connection implements Disposable {
   private readonly socket: MessageSocket;
 
-  /** @param payloadLimit bytes that a request may carry at most; throws VhostdError protocol for an unknown request */
-  constructor(fd: OwnedFd, payloadLimit: (request: number) => number) {
-    this.socket = new MessageSocket(fd, framing(payloadLimit));
+  constructor(fd: OwnedFd, options: ConnectionOptions) {
+    this.socket = new MessageSocket(fd, framing(options), { beforeTaking: () => options.beforeTaking?.() });
   }
 
   /** The next message, or undefined where the peer hung up between two. One call at a time. */
   async receive(): Promise<Incoming | undefined> {
     const message = await this.socket.receive();
-    if (message === undefined) return undefined;
-    const { request, flags } = HEADER.read(message.header);
-    return {
-      request,
-      isReply: (flags & FLAG_REPLY) !== 0,
-      needReply: (flags & FLAG_NEED_REPLY) !== 0,
-      payload: message.body,
-      fds: message.fds,
-      [Symbol.dispose]: () => message[Symbol.dispose](),
-    };
+    return message === undefined ? undefined : incoming(message);
   }
 
-  async reply(request: number, payload: Uint8Array): Promise<void> {
-    await this.socket.send(encodeMessage(request, PROTOCOL_VERSION | FLAG_REPLY, payload));
+  /** As `receive`, and leaves it in the socket where that is possible. */
+  async peek(): Promise<PeekedIncoming | undefined> {
+    const message = await this.socket.peek();
+    if (message === undefined) return undefined;
+    const { header, left } = message;
+    return { ...incoming(message), header, left, finish: () => message.finish() };
+  }
+
+  /** Whether exactly these bytes lie first in the socket. */
+  startsWith(bytes: Uint8Array): boolean {
+    return this.socket.startsWith(bytes);
+  }
+
+  /** The bytes that lie first in the socket, which may be fewer than `size`. */
+  first(size: number): Uint8Array {
+    return this.socket.first(size);
+  }
+
+  /** The peer sends nothing more. What it sent before may still lie in the socket. */
+  get hungUp(): boolean {
+    return this.socket.hungUp;
+  }
+
+  /** A whole message, or the rest of one. */
+  async send(bytes: Uint8Array): Promise<void> {
+    await this.socket.send(bytes);
   }
 
   async request(request: number, payload: Uint8Array, needReply: boolean, fds: readonly number[] = []): Promise<void> {
@@ -73,10 +105,28 @@ export class Connection implements Disposable {
   }
 }
 
-function framing(payloadLimit: (request: number) => number): Framing {
+function incoming(message: Message): Incoming {
+  const { request, flags } = HEADER.read(message.header);
+  return {
+    request,
+    isReply: (flags & FLAG_REPLY) !== 0,
+    needReply: (flags & FLAG_NEED_REPLY) !== 0,
+    payload: message.body,
+    fds: message.fds,
+    [Symbol.dispose]: () => message[Symbol.dispose](),
+  };
+}
+
+/** An answer as a whole message. */
+export function encodeReply(request: number, payload: Uint8Array): Uint8Array {
+  return encodeMessage(request, PROTOCOL_VERSION | FLAG_REPLY, payload);
+}
+
+function framing({ payloadLimit, mayCarryFds }: ConnectionOptions): Framing {
   return {
     headerSize: HEADER.size,
     maxFds: MEM_TABLE_REGIONS_MAX,
+    mayCarryFds: (header) => mayCarryFds?.(HEADER.read(header).request) ?? true,
     bodySize(bytes) {
       const { request, flags, size } = HEADER.read(bytes);
       const version = flags & FLAG_VERSION_MASK;

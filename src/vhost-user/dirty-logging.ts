@@ -48,8 +48,6 @@ export class DirtyLogging implements Disposable {
   private state: LoggingState = { kind: "off" };
   /** What the front-end gave last, until it wants nothing to be marked any more. */
   private log: HeldLog | undefined;
-  /** The function has run while pages were to be marked, and there was no log to mark them in. */
-  private ranUnmarked = false;
   /** Why an earlier process was to mark all pages: it may have died before it had. */
   private left: Error | undefined;
 
@@ -59,7 +57,13 @@ export class DirtyLogging implements Disposable {
     private readonly logger: Logger,
     /** For what a front-end can cause again and again. */
     private readonly chatter: BoundedLog,
+    private unmarked = false,
   ) {}
+
+  /** The function has run while pages were to be marked, and there was no log to mark them in. */
+  get ranUnmarked(): boolean {
+    return this.unmarked;
+  }
 
   /** Why not all is marked that the function wrote; undefined where it is. */
   get loss(): Error | undefined {
@@ -99,7 +103,7 @@ export class DirtyLogging implements Disposable {
     if (this.left !== undefined) return await this.lose(this.left);
     if (!wanted || log === undefined || end === 0) {
       if (state.kind === "on") await this.turnOff(state.log, wanted);
-      this.ranUnmarked = wanted && (runs || this.ranUnmarked);
+      this.unmarked = wanted && (runs || this.unmarked);
       return;
     }
     if (state.kind === "on" && state.log === log && state.end === end) return;
@@ -117,8 +121,8 @@ export class DirtyLogging implements Disposable {
     }
     await this.target.track({ log: borrowed(log), end });
     this.enter({ kind: "on", log, end });
-    if (this.ranUnmarked) await this.markAll(new CompletedLog(), log, this.memory.list);
-    this.ranUnmarked = false;
+    if (this.unmarked) await this.markAll(new CompletedLog(), log, this.memory.list);
+    this.unmarked = false;
     if (state.kind === "on") this.letGo(state.log);
     else this.chatter.info(`pages that the device writes are marked, up to 0x${end.toString(16)}`);
   }

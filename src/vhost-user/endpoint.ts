@@ -52,12 +52,16 @@ export class Endpoint implements Disposable {
   /**
    * Begins to connect or to listen.
    * @param taken there is a connection already (a session that was revived)
+   * @param listener that an earlier process listened at; taken
    * @throws SystemError where the socket cannot be made (server mode)
    */
-  start(taken = false): void {
-    if (this.state !== "new") return;
+  start(taken = false, listener?: OwnedFd): void {
+    if (this.state !== "new") {
+      listener?.[Symbol.dispose]();
+      return;
+    }
     this.state = taken ? "taken" : "waiting";
-    if (this.options.mode === "server") this.listen();
+    if (this.options.mode === "server") this.listen(listener);
     else if (!taken) this.connect();
   }
 
@@ -70,15 +74,26 @@ export class Endpoint implements Disposable {
     else this.listener?.watch.rearm();
   }
 
-  [Symbol.dispose](): void {
+  /** The socket that is listened at, borrowed: those who connect to it while nobody is here wait. */
+  get listenerFd(): number | undefined {
+    return this.listener?.fd.number;
+  }
+
+  /** Nobody is served by this process any more; whoever holds a duplicate of the listening socket goes on. */
+  abandon(): void {
     this.state = "closed";
     clearTimeout(this.retry);
     clearTimeout(this.refusal);
-    if (this.listener === undefined) return;
-    this.listener.watch[Symbol.dispose]();
-    shutDown(this.listener.fd.number);
-    this.listener.fd[Symbol.dispose]();
+    this.listener?.watch[Symbol.dispose]();
+    this.listener?.fd[Symbol.dispose]();
     this.listener = undefined;
+  }
+
+  [Symbol.dispose](): void {
+    const isListening = this.listener !== undefined;
+    if (this.listener !== undefined) shutDown(this.listener.fd.number);
+    this.abandon();
+    if (!isListening) return;
     try {
       unlinkSync(this.options.path);
     } catch (error) {
@@ -120,8 +135,8 @@ export class Endpoint implements Disposable {
     return false;
   }
 
-  private listen(): void {
-    const fd = listenUnix(this.options.path, this.options.socketMode ?? 0o660);
+  private listen(before: OwnedFd | undefined): void {
+    const fd = before ?? listenUnix(this.options.path, this.options.socketMode ?? 0o660);
     this.listener = { fd, watch: watch(fd.number, "in", () => this.onReadable(fd)) };
   }
 

@@ -40,14 +40,20 @@ const REMOVED_KEPT = 32;
  * its fd is closed; what stays in a new table is not touched.
  */
 export class GuestMemory implements RingMemory {
-  /** The last regions that were removed one by one, as the front-end described them. */
-  private removed: readonly RegionDescription[] = [];
-
-  /** @param regions mapped already */
+  /**
+   * @param regions mapped already
+   * @param lastRemoved those that were removed one by one before
+   */
   constructor(
     private readonly mapper: DmaMapper,
     private regions: readonly Region[] = [],
+    private lastRemoved: readonly RegionDescription[] = [],
   ) {}
+
+  /** The last regions that were removed one by one, as the front-end described them. */
+  get removed(): readonly RegionDescription[] {
+    return this.lastRemoved;
+  }
 
   get list(): readonly Region[] {
     return this.regions;
@@ -143,7 +149,7 @@ export class GuestMemory implements RingMemory {
     await this.unmap(region);
     const { range, userAddress } = region;
     const description = { guestAddress: range.iova, size: range.size, userAddress, fileOffset: range.offset };
-    this.removed = [description, ...this.removed].slice(0, REMOVED_KEPT);
+    this.lastRemoved = [description, ...this.lastRemoved].slice(0, REMOVED_KEPT);
   }
 
   /**

@@ -1,8 +1,9 @@
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import type { Backend } from "./backend.ts";
-import type { RegionDescription } from "./guest-memory.ts";
+import type { Region, RegionDescription } from "./guest-memory.ts";
 import { MEM_SLOTS, MEM_TABLE, MEM_TABLE_REGIONS_MAX, MEMORY_REGION, SINGLE_REGION_PADDING } from "./messages.ts";
+import { checkInside } from "./rings.ts";
 
 /** Handlers of the messages about guest memory. */
 
@@ -18,7 +19,7 @@ export async function setMemTable(backend: Backend, payload: Uint8Array, fds: Ow
     );
   }
   const table = fds.map((_, index) => readRegion(payload, MEM_TABLE.size + index * MEMORY_REGION.size));
-  await backend.memory.replace(table, fds.splice(0), (after) => backend.checkRunningRings(after));
+  await backend.memory.replace(table, fds.splice(0), (after) => checkRunningRings(backend, after));
 }
 
 /** ADD_MEM_REG. QEMU 7.2 says it once for each pair of queues; what is there already stays as it is. */
@@ -37,8 +38,18 @@ export async function removeRegion(backend: Backend, payload: Uint8Array): Promi
   const description = readRegion(payload, SINGLE_REGION_PADDING);
   if (backend.memory.hasRemoved(description)) return;
   const region = backend.memory.find(description);
-  backend.checkRunningRings(backend.memory.list.filter((other) => other !== region));
+  checkRunningRings(
+    backend,
+    backend.memory.list.filter((other) => other !== region),
+  );
   await backend.memory.remove(region);
+}
+
+/** @throws VhostdError protocol where a ring in use would lose its memory */
+function checkRunningRings(backend: Backend, regions: readonly Region[]): void {
+  for (const ring of backend.rings) {
+    if (backend.runs(ring) && ring.addresses !== undefined) checkInside(ring.index, ring.size, ring.addresses, regions);
+  }
 }
 
 function readRegion(payload: Uint8Array, at: number): RegionDescription {

@@ -3,8 +3,8 @@ import type { Json } from "../base/json.ts";
 import { parseStored } from "../base/stored.ts";
 
 /**
- * A session as plain data. Beside it go its fds by name: "connection", "backend", "region.N" (position in `regions`),
- * "kick.N", "call.N", "err.N" (ring index), "log".
+ * A session as plain data. Beside it go its fds by name: "connection", "page", "backend", "region.N" (position in
+ * `regions`), "kick.N", "call.N", "err.N" (ring index), "log".
  */
 
 const Word = Type.String({ pattern: "^0x[0-9a-f]{1,16}$" });
@@ -43,9 +43,15 @@ const SessionSchema = Type.Object(
     protocolFeatures: Word,
     status: Type.Integer({ minimum: 0, maximum: 0x1ff }),
     regions: Type.Array(RegionSchema),
+    /** The last that were removed one by one: a front-end may say so once more. */
+    removed: Type.Array(RegionSchema),
     rings: Type.Array(RingSchema),
     /** Where pages are marked; `lost` says why not all were. */
     log: Type.Optional(Type.Object({ offset: Address, size: Address, lost: Type.Optional(Type.String()) }, closed)),
+    /** The function has run while pages were to be marked, and there was no log. */
+    unmarked: Type.Optional(Type.Literal(true)),
+    /** The function is being started: it may run already. */
+    starting: Type.Optional(Type.Literal(true)),
   },
   closed,
 );

@@ -91,6 +91,8 @@ function raw(
 }
 
 async function setUpEarly(backend: Backend, { value }: { readonly value: bigint }): Promise<void> {
+  const done = value === PRESETUP_BEGIN ? "preparing" : value === PRESETUP_END ? "negotiated" : undefined;
+  if (backend.mayRepeat && backend.state.kind === done) return;
   if (value === PRESETUP_BEGIN) await backend.beginPreparing();
   else if (value === PRESETUP_END) await backend.endPreparing();
   else throw new VhostdError("protocol", `early set-up is ${value}, must be ${PRESETUP_BEGIN} or ${PRESETUP_END}`);

@@ -1,3 +1,4 @@
+import { Deadline } from "../base/deadline.ts";
 import { asError, sentence, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { Logger } from "../base/log.ts";
@@ -5,14 +6,16 @@ import { OperationQueue } from "../base/operation-queue.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { peerCredentials } from "../native/sys.ts";
 import { Backend } from "./backend.ts";
-import { Connection, type Incoming } from "./connection.ts";
-import { ProtocolFeature, U64 } from "./messages.ts";
+import { Connection, encodeReply, type PeekedIncoming } from "./connection.ts";
+import { HEADER, ProtocolFeature, U64 } from "./messages.ts";
 import { parseSessionRecord, type SessionRecord } from "./record.ts";
 import { MemoryRefusal, MinorRefusal, Refusal } from "./refusal.ts";
 import { type Answer, checkMessage, type RequestTable, requestTable, rowOf } from "./requests.ts";
+import { eventfdsOf } from "./rings.ts";
+import { SessionPage } from "./session-page.ts";
 import { FRESH_RECORD } from "./snapshot.ts";
 import { featuresOf, type StateKind } from "./state.ts";
-import type { SessionTarget } from "./target.ts";
+import type { RingEventfds, SessionTarget } from "./target.ts";
 
 export interface SessionOptions {
   readonly log: Logger;
@@ -52,14 +55,37 @@ export interface SessionStatus {
   }[];
 }
 
+/** A message that was acted on. */
+interface Done {
+  readonly answer: Answer;
+  /** The record says something else now. */
+  readonly records: boolean;
+}
+
 interface Saved {
   readonly record: SessionRecord;
   takeFd(name: string): OwnedFd | undefined;
+  takePage(): SessionPage;
 }
 
-const FRESH: Saved = { record: FRESH_RECORD, takeFd: () => undefined };
+const FRESH: Saved = { record: FRESH_RECORD, takeFd: () => undefined, takePage: () => SessionPage.create() };
 const ACCEPTED = U64.encode({ value: 0n });
 const REFUSED = U64.encode({ value: 1n });
+
+/**
+ * For a front-end that may wait for an answer that does not come, to look at the pages that were marked: one that does wait
+ * never looks, and its guest stands still meanwhile. Milliseconds.
+ */
+const LOOK_PATIENCE = 10_000;
+/** Milliseconds between two times that it is seen whether it has. */
+const LOOK_INTERVAL = 20;
+
+/** Processes that may die with a session before it is not gone on with. */
+const DEATHS_MAX = 3;
+/** For a session to be taken up and its first message to be handled, before the next one has its turn. Milliseconds. */
+const TURN_PATIENCE = 15_000;
+/** Sessions that may be why an earlier process has died: one after the other, so that none is blamed for what another did. */
+const suspects = new OperationQueue();
 
 /** One vhost-user connection of one VF, from connect to hang-up. */
 export class Session {
@@ -68,6 +94,7 @@ export class Session {
   private readonly connection: Connection;
   private readonly backend: Backend;
   private readonly table: RequestTable;
+  private readonly page: SessionPage;
   private readonly log: Logger;
   private readonly quietPeriod: number;
   /** Messages and what is done after the quiet period: one after the other. */
@@ -75,6 +102,7 @@ export class Session {
   private readonly ended = Promise.withResolvers<SessionEnd>();
   private quiet: ReturnType<typeof setTimeout> | undefined;
   private abandoned = false;
+  private answering: Promise<void> = Promise.resolve();
 
   /**
    * Takes ownership of the connection.
@@ -85,14 +113,23 @@ export class Session {
     this.log = options.log;
     this.quietPeriod = options.quietPeriod ?? 50;
     this.table = requestTable(target.deviceClass, options.handlerTimeout);
+    using undo = new DisposableStack();
+    this.page = undo.use(saved.takePage());
     this.backend = new Backend(target, options.log, saved.record, saved.takeFd);
-    this.connection = new Connection(fd, (request) => rowOf(this.table, request).payload[1]);
+    undo.move();
+    this.connection = new Connection(fd, {
+      payloadLimit: (request) => rowOf(this.table, request).payload[1],
+      mayCarryFds: (request) => rowOf(this.table, request).fds[1] > 0,
+      beforeTaking: () => this.page.noteTaken(),
+    });
+    this.backend.mayRepeat = saved !== FRESH;
     target.onConfigChange(() => this.backend.configChanged());
     target.onTrackingLost((error) => this.unlessEnded(() => this.loseTracking(error)));
   }
 
   /**
-   * Goes on where `snapshot` was taken; the next message is handled as if nothing had happened.
+   * Goes on where `snapshot` was taken, when it is run. A message that is still in the socket may have been handled by the
+   * process before, as a whole or in part: it is handled once more.
    * @param fds owned by the session from here on, also when this throws
    * @throws VhostdError where record and fds do not fit together or not the target
    */
@@ -112,7 +149,11 @@ export class Session {
       const record = parseSessionRecord(data);
       const connection = takeFd("connection");
       if (connection === undefined) throw new VhostdError("invalid", "the stored session lacks the fd connection");
-      const session = new Session(connection, target, options, { record, takeFd });
+      const session = new Session(connection, target, options, {
+        record,
+        takeFd,
+        takePage: () => SessionPage.revive(takeFd("page")),
+      });
       for (const fd of unused.values()) fd[Symbol.dispose]();
       return session;
     } catch (error) {
@@ -124,10 +165,11 @@ export class Session {
   /**
    * Serves the front-end until the session ends, for whatever reason. Never rejects. When it resolves the function is
    * reset, guest memory unmapped and every fd closed. It does not settle after `abandon`: that is no end.
+   * @param before done before the first message is handled; the session ends with what it throws. It is one of the session's
+   * operations: `checkpoint` in it would wait for itself
    */
-  async run(): Promise<SessionEnd> {
-    this.unlessEnded(() => this.goOn());
-    const end = await Promise.race([this.serve(), this.ended.promise]);
+  async run(before: () => Promise<void> = async () => {}): Promise<SessionEnd> {
+    const end = await Promise.race([this.serve(before), this.ended.promise]);
     clearTimeout(this.quiet);
     if (this.abandoned) return await new Promise<never>(() => {});
     // Behind the operation under way: a function is not reset in the middle of its start.
@@ -149,26 +191,39 @@ export class Session {
   /** Has the target's record written anew, between two messages. Nothing happens after the end. */
   async checkpoint(): Promise<void> {
     await this.operations.run(async () => {
-      if (this.abandoned || this.backend.state.kind === "closed") return;
-      await this.backend.target.checkpoint();
+      if (!this.isOver) await this.backend.target.checkpoint();
     });
   }
 
-  /** Plain data beside the fds by name, borrowed. @throws VhostdError connectionLost after the end */
+  /**
+   * Plain data beside the fds by name, borrowed. The first is "connection": whether it is readable says that a front-end
+   * waits. @throws VhostdError connectionLost after the end
+   */
   snapshot(): { data: Json; fds: ReadonlyMap<string, number> } {
     const { record, fds } = this.backend.snapshot();
-    fds.set("connection", this.connection.fd);
-    return { data: record, fds };
+    return { data: record, fds: new Map([["connection", this.connection.fd], ["page", this.page.fd], ...fds]) };
+  }
+
+  /** Of the rings that the front-end has started, borrowed, by queue. */
+  get eventfds(): ReadonlyMap<number, RingEventfds> {
+    return eventfdsOf(this.backend.rings.filter((ring) => ring.started));
+  }
+
+  /** The front-end has hung up; what it sent before may still have to be handled. False after the end. */
+  get frontEndIsGone(): boolean {
+    return !this.connection.closed && this.connection.hungUp;
   }
 
   /**
    * Lets go of everything of this process and touches neither function nor front-end: both go on for whoever holds
-   * duplicates of the fds.
+   * duplicates of the fds. An answer that is being sent is sent.
    */
   async abandon(): Promise<void> {
     this.abandoned = true;
     clearTimeout(this.quiet);
+    await Promise.allSettled([this.answering]);
     this.connection.abandon()[Symbol.dispose]();
+    this.page[Symbol.dispose]();
     await this.backend.abandon();
   }
 
@@ -208,24 +263,97 @@ export class Session {
     };
   }
 
-  /** Where an earlier process has left off. */
-  private async goOn(): Promise<void> {
-    await this.backend.followLogging();
-    this.awaitQuiet();
-  }
-
-  private async serve(): Promise<SessionEnd> {
+  private async serve(before: () => Promise<void>): Promise<SessionEnd> {
     try {
-      for (;;) {
-        using message = await this.connection.receive();
-        if (message === undefined) return this.hungUp();
-        await this.operations.run(() => this.handle(message));
-        this.awaitQuiet();
-      }
+      const takeUp = () => this.takeUp(before);
+      const doubt = await (this.page.attempts > 0 ? inTurn(takeUp) : takeUp());
+      if (doubt !== undefined) await this.endInDoubt(doubt);
+      while (await this.handleNext()) {}
+      return this.hungUp();
     } catch (error) {
       const isHangUp = error instanceof VhostdError && error.code === "connectionLost";
       return failure((isHangUp ? this.refusedMemory : undefined) ?? error);
     }
+  }
+
+  /** After an earlier process also the first message is handled, where one waits. @returns as `begin` */
+  private async takeUp(before: () => Promise<void>): Promise<string | undefined> {
+    const doubt = await this.operations.run(() => this.begin(before));
+    this.awaitQuiet();
+    if (doubt !== undefined || this.isOver || this.page.attempts === 0) return doubt;
+    if (this.connection.first(1).length > 0) await this.handleNext();
+    else this.page.clear();
+    return undefined;
+  }
+
+  /** False: the front-end has hung up. */
+  private async handleNext(): Promise<boolean> {
+    using message = await this.connection.peek();
+    if (message === undefined) return false;
+    await this.operations.run(() => this.handle(message));
+    this.awaitQuiet();
+    return true;
+  }
+
+  /**
+   * Whoever comes after us finds the connection; what an earlier process has left off is gone on with.
+   * @returns why the session is to end nevertheless
+   */
+  private async begin(before: () => Promise<void>): Promise<string | undefined> {
+    if (this.isOver) return undefined;
+    const { backend, page } = this;
+    if (!backend.mayRepeat) await backend.target.checkpoint();
+    else page.noteAttempt();
+    const doubt = this.doubt();
+    // What an earlier process was at is finished.
+    if (doubt === undefined && page.note.stage !== "none") page.clear();
+    await before();
+    if (doubt === undefined || page.note.stage !== "none") await backend.goOn();
+    // A start may be what the others have died of.
+    else await backend.followLogging();
+    return doubt;
+  }
+
+  /**
+   * A front-end that would be answered twice, or never, is hung up on, so that it connects anew; before that, one in
+   * migration is to see what the function wrote.
+   */
+  private async endInDoubt(doubt: string): Promise<void> {
+    if (this.isOver) return;
+    const fix = "none is needed, the VMM connects anew; where it happens again, report it";
+    const error = new VhostdError("io", doubt, { fix });
+    const { logging } = this.backend;
+    if (logging.isOn) await this.operations.run(() => this.loseTracking(error));
+    if (logging.loss !== undefined) {
+      const deadline = Deadline.after(LOOK_PATIENCE, "front-end that looks into its dirty log");
+      while (!this.isOver && !this.connection.hungUp && !this.backend.pagesSeen && !deadline.expired) {
+        await Bun.sleep(LOOK_INTERVAL);
+      }
+    }
+    throw error;
+  }
+
+  /** What an earlier process was at when it died, where going on is not safe; undefined where it is. */
+  private doubt(): string | undefined {
+    const { note, attempts } = this.page;
+    if (note.stage === "taken") return "the daemon was killed while it handled a message that had come in pieces";
+    if (note.stage === "answering" && this.connection.startsWith(note.bytes)) {
+      return `the daemon was killed while it answered ${this.nameOf(note.bytes)}: whether it has is not known`;
+    }
+    const waiting = this.connection.first(HEADER.size);
+    // It would kill the next ones, too, and end the service of all others.
+    if (note.stage !== "none" || attempts < DEATHS_MAX || waiting.length === 0) return undefined;
+    return `the daemon has died ${attempts} times while it took up this session or handled ${this.nameOf(waiting)}`;
+  }
+
+  private nameOf(message: Uint8Array): string {
+    if (message.length < HEADER.size) return "a message that is not whole";
+    const { request } = HEADER.read(message);
+    return this.table.get(request)?.name ?? `request ${request}`;
+  }
+
+  private get isOver(): boolean {
+    return this.abandoned || this.backend.state.kind === "closed";
   }
 
   private hungUp(): SessionEnd {
@@ -233,9 +361,16 @@ export class Session {
     return { reason: "the front-end closed the connection" };
   }
 
-  /** The record is written before the answer: whoever comes after us finds what the front-end was told. */
-  private async handle(message: Incoming): Promise<void> {
-    if (this.backend.state.kind === "closed" || this.abandoned) return;
+  /** Whoever comes after us finds the message in the socket until it is done with. */
+  private async handle(message: PeekedIncoming): Promise<void> {
+    if (this.isOver) return;
+    const done = await this.act(message);
+    if (this.abandoned) return;
+    this.answering = this.finishMessage(message, done);
+    await this.answering;
+  }
+
+  private async act(message: PeekedIncoming): Promise<Done> {
     const row = rowOf(this.table, message.request);
     checkMessage(row, message, this.backend);
     let answer: Answer;
@@ -250,28 +385,62 @@ export class Session {
       if (isNeeded) this.backend.refusedMemory = error;
       answer = told ? REFUSED : undefined;
       // Nothing has changed.
-      if (error instanceof MinorRefusal) return await this.answer(message, answer);
+      if (error instanceof MinorRefusal) return { answer, records: false };
     }
-    if (row.records) {
-      await this.backend.followLogging();
-      await this.backend.target.checkpoint();
-    }
-    if (answer === undefined && this.awaitsReply(message)) answer = ACCEPTED;
-    await this.answer(message, answer);
+    if (row.records) await this.backend.followLogging();
+    return { answer: answer ?? (this.awaitsReply(message) ? ACCEPTED : undefined), records: row.records === true };
   }
 
-  private async answer(message: Incoming, answer: Answer): Promise<void> {
-    if (answer !== undefined) await this.connection.reply(message.request, answer);
+  /** The record is written before the answer: whoever comes after us finds what the front-end was told. */
+  private async finishMessage(message: PeekedIncoming, { answer, records }: Done): Promise<void> {
+    const { target } = this.backend;
+    const deliverable = answer !== undefined && message.left && target.deliver !== undefined;
+    if (!deliverable || !(await this.deliver(message, answer, records))) {
+      if (records && !deliverable) await target.checkpoint();
+      await this.finishAlone(message, answer);
+    }
+    this.page.clear();
+    this.backend.mayRepeat = false;
   }
 
-  private awaitsReply(message: Incoming): boolean {
+  private async finishAlone(message: PeekedIncoming, answer: Answer): Promise<void> {
+    if (answer !== undefined) {
+      if (message.left) this.page.noteAnswering(message.header, message.payload);
+      await this.connection.send(encodeReply(message.request, answer));
+    }
+    message.finish();
+  }
+
+  /** Has the keeper do it. @returns whether all is done */
+  private async deliver(message: PeekedIncoming, answer: Uint8Array, records: boolean): Promise<boolean> {
+    const { header, payload } = message;
+    const reply = encodeReply(message.request, answer);
+    const delivery = { take: header.length + payload.length, reply };
+    const delivered = await this.backend.target.deliver?.(delivery, records);
+    if (delivered?.kind === "taken") {
+      if (delivered.sent < reply.length) await this.sendRest(reply.subarray(delivered.sent));
+      return true;
+    }
+    if (delivered?.kind === "unknown" && !this.connection.startsWith(Buffer.concat([header, payload]))) {
+      throw new VhostdError("io", "the keeper has gone while it answered: whether it has is not known");
+    }
+    return false;
+  }
+
+  /** The message is not in the socket any more. */
+  private async sendRest(bytes: Uint8Array): Promise<void> {
+    this.page.noteTaken();
+    await this.connection.send(bytes);
+  }
+
+  private awaitsReply(message: PeekedIncoming): boolean {
     return message.needReply && this.backend.has(ProtocolFeature.REPLY_ACK);
   }
 
   /** Begins the quiet period anew where something is done after it. */
   private awaitQuiet(): void {
     clearTimeout(this.quiet);
-    if (this.abandoned || this.backend.state.kind === "closed" || !this.backend.awaitsQuiet) return;
+    if (this.isOver || !this.backend.awaitsQuiet) return;
     this.quiet = setTimeout(() => this.unlessEnded(() => this.catchUp()), this.quietPeriod);
   }
 
@@ -295,7 +464,7 @@ export class Session {
   private unlessEnded(operation: () => Promise<void>): void {
     this.operations
       .run(async () => {
-        if (!this.abandoned && this.backend.state.kind !== "closed") await operation();
+        if (!this.isOver) await operation();
       })
       .catch((error: unknown) => this.ended.resolve(failure(error)));
   }
@@ -305,9 +474,21 @@ export class Session {
     this.backend.target.onTrackingLost(() => {});
     await this.backend.close(reason);
     this.connection[Symbol.dispose]();
+    this.page[Symbol.dispose]();
     if (error === undefined) this.log.info(`session ended: ${reason}`);
     else this.log.warn(`session ended: ${sentence(error)}`);
   }
+}
+
+async function inTurn<T>(act: () => Promise<T>): Promise<T> {
+  let acting: Promise<T> | undefined;
+  await suspects.run(async () => {
+    acting = act();
+    await Deadline.after(TURN_PATIENCE, "turn of a session")
+      .race(acting)
+      .catch(() => {});
+  });
+  return await acting!;
 }
 
 function failure(thrown: unknown): SessionEnd {

@@ -2,6 +2,7 @@ import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { checkRegion, type Region } from "./guest-memory.ts";
 import type { SessionRecord } from "./record.ts";
+import { RING_FDS, type Ring } from "./rings.ts";
 import type { SessionState } from "./state.ts";
 
 /** Parts of a session as plain data, and back. */
@@ -12,6 +13,7 @@ export const FRESH_RECORD: SessionRecord = {
   protocolFeatures: "0x0",
   status: 0,
   regions: [],
+  removed: [],
   rings: [],
 };
 
@@ -53,6 +55,19 @@ export function reviveRegions(record: SessionRecord, takeFd: (name: string) => O
     regions.push({ range: checkRegion(description, fd, regions), userAddress: description.userAddress, fd });
   }
   return regions;
+}
+
+/** By name, borrowed. */
+export function snapshotFds(regions: readonly Region[], rings: readonly Ring[]): Map<string, number> {
+  const fds = new Map<string, number>();
+  for (const [index, region] of regions.entries()) fds.set(`region.${index}`, region.fd.number);
+  for (const ring of rings) {
+    for (const which of RING_FDS) {
+      const fd = ring.fds[which];
+      if (fd !== undefined) fds.set(`${which}.${ring.index}`, fd.number);
+    }
+  }
+  return fds;
 }
 
 export function word(value: bigint): string {

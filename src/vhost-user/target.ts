@@ -5,7 +5,11 @@ import type { Tracking } from "../virtio/dirty-log.ts";
 import type { FreezeMode } from "../virtio/mover.ts";
 import type { RingMemory } from "../virtio/split-ring.ts";
 
-/** What a session drives: one VF, seen without its transport and life cycle. */
+/**
+ * What a session drives: one VF, seen without its transport and life cycle. A process may die before it has noted what it
+ * has done here, and the next one does it again: what is mapped, unmapped, started with the same state, reset or written
+ * already is done then.
+ */
 export interface SessionTarget {
   readonly deviceClass: DeviceClass;
   /** All 64 feature bits that the function offers. */
@@ -70,7 +74,30 @@ export interface SessionTarget {
   standBy(): void;
   /** Writes the VF's record to the keeper. Awaited before the front-end is answered. */
   checkpoint(): Promise<void>;
+  /**
+   * Has the keeper answer a message that lies in the session's connection, so that the death of this process leaves no doubt
+   * whether it was answered. Left out where nobody can.
+   * @param records the record is written before
+   */
+  deliver?(delivery: Delivery, records: boolean): Promise<Delivered>;
 }
+
+/** A message that is done with. */
+export interface Delivery {
+  /** Bytes of it, which lie in the connection. */
+  readonly take: number;
+  /** A whole message. */
+  readonly reply: Uint8Array;
+}
+
+/**
+ * What became of a delivery. `taken`: the message is not in the connection any more, and so many bytes of the reply were sent,
+ * all of them mostly; `undone`: nothing was done but for the record; `unknown`: who was to do it is gone, and may have done it.
+ */
+export type Delivered =
+  | { readonly kind: "taken"; readonly sent: number }
+  | { readonly kind: "undone" }
+  | { readonly kind: "unknown" };
 
 /** The eventfds of one ring as they are now; undefined where the front-end gave none or the ring is disabled. */
 export interface RingEventfds {

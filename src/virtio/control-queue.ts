@@ -128,6 +128,8 @@ export class ControlQueue implements Disposable {
         `the command ${name} has a request of ${request.length} bytes and an answer of ${answerSize}; 1 to ${TRANSFER_MAX}`,
       );
     }
+    // An earlier process may have died between making a command available and saying so.
+    if (this.left !== 0) await deadline.race(this.device.ringDoorbell(this.index));
     await this.idle(name, deadline);
     this.post(request, answerSize);
     await deadline.race(this.device.ringDoorbell(this.index));

@@ -30,7 +30,7 @@ const DataPathSchema = Type.Object({
   mover: Type.Union([
     Type.Object({ kind: Type.Literal("reset"), tracking: Tracking }),
     Type.Object({
-      kind: Type.Union([Type.Literal("running"), Type.Literal("frozen")]),
+      kind: Type.Union([Type.Literal("starting"), Type.Literal("running"), Type.Literal("frozen")]),
       state: DeviceStateSchema,
       tracking: Tracking,
     }),

@@ -4,19 +4,18 @@ import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
-import { drainEventfd, eventfd, signalEventfd } from "../native/sys.ts";
+import { drainEventfd, eventfd } from "../native/sys.ts";
 import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts";
 import type { ConfigValues, DeviceClass } from "../plugin.ts";
-import { Calls } from "./calls.ts";
 import { CONFIG_VECTOR, completeState } from "./complete-state.ts";
 import { type ControlDevice, ControlQueue } from "./control-queue.ts";
 import { moverData, parseDataPathRecord } from "./data-path-record.ts";
 import { type DeviceState, disabledQueues } from "./device-state.ts";
+import { decodeDeviceState, isSameSetUp } from "./device-state-codec.ts";
 import { type DeviceFailure, DeviceWatch } from "./device-watch.ts";
 import type { Tracking } from "./dirty-log.ts";
 import { featureBits } from "./features.ts";
-import { Kicks } from "./kicks.ts";
 import type {
   FreezeMode,
   ManualControl,
@@ -26,10 +25,13 @@ import type {
   MoverSnapshot,
   StateMover,
   StopNote,
+  TakenUp,
+  TakeUp,
 } from "./mover.ts";
 import { RegistersMover } from "./movers/registers.ts";
 import { ownFeatures, type QueueLimits, VirtioPciDevice } from "./pci-device.ts";
 import type { RingMemory } from "./split-ring.ts";
+import { type QueueEventfds, Wiring } from "./wiring.ts";
 
 const CONFIG_INTERRUPT = "config-interrupt";
 const CONTROL_MEMORY = "control";
@@ -42,14 +44,6 @@ const registersMover: MoverFactory = (host, snapshot) => new RegistersMover(host
 /** The class of a device by its virtio device id. @throws VhostdError probeFailed where nothing serves it */
 export type ClassLookup = (virtioId: number) => DeviceClass;
 
-/** The eventfds of one ring, borrowed; undefined where there is none. */
-export interface QueueEventfds {
-  readonly kick: number | undefined;
-  readonly call: number | undefined;
-}
-
-type ConnectableQueue = QueueEventfds & { readonly index: number };
-
 /**
  * One VF between a front-end's eventfds and the device: kicks to doorbells, vectors to calls, and the state that the
  * mover brings in and out. The guest's data never comes here.
@@ -58,18 +52,14 @@ export class DataPath {
   private readonly mover: StateMover;
   private readonly watch: Watch;
   private readonly health: DeviceWatch;
-  private readonly kicks = new Kicks((queue) => this.doorbell(queue));
-  private readonly calls: Calls;
-  private readonly doorbells = new Map<number, Doorbell>();
-  /** Queues that are set up: their calls are routed. */
-  private active = new Set<number>();
-  /** Those of them that the device is not to use. */
-  private disabled = new Set<number>();
+  private readonly wiring: Wiring;
   /** The function's own. */
   private control: ControlQueue | undefined;
   private configHandler: () => void = () => {};
   private noticeHandler: (text: string) => void = () => {};
   private closed = false;
+  /** It was taken up running, and nobody has asked anything of it since: who let it run may do so again. */
+  private mayStartAgain = false;
 
   private constructor(
     private readonly device: VirtioPciDevice,
@@ -81,17 +71,17 @@ export class DataPath {
     makeMover: MoverFactory,
     snapshot: MoverSnapshot,
   ) {
+    this.wiring = new Wiring(device, limits);
     const host: MoverHost = {
       device,
       features,
       limits,
       deviceClass,
       control: () => this.control,
-      ringDoorbell: (queue) => this.ring(queue),
+      ringDoorbell: (queue) => this.wiring.ring(queue),
       log: (text) => this.noticeHandler(text),
     };
     this.mover = makeMover(host, snapshot);
-    this.calls = new Calls(device.fn.interrupts);
     this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
     this.health = new DeviceWatch(device, () => this.running);
   }
@@ -146,8 +136,7 @@ export class DataPath {
     const deviceClass = classOf(device.virtioId);
     const path = new DataPath(device, BigInt(features), limits, deviceClass, interrupt, makeMover, mover);
     undo.defer(() => path.abandon());
-    path.active = new Set(record.queues);
-    if (mover.kind !== "reset") path.disabled = disabledQueues(mover.state);
+    path.wiring.begin(record.queues, mover.kind === "reset" ? [] : disabledQueues(mover.state));
     if (record.control !== undefined) {
       const memory = fds.get(CONTROL_MEMORY);
       if (memory === undefined) {
@@ -157,9 +146,9 @@ export class DataPath {
     }
     for (const queue of record.queues) {
       const kick = fds.get(`kick.${queue}`);
-      if (kick !== undefined) path.kicks.adopt(queue, kick);
+      if (kick !== undefined) path.wiring.adopt(queue, kick);
     }
-    const known = path.kicks.size + (path.control === undefined ? 1 : 2);
+    const known = path.wiring.kickFds.size + (path.control === undefined ? 1 : 2);
     if (fds.size !== known) throw new VhostdError("invalid", `the record of ${fn.address} has spare fds`);
     undo.move();
     return path;
@@ -228,13 +217,13 @@ export class DataPath {
 
   /** The doorbell of a queue could be given away: nothing else is in its page, and the function lets it be mapped. */
   canShareDoorbell(queue: number): boolean {
-    const { page } = this.doorbell(queue);
+    const { page } = this.wiring.doorbell(queue);
     return page !== undefined && this.device.ownsDoorbellPage(queue, this.limits, page.size);
   }
 
   /** The doorbell of a queue, to be given away; undefined where it cannot be. */
   shareDoorbell(queue: number): ReturnType<Doorbell["share"]> {
-    return this.canShareDoorbell(queue) ? this.doorbell(queue).share() : undefined;
+    return this.canShareDoorbell(queue) ? this.wiring.doorbell(queue).share() : undefined;
   }
 
   /**
@@ -249,35 +238,40 @@ export class DataPath {
   }
 
   /**
-   * Configures the device and lets it run. Every doorbell and every call is rung once at the end, unless its queue is
-   * disabled: a signal may have been lost before. Vectors are assigned here, whatever `wanted` says.
+   * Configures the device and lets it run; one that was taken up running with the same rings just goes on. Every doorbell
+   * and every call is rung once at the end, unless its queue is disabled: a signal may have been lost before. Vectors are
+   * assigned here, whatever `wanted` says.
    * @param eventfds by queue, borrowed for the call
+   * @param note writes the record of this data path; it has resolved before the device may run
    * @throws VhostdError; the device is reset and nothing is connected then. With resetTimedOut
    *   the device did not come to rest
    */
-  async start(wanted: DeviceState, eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
+  async start(
+    wanted: DeviceState,
+    eventfds: ReadonlyMap<number, QueueEventfds>,
+    deadline: Deadline,
+    note?: () => Promise<void>,
+  ): Promise<void> {
     using _change = this.health.change();
-    if (this.running) throw new VhostdError("invalid", `${this.device.fn.address} is running already`);
+    const { address } = this.device.fn;
+    if (this.running && !this.mayStartAgain) throw new VhostdError("invalid", `${address} is running already`);
     const state = this.complete(wanted);
-    this.active = new Set(state.queues.map(({ index }) => index));
-    this.disabled = disabledQueues(state);
-    const queues = this.enabledWith(eventfds);
+    const runs = this.runsWith(state);
+    this.mayStartAgain = false;
+    if (this.running && !runs) await this.reset(deadline);
+    this.wiring.begin(
+      state.queues.map(({ index }) => index),
+      disabledQueues(state),
+    );
     try {
-      await deadline.race(this.calls.settled());
-      // A doorbell is not rung before DRIVER_OK (VIRTIO 1.2, 3.1.1); a function that waits itself knows when to look.
-      const waits = ({ index }: { index: number }) => this.doorbell(index).takeKick !== undefined;
-      const connect = async () => {
-        const calls = [...this.active].map((index) => this.calls.route(index, eventfds.get(index)?.call ?? null));
-        // Who was given the function's file may have routed it elsewhere.
-        calls.push(this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number));
-        await deadline.race(Promise.all([...calls, ...this.connectKicks(queues.filter(waits))]));
-      };
-      await this.mover.configure(state, deadline, connect);
-      await deadline.race(Promise.all(this.connectKicks(queues.filter((queue) => !waits(queue)))));
-      await this.stir(queues, deadline);
+      await deadline.race(this.wiring.settled());
+      const connect = () => this.connectBefore(eventfds, deadline);
+      if (runs) await connect();
+      else await this.mover.configure(state, deadline, note === undefined ? { connect } : { connect, note });
+      await deadline.race(this.wiring.connectAfter(eventfds));
+      await this.wiring.stir(eventfds, deadline);
     } catch (error) {
       // The caller's deadline may have passed, but a device that has not come to rest must not be taken for one that has.
-      const { address } = this.device.fn;
       const deadline = Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${address}, which did not start`);
       const second = await this.reset(deadline).then(() => undefined, asError);
       if (second instanceof VhostdError && second.code === "resetTimedOut") {
@@ -285,6 +279,34 @@ export class DataPath {
       }
       throw error;
     }
+  }
+
+  /**
+   * After a revival, once, before anything else is asked: see StateMover.takeUp. Where the device runs then, the kicks that
+   * are not connected are, and every doorbell and every call is rung once. Where it does not (see `running`), nothing is
+   * connected.
+   * @param eventfds by queue, borrowed for the call
+   * @throws VhostdError; resetTimedOut where the device has to be reset and does not come to rest
+   */
+  async takeUp(
+    eventfds: ReadonlyMap<number, QueueEventfds>,
+    deadline: Deadline,
+    how: Pick<TakeUp, "held">,
+  ): Promise<TakenUp> {
+    using _change = this.health.change();
+    const { kind } = this.mover.snapshot();
+    const connect = () => this.connectBefore(eventfds, deadline);
+    const taken = await this.mover.takeUp(deadline, { ...how, connect });
+    if (kind === "reset" || kind === "frozen") return taken;
+    if (this.running) {
+      this.mayStartAgain = true;
+      await deadline.race(this.wiring.connectMissing(eventfds));
+      await this.wiring.stir(eventfds, deadline);
+    } else {
+      await deadline.race(this.wiring.disconnectKicks());
+      this.wiring.letCallsGo();
+    }
+    return taken;
   }
 
   /** See StateMover.standBy. @throws VhostdError */
@@ -325,13 +347,13 @@ export class DataPath {
     deadline: Deadline,
   ): Promise<void> {
     using _change = this.health.change();
-    for (const queue of queues) this.checkActive(queue);
-    await deadline.race(this.kicks.disconnectAll());
+    for (const queue of queues) this.wiring.checkActive(queue);
+    this.mayStartAgain = false;
+    await deadline.race(this.wiring.disconnectKicks());
     await this.mover.enable(queues, memory, deadline);
-    this.disabled = this.active.difference(queues);
-    const enabled = this.enabledWith(eventfds);
-    await deadline.race(Promise.all(this.connectKicks(enabled)));
-    await this.stir(enabled, deadline);
+    this.wiring.enable(queues);
+    await deadline.race(this.wiring.connectMissing(eventfds));
+    await this.wiring.stir(eventfds, deadline);
   }
 
   /**
@@ -343,25 +365,27 @@ export class DataPath {
    */
   async stop(memory: RingMemory, mode: FreezeMode, deadline: Deadline, note?: StopNote): Promise<DeviceState> {
     using _change = this.health.change();
-    const kicksOff = deadline.race(this.kicks.disconnectAll()).then(() => note?.("kicks_off"));
+    this.mayStartAgain = false;
+    const kicksOff = deadline.race(this.wiring.disconnectKicks()).then(() => note?.("kicks_off"));
     const [, state] = await both(kicksOff, this.mover.freeze(memory, mode, deadline));
     note?.("freeze");
-    this.letCallsGo();
+    this.wiring.letCallsGo();
     return state;
   }
 
   /** The guest hears of no used buffer until it is started again, so that it makes none available any more either. */
   async mute(deadline: Deadline): Promise<void> {
-    await deadline.race(Promise.all([...this.active].map((queue) => this.calls.route(queue, null))));
+    await deadline.race(this.wiring.mute());
   }
 
   /** Status 0 and nothing connected. @throws VhostdError resetTimedOut; connectionLost where the function is gone */
   async reset(deadline: Deadline): Promise<void> {
     using _change = this.health.change();
+    this.mayStartAgain = false;
     // A function that cannot be told of the kicks cannot be reset either: that failure is the one to know of.
-    await Promise.all([this.mover.reset(deadline), this.kicks.disconnectAll()]);
-    this.letCallsGo();
-    await deadline.race(this.calls.settled());
+    await Promise.all([this.mover.reset(deadline), this.wiring.disconnectKicks()]);
+    this.wiring.letCallsGo();
+    await deadline.race(this.wiring.settled());
   }
 
   /** The function reaches no memory any more, whatever state it is in. It has to be reset before it works again. */
@@ -381,24 +405,19 @@ export class DataPath {
    * Another eventfd kicks this queue from now on; null for none. The doorbell is rung once. A queue that is disabled is
    * not kicked.
    */
-  async setKick(queue: number, fd: number | null): Promise<void> {
-    this.checkActive(queue);
-    if (fd === null || this.disabled.has(queue)) return this.kicks.disconnect(queue);
-    await this.kicks.connect(queue, fd);
-    await this.ring(queue);
+  setKick(queue: number, fd: number | null): Promise<void> {
+    return this.wiring.setKick(queue, fd);
   }
 
   /** Another eventfd is told of used buffers from now on; null for none. It is signalled once. */
-  async setCall(queue: number, fd: number | null): Promise<void> {
-    this.checkActive(queue);
-    await this.calls.route(queue, fd);
-    if (fd !== null) signalEventfd(fd);
+  setCall(queue: number, fd: number | null): Promise<void> {
+    return this.wiring.setCall(queue, fd);
   }
 
   /** Plain data and fds (borrowed). */
   snapshot(): FunctionSnapshot {
     const fds = new Map([[CONFIG_INTERRUPT, this.configInterrupt.number]]);
-    for (const [queue, fd] of this.kicks.fds) fds.set(`kick.${queue}`, fd);
+    for (const [queue, fd] of this.wiring.kickFds) fds.set(`kick.${queue}`, fd);
     const control = this.control?.snapshot();
     if (control !== undefined) fds.set(CONTROL_MEMORY, control.fd);
     const data = {
@@ -406,7 +425,7 @@ export class DataPath {
       features: `0x${this.features.toString(16)}`,
       limits: this.limits,
       mover: moverData(this.mover.snapshot()),
-      queues: [...this.active],
+      queues: this.wiring.queues,
       ...(control === undefined ? {} : { control: control.data }),
     };
     return { data, fds };
@@ -419,7 +438,7 @@ export class DataPath {
     this.mover.abandon?.();
     this.health[Symbol.dispose]();
     this.watch[Symbol.dispose]();
-    this.kicks[Symbol.dispose]();
+    this.wiring[Symbol.dispose]();
     this.configInterrupt[Symbol.dispose]();
     this.control?.[Symbol.dispose]();
   }
@@ -439,47 +458,20 @@ export class DataPath {
   }
 
   private get controlDevice(): ControlDevice {
-    return { address: this.device.fn.address, ringDoorbell: (queue) => this.ring(queue) };
+    return { address: this.device.fn.address, ringDoorbell: (queue) => this.wiring.ring(queue) };
   }
 
-  private enabledWith(eventfds: ReadonlyMap<number, QueueEventfds>): readonly ConnectableQueue[] {
-    const enabled = [...this.active.difference(this.disabled)];
-    return enabled.map((index) => ({ index, kick: undefined, call: undefined, ...eventfds.get(index) }));
+  private async connectBefore(eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
+    const calls = this.wiring.connectBefore(eventfds);
+    // Who was given the function's file may have routed it elsewhere.
+    const config = this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number);
+    await deadline.race(Promise.all([calls, config]));
   }
 
-  private connectKicks(queues: readonly ConnectableQueue[]): (Promise<void> | undefined)[] {
-    return queues.map(({ index, kick }) => (kick === undefined ? undefined : this.kicks.connect(index, kick)));
-  }
-
-  /** Both sides look at these queues once. */
-  private async stir(queues: readonly ConnectableQueue[], deadline: Deadline): Promise<void> {
-    await deadline.race(Promise.all(queues.map(({ index }) => this.ring(index))));
-    for (const { call } of queues) if (call !== undefined) signalEventfd(call);
-  }
-
-  /** async, so that a doorbell that cannot be found rejects like one that cannot be rung. */
-  private async ring(queue: number): Promise<void> {
-    await this.doorbell(queue).ring(queue);
-  }
-
-  private doorbell(queue: number): Doorbell {
-    const known = this.doorbells.get(queue);
-    if (known !== undefined) return known;
-    const limits = this.limits[queue];
-    if (limits === undefined) throw new VhostdError("invalid", `${this.device.fn.address} has no queue ${queue}`);
-    const doorbell = this.device.doorbell(queue, limits.notifyOff);
-    this.doorbells.set(queue, doorbell);
-    return doorbell;
-  }
-
-  private letCallsGo(): void {
-    this.calls.letGo(this.active);
-    this.active = new Set();
-  }
-
-  private checkActive(queue: number): void {
-    if (this.active.has(queue)) return;
-    throw new VhostdError("invalid", `queue ${queue} of ${this.device.fn.address} is not running`);
+  /** It runs, and was started with these rings: where they are now is its own matter, as is the configuration space. */
+  private runsWith(state: DeviceState): boolean {
+    const snapshot = this.mover.snapshot();
+    return snapshot.kind === "running" && isSameSetUp(decodeDeviceState(snapshot.state), state);
   }
 
   /** A change of the configuration space, or of the device's mind (2.1.2). */

@@ -76,6 +76,16 @@ export function compare(a: DeviceState, b: DeviceState): string[] {
   return differences;
 }
 
+/** Both are the same but for where the rings are and for the configuration space. */
+export function isSameSetUp(a: DeviceState, b: DeviceState): boolean {
+  const setUp = (state: DeviceState): DeviceState => ({
+    ...state,
+    config: new Uint8Array(0),
+    queues: state.queues.map(({ inFlight: _, ...queue }) => ({ ...queue, lastAvail: 0, lastUsed: 0 })),
+  });
+  return compare(setUp(a), setUp(b)).length === 0;
+}
+
 const QUEUE_FIELDS = [
   "size",
   "vector",

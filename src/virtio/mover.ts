@@ -23,6 +23,25 @@ export type FreezeMode = "drained" | "listed";
 /** Told of the steps of a stop, as each is done. */
 export type StopNote = (step: "kicks_off" | "freeze") => void;
 
+/** What others do while a device is started. */
+export interface StartSteps {
+  /** Connects what the device is to find connected when it runs; called before, at least once. */
+  readonly connect?: () => Promise<void>;
+  /** Writes the record, in which the mover is "starting" then; it has resolved before the device may run. */
+  readonly note?: () => Promise<void>;
+}
+
+/** How the device of an earlier process is to be taken up. */
+export interface TakeUp {
+  /** An operator holds the internal status: it is left as it is. */
+  readonly held: boolean;
+  /** As of StartSteps. */
+  readonly connect?: () => Promise<void>;
+}
+
+/** `reset`: by the record it was set up, and it does not go on from there: it is at rest, with nothing. */
+export type TakenUp = "asRecorded" | "reset";
+
 /** The device that a mover moves, and what was read of it when it was opened. */
 export interface MoverHost {
   readonly device: VirtioPciDevice;
@@ -47,10 +66,17 @@ export interface StateMover {
   readonly capabilities: MoverCapabilities;
   /**
    * Brings the device to `wanted`, running. No doorbell has been rung when it returns.
-   * @param connect connects what the device is to find connected when it runs; called before, at least once
    * @throws VhostdError where the device does not take it; the device is reset then
    */
-  configure(wanted: DeviceState, deadline: Deadline, connect?: () => Promise<void>): Promise<void>;
+  configure(wanted: DeviceState, deadline: Deadline, steps?: StartSteps): Promise<void>;
+  /**
+   * Looks at the device of an earlier process, which may have died in the middle of anything: once, after the mover was
+   * made from its snapshot and before anything else is asked of it. What was "starting" runs or is reset afterwards, which
+   * `snapshot` tells; both are "asRecorded". A device that should run and stands still goes on. One that nobody can ask
+   * is taken as it was recorded.
+   * @throws VhostdError resetTimedOut where it has to be reset and does not come to rest
+   */
+  takeUp(deadline: Deadline, how: TakeUp): Promise<TakenUp>;
   /**
    * Stops the device from using guest memory and returns its state, indices included. The caller has disconnected the
    * kicks.
@@ -109,9 +135,10 @@ export interface ManualControl {
   change(to: "running" | "quiesced" | "freezed", deadline: Deadline): Promise<void>;
 }
 
+/** `starting`: it may run with that state, or not yet; see StateMover.takeUp. */
 export type MoverSnapshot = (
   | { readonly kind: "reset" }
-  | { readonly kind: "running" | "frozen"; readonly state: EncodedDeviceState }
+  | { readonly kind: "starting" | "running" | "frozen"; readonly state: EncodedDeviceState }
 ) & {
   /** How the device marks the pages that it writes, where it was tried; the mover's own word. */
   readonly tracking?: string;

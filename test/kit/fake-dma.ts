@@ -65,6 +65,10 @@ export class FakeDma implements AddressSpace, Disposable {
     this.mappings = this.mappings.filter(({ iova }) => iova !== range.iova);
   }
 
+  async unmapIfThere(range: DmaRange): Promise<void> {
+    await this.unmap(range);
+  }
+
   adopt(): void {}
 
   [Symbol.dispose](): void {

@@ -50,6 +50,9 @@ export class SlowMapping implements Disposable {
     map: () => this.takeTime(),
     unmap: async (_iova, size) => size,
     close: async () => {},
+    snapshot: () => ({ data: {}, fds: new Map() }),
+    adopt: () => () => {},
+    refresh: async () => {},
   };
 
   private async takeTime(): Promise<void> {

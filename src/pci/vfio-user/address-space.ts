@@ -8,6 +8,8 @@ import type { BusEntry, Transport } from "../bus.ts";
 import type { PciFunction } from "../function.ts";
 import { VfioUserFunction } from "./function.ts";
 
+const ENOENT = 2;
+
 /** What to do where a vfio-user server cannot be reached, by errno. */
 const FIXES: Readonly<Record<number, string>> = {
   2: "its server has gone away: start it again (vfe-softvf makes the devices directory anew)",
@@ -101,6 +103,11 @@ export class VfioUserAddressSpace implements AddressSpace {
     await Promise.all(this.present().map((listener) => this.unmapOrHangUp(listener, [range], deadline)));
   }
 
+  /** What a server was asked by the process before this one, it has done before: messages are handled in their order. */
+  async unmapIfThere(range: DmaRange, deadline: Deadline): Promise<void> {
+    await Promise.all(this.present().map((listener) => this.unmapOrHangUp(listener, [range], deadline, isNotThere)));
+  }
+
   adopt(fn: PciFunction): void {
     this.listeners.add(asListener(fn));
   }
@@ -114,14 +121,29 @@ export class VfioUserAddressSpace implements AddressSpace {
     return [...this.listeners].filter(({ gone }) => gone === undefined);
   }
 
-  private async unmapOrHangUp(listener: DmaListener, ranges: readonly DmaRange[], deadline: Deadline): Promise<void> {
+  /** @param isFine of what it answers */
+  private async unmapOrHangUp(
+    listener: DmaListener,
+    ranges: readonly DmaRange[],
+    deadline: Deadline,
+    isFine: (answer: unknown) => boolean = () => false,
+  ): Promise<void> {
     if (listener.gone !== undefined) return;
+    const unmap = (range: DmaRange) =>
+      listener.dmaUnmap(range, deadline).catch((error) => {
+        if (!isFine(error)) throw error;
+      });
     try {
-      await settleAll(ranges.map((range) => listener.dmaUnmap(range, deadline)));
+      await settleAll(ranges.map(unmap));
     } catch (cause) {
       listener.hangUp(unwilling(listener, "let go of", cause));
     }
   }
+}
+
+/** The answer to an unmap of what is not mapped. */
+function isNotThere(answer: unknown): boolean {
+  return answer instanceof SystemError && answer.errno === ENOENT;
 }
 
 function unwilling(listener: DmaListener, what: string, cause: unknown): VhostdError {

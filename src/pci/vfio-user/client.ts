@@ -1,8 +1,8 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError, SystemError, VhostdError } from "../../base/errors.ts";
-import type { OwnedFd } from "../../native/fd.ts";
+import { CloseLane, type OwnedFd } from "../../native/fd.ts";
 import { type Message, MessageSocket } from "../../native/message-socket.ts";
-import { connectUnix } from "../../native/sys.ts";
+import { connectUnix, memfd, pread, pwrite } from "../../native/sys.ts";
 import { encodeMessage, vfioUserFraming } from "../../vfio-user/framing.ts";
 import { Command, type CommandNumber, commandName, HEADER, HeaderFlag } from "../../vfio-user/messages.ts";
 import { type Capabilities, decodeVersion, encodeVersion, PROTOCOL_VERSION } from "../../vfio-user/version.ts";
@@ -21,13 +21,17 @@ const CLIENT_CAPABILITIES: Capabilities = {
 const REQUEST_TIMEOUT = 5000;
 /** Requests without an answer; a server that is further behind does not answer at all. */
 const OUTSTANDING_MAX = 8192;
-/** The ids of a successor begin this far from those of the process before it, whose answers may still be under way. */
-const REVIVED_ID_DISTANCE = 0x8000;
+/**
+ * Each process that goes on with a connection has the next quarter of the ids to itself: answers to those before it may be
+ * under way still.
+ */
+const TURNS = 4;
+const IDS_A_TURN = 0x10000 / TURNS;
+const TURN_SIZE = 4;
 const EOPNOTSUPP = 95;
 
-/** Plain data: what a successor on the same connection must know. */
+/** Plain data: what a successor on the same connection must know, beside the socket and the file of `turns`. */
 export type ClientSnapshot = {
-  readonly nextId: number;
   readonly capabilities: Capabilities;
 };
 
@@ -49,6 +53,11 @@ interface Pending {
 /**
  * The client's end of one vfio-user connection. Several requests may be under way; they reach the server in the order
  * they were made, and answers are matched by message id. A server that breaks the protocol is hung up on.
+ *
+ * A kill leaves the connection as it is. Every request fits into one buffer of the socket, which takes all of it or nothing; an
+ * answer is taken whole where the server has sent it in one piece, as long as one such buffer. What was asked and not answered is
+ * dropped by the successor. A kill while an answer that came in pieces is being taken costs the connection: what the successor
+ * reads is no message.
  */
 export class VfioUserClient implements Disposable {
   /** Resolves with the reason when the server is gone or was hung up on; not when this side is done with it. */
@@ -57,20 +66,21 @@ export class VfioUserClient implements Disposable {
   private resolveLost: (reason: Error) => void = () => {};
   private readonly socket: MessageSocket;
   private readonly pending = new Map<number, Pending>();
-  private nextId: number;
+  /** Requests made so far. */
+  private made = 0;
 
   private constructor(
     fd: OwnedFd,
     /** For messages to people: "vfio-user server of 0000:5a:00.1". */
     private readonly peer: string,
     private limits: Capabilities,
-    firstId: number,
-    private readonly strangers: "refuse" | "drop",
+    /** Which process has the connection: four bytes of a file that outlives each. */
+    private readonly turns: OwnedFd,
+    private readonly turn: number,
   ) {
     const { maxDataTransfer, maxMsgFds } = CLIENT_CAPABILITIES;
     // Room for the fixed part of an answer in front of the data.
     this.socket = new MessageSocket(fd, vfioUserFraming({ maxBody: maxDataTransfer + 4096, maxFds: maxMsgFds }));
-    this.nextId = firstId;
     this.lost = new Promise((resolve) => {
       this.resolveLost = resolve;
     });
@@ -87,7 +97,11 @@ export class VfioUserClient implements Disposable {
 
   /** The same over a socket that is connected. Takes the fd. */
   static async over(fd: OwnedFd, peer: string, deadline: Deadline): Promise<VfioUserClient> {
-    const client = new VfioUserClient(fd, peer, CLIENT_CAPABILITIES, 0, "refuse");
+    using undo = new DisposableStack();
+    undo.use(fd);
+    const turns = memfd("vfio-user turns", TURN_SIZE);
+    undo.move();
+    const client = new VfioUserClient(fd, peer, CLIENT_CAPABILITIES, turns, 0);
     try {
       const proposal = encodeVersion({ ...PROTOCOL_VERSION, capabilities: CLIENT_CAPABILITIES });
       using reply = await client.request(Command.version, proposal, { deadline });
@@ -106,10 +120,20 @@ export class VfioUserClient implements Disposable {
     }
   }
 
-  /** Goes on where another process was. Nothing is sent. Takes the fd. */
-  static revive(fd: OwnedFd, peer: string, snapshot: ClientSnapshot): VfioUserClient {
-    const firstId = (snapshot.nextId + REVIVED_ID_DISTANCE) & 0xffff;
-    return new VfioUserClient(fd, peer, snapshot.capabilities, firstId, "drop");
+  /**
+   * Goes on where another process was. Nothing is sent. Takes the fds.
+   * @param turns where that one has noted which one it was
+   * @throws VhostdError invalid where nothing can be noted there
+   */
+  static revive(fd: OwnedFd, turns: OwnedFd, peer: string, { capabilities }: ClientSnapshot): VfioUserClient {
+    using undo = new DisposableStack();
+    undo.use(fd);
+    undo.use(turns);
+    // Before anything is sent: the record may be as old as the connection.
+    const turn = takeTurn(turns.number, peer);
+    undo.move();
+    // Not that of the record, in which its front-end may have files that cannot be closed.
+    return new VfioUserClient(fd.inLane(new CloseLane()), peer, capabilities, turns, turn);
   }
 
   /** What the server said it takes. */
@@ -122,13 +146,13 @@ export class VfioUserClient implements Disposable {
     return this.end;
   }
 
-  /** Borrowed. */
-  get fd(): number {
-    return this.socket.fd;
+  /** Borrowed: the socket, and the file of its turns. */
+  get fds(): { readonly socket: number; readonly turns: number } {
+    return { socket: this.socket.fd, turns: this.turns.number };
   }
 
   snapshot(): ClientSnapshot {
-    return { nextId: this.nextId, capabilities: this.limits };
+    return { capabilities: this.limits };
   }
 
   /**
@@ -186,6 +210,7 @@ export class VfioUserClient implements Disposable {
 
   private finish(reason: Error): void {
     this.end = reason;
+    this.turns[Symbol.dispose]();
     for (const { reject } of this.pending.values()) reject(this.connectionLost());
     this.pending.clear();
   }
@@ -198,10 +223,11 @@ export class VfioUserClient implements Disposable {
     if (this.pending.size >= OUTSTANDING_MAX) {
       throw new VhostdError("busy", `${this.peer} owes ${this.pending.size} answers; at most ${OUTSTANDING_MAX}`);
     }
-    while (this.pending.has(this.nextId)) this.nextId = (this.nextId + 1) & 0xffff;
-    const id = this.nextId;
-    this.nextId = (id + 1) & 0xffff;
-    return id;
+    const first = (this.turn % TURNS) * IDS_A_TURN;
+    for (;;) {
+      const id = first + (this.made++ % IDS_A_TURN);
+      if (!this.pending.has(id)) return id;
+    }
   }
 
   private async receiveLoop(): Promise<void> {
@@ -228,7 +254,7 @@ export class VfioUserClient implements Disposable {
     const entry = this.pending.get(header.id);
     if (entry === undefined) {
       message[Symbol.dispose]();
-      if (this.strangers === "drop") return;
+      if (this.turn > 0) return;
       throw new VhostdError("protocol", `${this.peer} answered message ${header.id}, which was not asked`);
     }
     if (header.command !== entry.command) {
@@ -256,4 +282,17 @@ export class VfioUserClient implements Disposable {
 /** The error field is optional and may be anything: EIO stands for what is no errno. */
 function errnoOf(value: number): number {
   return value >= 1 && value < 4096 ? value : 5;
+}
+
+/** @throws VhostdError invalid */
+function takeTurn(turns: number, peer: string): number {
+  const bytes = new Uint8Array(TURN_SIZE);
+  const view = new DataView(bytes.buffer);
+  if (pread(turns, bytes, 0) !== TURN_SIZE) {
+    throw new VhostdError("invalid", `the stored connection to ${peer} does not say whose turn it is`);
+  }
+  const turn = view.getUint32(0, true) + 1;
+  view.setUint32(0, turn, true);
+  pwrite(turns, bytes, 0);
+  return turn;
 }

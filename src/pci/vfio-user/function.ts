@@ -125,9 +125,10 @@ export class VfioUserFunction implements PciFunction {
       eventfds: bar.eventfds.map((entry) => ({ ...entry, owned: named(doorbellFdName(index, entry.fd)) })),
     }));
     const socket = named("socket");
-    const own = new Map([...fds].filter(([name]) => name !== "socket"));
+    const turns = named("turns");
+    const client = VfioUserClient.revive(socket, turns, peerName(address), record.client);
+    const own = new Map([...fds].filter(([, fd]) => fd !== socket && fd !== turns));
     undo.move();
-    const client = VfioUserClient.revive(socket, peerName(address), record.client);
     return new VfioUserFunction(address, client, record.configSize, bars, record.vectors, own);
   }
 
@@ -211,7 +212,7 @@ export class VfioUserFunction implements PciFunction {
       bars,
       vectors: this.vectors,
     };
-    const fds = new Map([["socket", this.client.fd]]);
+    const fds = new Map<string, number>(Object.entries(this.client.fds));
     for (const [name, fd] of this.fds) fds.set(name, fd.number);
     return { data: record, fds };
   }

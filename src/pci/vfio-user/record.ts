@@ -5,7 +5,7 @@ import type { ClientSnapshot } from "./client.ts";
 import type { IoEventfd, RegionInfo } from "./replies.ts";
 
 /**
- * A function as plain data. Beside it go its fds by name: "socket", "region.B" (the file of BAR B), "doorbell.B.N"
+ * A function as plain data. Beside it go its fds by name: "socket", "turns" (see VfioUserClient), "region.B" (the file of BAR B), "doorbell.B.N"
  * (descriptor N of BAR B's list of eventfds).
  */
 
@@ -26,7 +26,6 @@ const BarSchema = Type.Object({
 
 const FunctionSchema = Type.Object({
   client: Type.Object({
-    nextId: Type.Integer({ minimum: 0, maximum: 0xffff }),
     capabilities: Type.Object({
       maxMsgFds: Bytes,
       maxDataTransfer: Type.Integer({ minimum: 8, maximum: Number.MAX_SAFE_INTEGER }),

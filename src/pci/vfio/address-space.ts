@@ -5,15 +5,16 @@ import type { Json } from "../../base/json.ts";
 import { type Logger, silentLogger } from "../../base/log.ts";
 import { OperationQueue } from "../../base/operation-queue.ts";
 import type { OwnedFd } from "../../native/fd.ts";
-import type { AddressSpace, DmaRange } from "../address-space.ts";
+import type { AddressSpace, DmaRange, StoredSpace } from "../address-space.ts";
 import type { BusEntry } from "../bus.ts";
-import type { PciFunction } from "../function.ts";
+import type { FunctionSnapshot, PciFunction } from "../function.ts";
 import { Type1Container } from "./container.ts";
 import { VfioFunction } from "./function.ts";
 import type { Iommu, KernelEntry, OpenedDevice } from "./iommu.ts";
 import { IOMMUFD_FILE, IoAddressSpace, TokenNotTaken } from "./iommufd.ts";
-import { MappedMemory } from "./mapped-memory.ts";
+import { MappedMemory, type Place, where } from "./mapped-memory.ts";
 import { checkUsable } from "./opening.ts";
+import { CONTAINER_FD, checkFds, groupFdName, IOMMUFD_FD, parseSpaceRecord } from "./record.ts";
 
 /** Which of the kernel's interfaces is used: "auto" takes iommufd where the kernel has it for the function. */
 export type VfioInterface = "auto" | "group" | "iommufd";
@@ -48,6 +49,8 @@ export class VfioAddressSpace implements AddressSpace {
   /** Those that are open here, by what they are. */
   private readonly functions = new Map<PciFunction, { readonly fn: VfioFunction; readonly entry: KernelEntry }>();
   private readonly opening = new OperationQueue();
+  /** What an earlier process may have left mapped; undefined where there was none, and once that was taken up. */
+  private toTakeUp: readonly Place[] | undefined;
   private disposed = false;
 
   /** @param owner the VM or function whose memory it is, for the log */
@@ -56,6 +59,34 @@ export class VfioAddressSpace implements AddressSpace {
     readonly settings: VfioSettings = DEFAULTS,
   ) {
     this.memory = new MappedMemory(owner, settings.log);
+  }
+
+  /**
+   * Goes on with one as another process left it, without a word to the kernel: nothing can be mapped or opened before `takeUp`.
+   * Takes the fds.
+   * @throws VhostdError invalid where the record or the fds do not fit
+   */
+  static revive(owner: string, { data, fds }: StoredSpace, settings: VfioSettings = DEFAULTS): VfioAddressSpace {
+    using undo = new DisposableStack();
+    for (const fd of fds.values()) undo.use(fd);
+    const space = new VfioAddressSpace(owner, settings);
+    const record = parseSpaceRecord(data);
+    const whose = `the address space of ${owner}`;
+    if (record.interface === "group") {
+      const names = [CONTAINER_FD, ...record.groups.map(groupFdName)];
+      space.iommu = Type1Container.revive(record.groups, checkFds(fds, whose, names));
+    } else {
+      space.iommu = IoAddressSpace.revive(record.ioas, checkFds(fds, whose, [IOMMUFD_FD]));
+    }
+    space.toTakeUp = record.left;
+    undo.move();
+    return space;
+  }
+
+  snapshot(): FunctionSnapshot | undefined {
+    if (this.iommu === undefined) return undefined;
+    const { data, fds } = this.iommu.snapshot();
+    return { data: { ...data, left: [...(this.toTakeUp ?? []), ...this.memory.left] }, fds };
   }
 
   /** Empty before the first function is attached. */
@@ -75,29 +106,35 @@ export class VfioAddressSpace implements AddressSpace {
   async open(entry: BusEntry, deadline: Deadline): Promise<PciFunction> {
     const kernelEntry = asKernelEntry(entry);
     const { device, leave } = await this.opening.run(() => this.openDevice(kernelEntry, deadline));
-    let opened: PciFunction | undefined;
-    const left = () => {
-      if (opened !== undefined) this.functions.delete(opened);
-      leave();
-    };
-    const fn = await VfioFunction.over(kernelEntry, device, left, deadline);
-    opened = fn;
-    this.functions.set(fn, { fn, entry: kernelEntry });
+    const opening = this.listed(leave);
+    const fn = await VfioFunction.over(kernelEntry, device, opening.leave, deadline);
+    opening.list(fn, kernelEntry);
     return fn;
   }
 
-  revive({ address }: BusEntry, _data: Json, fds: Map<string, OwnedFd>): PciFunction {
-    for (const fd of fds.values()) fd[Symbol.dispose]();
-    throw new VhostdError(
-      "notSupported",
-      `${address} is a function of kernel VFIO, which a new daemon cannot take over`,
-    );
+  revive(entry: BusEntry, data: Json, fds: Map<string, OwnedFd>): PciFunction {
+    using undo = new DisposableStack();
+    for (const fd of fds.values()) undo.use(fd);
+    const kernelEntry = asKernelEntry(entry);
+    const reviving = this.listed(this.inUse().adopt(kernelEntry));
+    undo.move();
+    const fn = VfioFunction.revive(kernelEntry, reviving.leave, data, fds);
+    reviving.list(fn, kernelEntry);
+    return fn;
   }
 
-  async attach(fn: PciFunction, _mapped: readonly DmaRange[], deadline: Deadline): Promise<void> {
+  async attach(
+    fn: PciFunction,
+    mapped: readonly (DmaRange & { readonly fd: number })[],
+    deadline: Deadline,
+  ): Promise<void> {
     const opened = this.openedHere(fn);
+    const iommu = this.inUse();
+    this.checkTakenUp();
     await this.settle(deadline);
-    await this.inUse().attach(opened.entry, opened.fn.deviceFd, deadline);
+    // The first of all brings in what is mapped, which the kernel cannot do for a process that is no more.
+    if (this.functions.size === 1) await this.memory.renew(iommu, mapped, deadline);
+    await iommu.attach(opened.entry, opened.fn.deviceFd, deadline);
   }
 
   async detach(fn: PciFunction, _mapped: readonly DmaRange[], deadline: Deadline): Promise<void> {
@@ -114,6 +151,7 @@ export class VfioAddressSpace implements AddressSpace {
   }
 
   async map(range: DmaRange, fd: number, deadline: Deadline, cancelled?: () => boolean): Promise<void> {
+    this.checkTakenUp();
     await this.memory.map(this.inUse(), range, fd, deadline, cancelled);
   }
 
@@ -121,15 +159,31 @@ export class VfioAddressSpace implements AddressSpace {
     await this.memory.unmap(this.inUse(), range, deadline);
   }
 
+  async unmapIfThere(range: DmaRange, deadline: Deadline): Promise<void> {
+    await this.memory.unmapIfThere(this.inUse(), range, deadline);
+  }
+
   async settle(deadline: Deadline): Promise<void> {
     if (this.iommu !== undefined) await this.memory.settle(this.iommu, deadline);
   }
 
-  adopt({ address }: PciFunction): void {
-    throw new VhostdError(
-      "notSupported",
-      `${address} is a function of kernel VFIO, which a new daemon cannot take over`,
-    );
+  async takeUp(mapped: readonly (DmaRange & { readonly fd: number })[], deadline: Deadline): Promise<void> {
+    // No function was ever opened here.
+    if (this.iommu === undefined && mapped.length === 0) return;
+    const iommu = this.inUse();
+    this.memory.adopt(iommu, mapped, this.toTakeUp ?? []);
+    this.toTakeUp = undefined;
+    await iommu.refresh(deadline);
+    await this.memory.takeUp(iommu, mapped, deadline);
+  }
+
+  /** Revived functions are here already, as those are that were opened. */
+  adopt(fn: PciFunction): void {
+    this.openedHere(fn);
+  }
+
+  adoptedAll(): void {
+    this.iommu?.adoptedAll?.();
   }
 
   /** To give memory back takes the kernel long: it goes on after this. */
@@ -146,8 +200,12 @@ export class VfioAddressSpace implements AddressSpace {
   private async openDevice(entry: KernelEntry, deadline: Deadline): Promise<OpenedDevice> {
     deadline.check();
     if (this.disposed) throw new VhostdError("invalid", `the address space of ${this.owner} is no more`);
+    this.checkTakenUp();
     checkUsable(entry);
-    if (this.iommu !== undefined) return await this.iommu.open(entry, this.settings.token, deadline);
+    if (this.iommu !== undefined) {
+      this.checkNothingForeign(this.iommu, entry);
+      return await this.iommu.open(entry, this.settings.token, deadline);
+    }
     const wanted = this.settings.interface;
     const hasCdev = entry.transport.cdev !== undefined && existsSync(IOMMUFD_FILE);
     if (wanted === "iommufd" || (wanted === "auto" && hasCdev)) {
@@ -176,6 +234,37 @@ export class VfioAddressSpace implements AddressSpace {
       throw new VhostdError("invalid", `no function of ${this.owner} was opened: there is no IOMMU to map memory in`);
     }
     return this.iommu;
+  }
+
+  /** What a kernel that ties mappings to processes would map for the function is anything but the guest's memory. */
+  private checkNothingForeign(iommu: Iommu, { address }: KernelEntry): void {
+    const { foreign } = this.memory;
+    if (iommu.takeUp === undefined || foreign === undefined) return;
+    throw new VhostdError(
+      "iommuDomain",
+      `${address} cannot be opened for ${this.owner}: guest memory ${where(foreign)} is mapped by an earlier process, and could not be taken up`,
+      { fix: "see in the log why; then restart the daemon, or remove the VFs of this VM and add them again" },
+    );
+  }
+
+  private checkTakenUp(): void {
+    if (this.toTakeUp === undefined) return;
+    throw new VhostdError("invalid", `what an earlier process has mapped for ${this.owner} was not taken up`);
+  }
+
+  /** A function that is about to be: in the list from `list` on until it has left. */
+  private listed(leave: () => void) {
+    let fn: PciFunction | undefined;
+    return {
+      list: (made: VfioFunction, entry: KernelEntry) => {
+        fn = made;
+        this.functions.set(made, { fn: made, entry });
+      },
+      leave: () => {
+        if (fn !== undefined) this.functions.delete(fn);
+        leave();
+      },
+    };
   }
 
   private openedHere(fn: PciFunction): { readonly fn: VfioFunction; readonly entry: KernelEntry } {

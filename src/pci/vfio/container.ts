@@ -2,8 +2,9 @@ import type { Deadline } from "../../base/deadline.ts";
 import { SystemError, VhostdError } from "../../base/errors.ts";
 import { OwnedFd } from "../../native/fd.ts";
 import { slowClose } from "../../native/slow.ts";
-import type { Iommu, KernelEntry, OpenedDevice } from "./iommu.ts";
+import type { Iommu, IommuSnapshot, KernelEntry, OpenedDevice } from "./iommu.ts";
 import {
+  DMA_UNMAP_VADDR,
   DmaMapFlag,
   Errno,
   failedWith,
@@ -28,6 +29,7 @@ import {
 import { type IovaRange, parseType1Info } from "./iova-ranges.ts";
 import { KernelCalls } from "./kernel-calls.ts";
 import { checkUsable, ignore, interruptsError, openFileOf, tokenError, whileBusy } from "./opening.ts";
+import { CONTAINER_FD, groupFdName, type TakeFd } from "./record.ts";
 
 const CONTAINER_FILE = "/dev/vfio/vfio";
 /** Bytes of the first question for the IOMMU's properties; the kernel tells when its answer is longer. */
@@ -53,8 +55,10 @@ export class Type1Container implements Iommu {
   /** As the container had it when it was empty: dma_entry_limit of the module vfio_iommu_type1. */
   mappingLimit: number | undefined;
   private readonly groups = new Map<number, Group>();
-  private mapped = 0;
-  private joining = false;
+  /** IOVAs of what is mapped. */
+  private readonly mapped = new Set<number>();
+  /** Groups without users stay meanwhile. */
+  private readonly underWay = new Set<"joining" | "adopting">();
   /** Of groups that have left. */
   private closing: Promise<void> = Promise.resolve();
 
@@ -87,6 +91,71 @@ export class Type1Container implements Iommu {
     return new Type1Container(fd, calls);
   }
 
+  /**
+   * Goes on with one as another process left it.
+   * @param groups their numbers
+   * @throws what `take` does
+   */
+  static revive(groups: readonly number[], take: TakeFd): Type1Container {
+    const container = new Type1Container(take(CONTAINER_FD), new KernelCalls());
+    for (const number of groups) container.groups.set(number, { fd: take(groupFdName(number)), users: 0 });
+    container.underWay.add("adopting");
+    return container;
+  }
+
+  snapshot(): IommuSnapshot {
+    const groups = [...this.groups].map(([number, { fd }]) => [groupFdName(number), fd.number] as const);
+    return {
+      data: { interface: this.kind, groups: [...this.groups.keys()] },
+      fds: new Map([[CONTAINER_FD, this.fd.number], ...groups]),
+    };
+  }
+
+  adopt({ address, transport }: KernelEntry): () => void {
+    const group = this.groups.get(transport.group ?? -1);
+    if (group === undefined) {
+      throw new VhostdError(
+        "invalid",
+        `${address} is in IOMMU group ${transport.group}, which is not in its container`,
+      );
+    }
+    group.users++;
+    return () => this.leave(group);
+  }
+
+  adoptedAll(): void {
+    this.underWay.delete("adopting");
+    this.retire();
+  }
+
+  adoptMapping(iova: number): void {
+    this.mapped.add(iova);
+  }
+
+  /**
+   * Pages stay where they are, and so do the functions' ways to them: it takes as long for any size. Before a group joins: the
+   * kernel would look for the pages at the address that they had in the other process, in this one.
+   */
+  async takeUp(iova: number, size: number, address: number): Promise<void> {
+    const flags = DMA_UNMAP_VADDR;
+    const forget = TYPE1_DMA_UNMAP.encode({ argsz: TYPE1_DMA_UNMAP.size, flags, iova, size });
+    await request(this.fd.number, VFIO_IOMMU_UNMAP_DMA, forget).catch((error) => {
+      // Forgotten already: a process that took it up died between the two.
+      if (!failedWith(error, Errno.EINVAL)) throw error;
+    });
+    const place = { vaddr: address, iova, size };
+    const argument = TYPE1_DMA_MAP.encode({ argsz: TYPE1_DMA_MAP.size, flags: DmaMapFlag.vaddr, ...place });
+    await request(this.fd.number, VFIO_IOMMU_MAP_DMA, argument).catch((cause) => {
+      if (!failedWith(cause, Errno.ENOENT)) throw cause;
+      throw new VhostdError("iommuDomain", `no ${size} bytes are mapped at 0x${iova.toString(16)}`, { cause });
+    });
+  }
+
+  async refresh(deadline: Deadline): Promise<void> {
+    // A container without groups has no IOMMU.
+    if (this.groups.size > 0) await this.calls.run(deadline, () => this.readInfo(), ignore);
+  }
+
   async open(entry: KernelEntry, token: () => Promise<string>, deadline: Deadline): Promise<OpenedDevice> {
     const number = checkUsable(entry);
     const name = entry.transport.takesToken ? `${entry.address} vf_token=${await token()}` : entry.address;
@@ -113,13 +182,19 @@ export class Type1Container implements Iommu {
     const flags = DmaMapFlag.read | DmaMapFlag.write;
     const argument = TYPE1_DMA_MAP.encode({ argsz: TYPE1_DMA_MAP.size, flags, vaddr: address, iova, size });
     await request(this.fd.number, VFIO_IOMMU_MAP_DMA, argument);
-    this.mapped++;
+    this.mapped.add(iova);
   }
 
   async unmap(iova: number, size: number): Promise<number> {
     const argument = TYPE1_DMA_UNMAP.encode({ argsz: TYPE1_DMA_UNMAP.size, iova, size });
-    await request(this.fd.number, VFIO_IOMMU_UNMAP_DMA, argument);
-    this.mapped--;
+    try {
+      await request(this.fd.number, VFIO_IOMMU_UNMAP_DMA, argument);
+    } catch (error) {
+      // Without groups there is no IOMMU that it could be mapped in.
+      if (this.groups.size === 0 && failedWith(error, Errno.EINVAL)) return 0;
+      throw error;
+    }
+    this.mapped.delete(iova);
     this.retire();
     return TYPE1_DMA_UNMAP.read(argument).size;
   }
@@ -141,14 +216,14 @@ export class Type1Container implements Iommu {
     }
     // The last group takes the IOMMU along: it has to be known whether there is one.
     await deadline.race(Promise.all([this.closing, this.calls.idle()]));
-    this.joining = true;
+    this.underWay.add("joining");
     try {
       const fd = await this.addGroup(entry, number, deadline);
       const group = { fd, users: 1 };
       this.groups.set(number, group);
       return group;
     } finally {
-      this.joining = false;
+      this.underWay.delete("joining");
       this.retire();
     }
   }
@@ -200,7 +275,7 @@ export class Type1Container implements Iommu {
     }
     this.ranges = ranges;
     this.pageSize = Math.max(4096, pageSize ?? 0);
-    if (this.mapped === 0) this.mappingLimit = available;
+    if (available !== undefined) this.mappingLimit = available + this.mapped.size;
   }
 
   private leave(group: Group): void {
@@ -210,9 +285,9 @@ export class Type1Container implements Iommu {
 
   /** Groups without users leave: when the last fd of a group is closed the kernel takes it out of the container. */
   private retire(): void {
-    if (this.joining) return;
+    if (this.underWay.size > 0) return;
     for (const [number, { fd, users }] of this.groups) {
-      if (users > 0 || (this.groups.size === 1 && this.mapped > 0)) continue;
+      if (users > 0 || (this.groups.size === 1 && this.mapped.size > 0)) continue;
       this.groups.delete(number);
       this.closing = this.closing.then(() => slowClose(fd)).catch(() => {});
     }

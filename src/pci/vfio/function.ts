@@ -1,5 +1,6 @@
 import { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
+import type { Json } from "../../base/json.ts";
 import { OperationQueue } from "../../base/operation-queue.ts";
 import type { OwnedFd } from "../../native/fd.ts";
 import { slowClose } from "../../native/slow.ts";
@@ -14,8 +15,9 @@ import { type DoorbellOwner, VfioDoorbell } from "./doorbell.ts";
 import { AccessGate } from "./gate.ts";
 import { VfioInterrupts } from "./interrupts.ts";
 import { ConnectedKicks } from "./kicks.ts";
-import { LossWatch } from "./loss.ts";
+import { LOSS_FDS, LossWatch } from "./loss.ts";
 import { type BarRange, msixRanges } from "./msix.ts";
+import { checkFds, DEVICE_FD, parseFunctionRecord } from "./record.ts";
 import { type DeviceFile, VfioRegion } from "./region.ts";
 
 const BARS = [0, 1, 2, 3, 4, 5] as const;
@@ -130,6 +132,37 @@ export class VfioFunction implements PciFunction {
     return fn;
   }
 
+  /**
+   * Goes on with a function as another process left it. Nothing is asked of the device: its vectors are enabled, and go where
+   * they went. Takes the fds.
+   * @param leave called once when its device was closed, on failure too
+   * @throws VhostdError invalid where the record or the fds do not fit
+   */
+  static revive(
+    { address }: BusEntry,
+    leave: () => void,
+    data: Json,
+    fds: ReadonlyMap<string, OwnedFd>,
+    calls = KERNEL_CALLS,
+  ): VfioFunction {
+    using undo = new DisposableStack();
+    undo.defer(leave);
+    for (const fd of fds.values()) undo.use(fd);
+    const { canReset, lent, msix, config: configPlace, bars, vectors } = parseFunctionRecord(data);
+    const owned = checkFds(fds, address, [DEVICE_FD], LOSS_FDS)(DEVICE_FD);
+    const device = new VfioDevice(() => owned.number, address, calls.ioctl);
+    const operations = new OperationQueue();
+    const loss = undo.use(LossWatch.revive(device, fds));
+    const fn = new VfioFunction(address, owned, leave, {
+      ...{ device, canReset, configPlace, bars, msix, operations, loss },
+      accesses: new DeviceAccesses(() => owned.number, calls.access),
+      interrupts: VfioInterrupts.revive(device, operations, vectors),
+    });
+    if (lent) fn.lend();
+    undo.move();
+    return fn;
+  }
+
   /** The fd of the VFIO device, borrowed, for what an address space asks of it. */
   get deviceFd(): number {
     return this.owned.number;
@@ -187,7 +220,7 @@ export class VfioFunction implements PciFunction {
         ...{ canReset, lent, msix: [...msix] },
         ...{ config: place(configPlace), bars: bars.map(place), vectors: interrupts.count },
       },
-      fds: new Map([["device", this.owned.number], ...loss.fds]),
+      fds: new Map([[DEVICE_FD, this.owned.number], ...loss.fds]),
     };
   }
 

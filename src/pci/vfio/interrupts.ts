@@ -38,6 +38,11 @@ export class VfioInterrupts implements Interrupts {
     return new VfioInterrupts(device, operations, count);
   }
 
+  /** Goes on with vectors that another process has enabled, without a word to the kernel: they stay routed as they are. */
+  static revive(device: VfioDevice, operations: OperationQueue, count: number): VfioInterrupts {
+    return new VfioInterrupts(device, operations, count);
+  }
+
   async route(vector: number, eventfd: number | null): Promise<void> {
     const { name } = this.device;
     if (!Number.isInteger(vector) || vector < 0 || vector >= this.count) {

@@ -75,7 +75,8 @@ export const TYPE1_DMA_MAP = struct("vfio_iommu_type1_dma_map", 32, {
   iova: [16, "addr"],
   size: [24, "addr"],
 });
-export const DmaMapFlag = { read: 1, write: 2 } as const;
+/** `vaddr` alone: what is mapped already is found at another address from now on, which may be another process's. */
+export const DmaMapFlag = { read: 1, write: 2, vaddr: 4 } as const;
 
 /** The kernel writes back how much it has unmapped. */
 export const TYPE1_DMA_UNMAP = struct("vfio_iommu_type1_dma_unmap", 24, {
@@ -84,6 +85,8 @@ export const TYPE1_DMA_UNMAP = struct("vfio_iommu_type1_dma_unmap", 24, {
   iova: [8, "addr"],
   size: [16, "addr"],
 });
+/** Nothing is unmapped: the kernel forgets at which address it found the memory. */
+export const DMA_UNMAP_VADDR = 4;
 
 /** `token_uuid_ptr` since 6.17; before 6.18.3 the kernel answers E2BIG where it is not 0. */
 export const BIND_IOMMUFD = struct("vfio_device_bind_iommufd", 24, {
@@ -143,6 +146,7 @@ export const Errno = {
   EAGAIN: 11,
   ENOMEM: 12,
   EACCES: 13,
+  EFAULT: 14,
   EBUSY: 16,
   ENODEV: 19,
   EINVAL: 22,

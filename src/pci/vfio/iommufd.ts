@@ -2,7 +2,7 @@ import type { Deadline } from "../../base/deadline.ts";
 import { VhostdError } from "../../base/errors.ts";
 import type { OwnedFd } from "../../native/fd.ts";
 import { slowClose } from "../../native/slow.ts";
-import type { Iommu, KernelEntry, OpenedDevice } from "./iommu.ts";
+import type { Iommu, IommuSnapshot, KernelEntry, OpenedDevice } from "./iommu.ts";
 import {
   ATTACH_PT,
   BIND_FLAG_TOKEN,
@@ -29,6 +29,7 @@ import {
 import { type IovaRange, parseIovaRanges } from "./iova-ranges.ts";
 import { KernelCalls } from "./kernel-calls.ts";
 import { checkUsable, ignore, openFileOf, tokenError, whileBusy } from "./opening.ts";
+import { IOMMUFD_FD, type TakeFd } from "./record.ts";
 import { StableMemory } from "./stable-memory.ts";
 
 /** There where the kernel has iommufd. */
@@ -78,6 +79,29 @@ export class IoAddressSpace implements Iommu {
     await calls.run(deadline, () => request(fd.number, IOMMU_IOAS_ALLOC, argument), ignore);
     undo.move();
     return new IoAddressSpace(fd, IOAS_ALLOC.read(argument).out_ioas_id, calls, replaceable);
+  }
+
+  /**
+   * Goes on with one as another process left it.
+   * @throws what `take` does
+   */
+  static revive(ioas: number, take: TakeFd): IoAddressSpace {
+    const space = new IoAddressSpace(take(IOMMUFD_FD), ioas, new KernelCalls(), false);
+    space.used = true;
+    return space;
+  }
+
+  snapshot(): IommuSnapshot {
+    return { data: { interface: this.kind, ioas: this.id }, fds: new Map([[IOMMUFD_FD, this.fd.number]]) };
+  }
+
+  /** A function names the address space, not the other way round. */
+  adopt(): () => void {
+    return ignore;
+  }
+
+  async refresh(deadline: Deadline): Promise<void> {
+    await this.calls.run(deadline, () => this.readRanges(), ignore);
   }
 
   async open(entry: KernelEntry, token: () => Promise<string>, deadline: Deadline): Promise<OpenedDevice> {
@@ -140,7 +164,12 @@ export class IoAddressSpace implements Iommu {
 
   async unmap(iova: number, size: number): Promise<number> {
     const argument = IOAS_UNMAP.encode({ size: IOAS_UNMAP.size, ioas_id: this.id, iova, length: size });
-    await request(this.fd.number, IOMMU_IOAS_UNMAP, argument);
+    try {
+      await request(this.fd.number, IOMMU_IOAS_UNMAP, argument);
+    } catch (error) {
+      if (failedWith(error, Errno.ENOENT)) return 0;
+      throw error;
+    }
     return IOAS_UNMAP.read(argument).length;
   }
 
@@ -209,6 +238,13 @@ function attachError({ address, directory }: KernelEntry, cause: unknown): unkno
         fix: `see ${directory}/iommu_group/reserved_regions, and move the guest's memory around them`,
         cause,
       },
+    );
+  }
+  if (failedWith(cause, Errno.EFAULT)) {
+    return new VhostdError(
+      "iommuDomain",
+      `the IOMMU of ${address} cannot map what an earlier process has mapped for the VM's other functions`,
+      { fix: "remove the VFs of this VM, and add them again", cause },
     );
   }
   return cause;

@@ -17,6 +17,9 @@ const SILENT_LOOKS = 2;
 const CLASS_REGISTER = 0x8;
 const ALL_ONES = 0xffff_ffff;
 
+/** The eventfds of a watch, by name. */
+export const LOSS_FDS = ["error", "request"] as const;
+
 /** The interrupts by which the kernel says that a function is lost. */
 const NOTICES = [
   {
@@ -45,7 +48,7 @@ export class LossWatch implements Disposable {
   private busy = false;
   private silent = 0;
 
-  private constructor(private readonly name: string) {
+  private constructor(private readonly device: VfioDevice) {
     const { promise, resolve } = Promise.withResolvers<Error>();
     this.lost = promise;
     this.resolve = resolve;
@@ -54,21 +57,32 @@ export class LossWatch implements Disposable {
   /** Routes the two interrupts, where the device has them. @throws VhostdError */
   static async on(device: VfioDevice): Promise<LossWatch> {
     using undo = new DisposableStack();
-    const loss = undo.use(new LossWatch(device.name));
-    const routed = NOTICES.map(async ({ index, name, code, says, fix }) => {
-      if ((await device.interrupts(index)) === 0) return;
-      const notice = eventfd();
-      loss.eventfds.set(name, notice);
-      await device.setEventfds(index, 0, [notice.number]);
-      const watching = watch(notice.number, "in", () => {
-        loss.end(new VhostdError(code, `${device.name} ${says}`, { fix }));
-      });
-      watching.unref();
-      loss.watches.push(watching);
+    const loss = undo.use(new LossWatch(device));
+    const routed = NOTICES.map(async (notice) => {
+      if ((await device.interrupts(notice.index)) === 0) return;
+      const signal = eventfd();
+      loss.eventfds.set(notice.name, signal);
+      await device.setEventfds(notice.index, 0, [signal.number]);
+      loss.heed(notice, signal);
     });
     // Not before all have ended: what one routes the other's failure would close.
     for (const result of await Promise.allSettled(routed)) if (result.status === "rejected") throw result.reason;
     undo.move();
+    return loss;
+  }
+
+  /**
+   * Goes on with the eventfds of another process, by name, which the interrupts are routed to; nothing is asked of the device.
+   * Takes them. One that was signalled meanwhile counts.
+   */
+  static revive(device: VfioDevice, eventfds: ReadonlyMap<string, OwnedFd>): LossWatch {
+    const loss = new LossWatch(device);
+    for (const notice of NOTICES) {
+      const signal = eventfds.get(notice.name);
+      if (signal === undefined) continue;
+      loss.eventfds.set(notice.name, signal);
+      loss.heed(notice, signal);
+    }
     return loss;
   }
 
@@ -91,6 +105,15 @@ export class LossWatch implements Disposable {
     this.eventfds.clear();
   }
 
+  /** @param signal borrowed until disposal */
+  private heed({ code, says, fix }: (typeof NOTICES)[number], signal: OwnedFd): void {
+    const watching = watch(signal.number, "in", () => {
+      this.end(new VhostdError(code, `${this.device.name} ${says}`, { fix }));
+    });
+    watching.unref();
+    this.watches.push(watching);
+  }
+
   private async look(config: RegisterSpace): Promise<void> {
     // A reset makes the look before this one wait.
     if (this.busy) return;
@@ -100,7 +123,7 @@ export class LossWatch implements Disposable {
     this.silent = seen === ALL_ONES ? this.silent + 1 : 0;
     if (this.silent < SILENT_LOOKS || this.timer === undefined) return;
     const fix = "look in the kernel log; reset or replace the device, then add it again";
-    this.end(new VhostdError("noDevice", `${this.name} does not answer any more: it reads all ones`, { fix }));
+    this.end(new VhostdError("noDevice", `${this.device.name} does not answer any more: it reads all ones`, { fix }));
   }
 
   private end(reason: Error): void {

@@ -4,7 +4,7 @@ import type { Logger } from "../../base/log.ts";
 import { Mapping } from "../../native/mmio.ts";
 import { fileInfo } from "../../native/sys.ts";
 import type { DmaRange } from "../address-space.ts";
-import { describe, extentOf } from "../ranges.ts";
+import { describe } from "../ranges.ts";
 import type { Iommu } from "./iommu.ts";
 import { Errno, failedWith } from "./iommu-uapi.ts";
 import { KernelCalls } from "./kernel-calls.ts";
@@ -18,14 +18,21 @@ const PROGRESS_INTERVAL = 3_000;
 /** Bytes that are unmapped from this process at a time: a millisecond where pages are small. */
 const UNMAP_PART = 16 << 20;
 
+/** Bytes of an address space. */
+export type Place = Pick<DmaRange, "iova" | "size">;
+
 const CLOSE_ALL = "remove the VFs of this VM to close their functions";
 
-/** A piece of guest memory in this process, never touched there; the kernel finds the pages by it. It keeps the file. */
+/** A piece of guest memory that is mapped. */
 interface Piece {
-  readonly range: DmaRange;
-  readonly view: View;
+  readonly place: Place;
+  /** undefined where another process has mapped it, and it was not taken up. */
+  view: View | undefined;
+  /** "perhaps": another process died while it mapped or unmapped it. */
+  there: "certainly" | "perhaps";
 }
 
+/** It in this process, never touched there; the kernel finds the pages by it. It keeps the file. */
 interface View {
   readonly address: number;
   /** Who runs out of memory ends the process that has most: not this one, for what belongs to all its guests. */
@@ -41,6 +48,8 @@ export class MappedMemory {
   private readonly pieces = new Map<number, Piece>();
   /** Those that nobody has, because the unmap failed that was to undo a map: another guest could be next to reach them. */
   private readonly stale = new Set<Piece>();
+  /** Those that the kernel was told to map, and that are in no table yet: nobody may have waited for it to the end. */
+  private readonly beingMapped = new Set<Place>();
   private readonly calls = new KernelCalls();
 
   /** @param owner whose memory it is, for the log */
@@ -50,6 +59,56 @@ export class MappedMemory {
     /** Whether there is memory for what is going to be pinned. */
     private readonly room: typeof claimRoom = claimRoom,
   ) {}
+
+  /** What no owner has, and may be mapped all the same, for whoever goes on with this. */
+  get left(): Place[] {
+    const places = [...[...this.stale].map(({ place }) => place), ...this.beingMapped];
+    return places.map(({ iova, size }) => ({ iova, size }));
+  }
+
+  /** The first of what another process has mapped, and this one has not taken up. */
+  get foreign(): Place | undefined {
+    return [...this.pieces.values()].find(({ view }) => view === undefined)?.place;
+  }
+
+  /**
+   * What another process has mapped, and has left so. Nothing is said to the kernel.
+   * @param left what that one's `left` was
+   */
+  adopt(iommu: Iommu, ranges: readonly DmaRange[], left: readonly Place[]): void {
+    for (const place of ranges.flatMap(piecesOf)) {
+      if (this.pieces.has(place.iova)) continue;
+      this.pieces.set(place.iova, { place, view: undefined, there: "certainly" });
+      iommu.adoptMapping?.(place.iova);
+    }
+    for (const place of left) {
+      if (!this.pieces.has(place.iova)) this.stale.add({ place, view: undefined, there: "perhaps" });
+    }
+  }
+
+  /**
+   * What was adopted is this process's from now on, as far as the kernel asks for that; and what nobody has is unmapped. All
+   * is tried; what is done already is left out.
+   * @throws VhostdError outOfMemory, before anything is done; iommuDomain; SystemError
+   */
+  async takeUp(iommu: Iommu, mapped: readonly (DmaRange & { fd: number })[], deadline: Deadline): Promise<void> {
+    await deadline.race(this.calls.idle());
+    if (iommu.takeUp !== undefined) await this.takeUpPieces(iommu.takeUp.bind(iommu), mapped, deadlines(deadline));
+    await this.settle(iommu, deadline);
+  }
+
+  /**
+   * Maps anew what was adopted and not taken up, and what an earlier call has failed to map again. Only where no function
+   * reaches it.
+   */
+  async renew(iommu: Iommu, mapped: readonly (DmaRange & { fd: number })[], deadline: Deadline): Promise<void> {
+    for (const range of mapped) {
+      const views = piecesOf(range).map(({ iova }) => this.pieces.get(iova)?.view);
+      if (!views.includes(undefined)) continue;
+      await this.unmapIfThere(iommu, range, deadline);
+      await this.map(iommu, range, range.fd, deadline);
+    }
+  }
 
   /**
    * Each piece has as much time as there is for the first: there is progress.
@@ -75,7 +134,7 @@ export class MappedMemory {
         progress(piece.size);
       }
     } catch (error) {
-      const missing = range.size - done.reduce((sum, piece) => sum + piece.range.size, 0);
+      const missing = range.size - done.reduce((sum, { place }) => sum + place.size, 0);
       const explained = await explain(iommu, error, missing);
       const cause = await this.unmapPieces(iommu, done, next);
       if (cause === undefined) throw explained;
@@ -89,8 +148,19 @@ export class MappedMemory {
   /** @throws VhostdError; what of the range is still mapped can be unmapped by trying again */
   async unmap(iommu: Iommu, range: DmaRange, deadline: Deadline): Promise<void> {
     await deadline.race(this.calls.idle());
-    const there = piecesOf(range).map(({ iova }) => this.pieces.get(iova));
-    const pieces = there.filter((piece) => piece !== undefined);
+    const pieces = piecesOf(range).map((place) => this.pieceAt(place));
+    const failure = await this.unmapPieces(iommu, pieces, deadlines(deadline));
+    if (failure !== undefined) throw failure;
+  }
+
+  /**
+   * The same, where it is not known what of it is mapped.
+   * @throws as unmap
+   */
+  async unmapIfThere(iommu: Iommu, range: DmaRange, deadline: Deadline): Promise<void> {
+    await deadline.race(this.calls.idle());
+    const pieces = piecesOf(range).map((place) => this.pieceAt(place));
+    for (const piece of pieces) piece.there = "perhaps";
     const failure = await this.unmapPieces(iommu, pieces, deadlines(deadline));
     if (failure !== undefined) throw failure;
   }
@@ -111,30 +181,69 @@ export class MappedMemory {
   async dispose(close: () => Promise<void>): Promise<void> {
     await this.calls.idle();
     await close();
-    for (const { view } of this.pieces.values()) await view.unmap();
+    for (const { view } of this.pieces.values()) await view?.unmap();
     this.pieces.clear();
     this.stale.clear();
   }
 
+  /** One that is in no table may have been unmapped by an earlier try, or mapped by another process. */
+  private pieceAt(place: Place): Piece {
+    return this.pieces.get(place.iova) ?? { place, view: undefined, there: "perhaps" };
+  }
+
   private async mapPiece(iommu: Iommu, range: DmaRange, fd: number, deadline: Deadline): Promise<Piece> {
     const work = async () => {
-      const piece = { range, view: viewOf(range, fd) };
+      const view = viewOf(range, fd);
+      this.beingMapped.add(range);
       try {
-        await iommu.map(range.iova, range.size, piece.view.address);
+        await iommu.map(range.iova, range.size, view.address);
       } catch (error) {
-        await piece.view.unmap();
+        this.beingMapped.delete(range);
+        await view.unmap();
         throw error;
       }
+      const piece: Piece = { place: range, view, there: "certainly" };
       this.pieces.set(range.iova, piece);
-      await piece.view.disown();
+      await view.disown();
       return piece;
     };
-    return await this.calls.run(deadline, work, async (piece) => {
-      await this.unmapNow(iommu, piece).catch((error) => {
-        this.stale.add(piece);
-        this.log.error(`guest memory of ${this.owner} ${describe(extentOf(range))} stays mapped`, error);
+    const piece = await this.calls.run(deadline, work, async (late) => {
+      await this.unmapNow(iommu, late).catch((error) => {
+        this.stale.add(late);
+        this.log.error(`guest memory of ${this.owner} ${where(range)} stays mapped`, error);
       });
+      this.beingMapped.delete(range);
     });
+    this.beingMapped.delete(range);
+    return piece;
+  }
+
+  /** @throws the first failure */
+  private async takeUpPieces(
+    takeUp: NonNullable<Iommu["takeUp"]>,
+    mapped: readonly (DmaRange & { fd: number })[],
+    next: () => Deadline,
+  ): Promise<void> {
+    const all = mapped.flatMap((range) => piecesOf(range).map((place) => ({ place, fd: range.fd })));
+    const foreign = all.filter(({ place }) => this.pieces.get(place.iova)?.view === undefined);
+    const size = foreign.reduce((sum, { place }) => sum + place.size, 0);
+    const refusal = size === 0 ? undefined : await ownMemlockError(size, undefined);
+    if (refusal !== undefined) throw refusal;
+    const failures: unknown[] = [];
+    for (const { place, fd } of foreign) {
+      const work = async () => {
+        const view = viewOf(place, fd);
+        try {
+          await takeUp(place.iova, place.size, view.address);
+        } catch (error) {
+          await view.unmap();
+          throw error;
+        }
+        this.pieces.get(place.iova)!.view = view;
+      };
+      await this.calls.run(next(), work, () => {}).catch((error) => failures.push(error));
+    }
+    if (failures.length > 0) throw failures[0];
   }
 
   /** Tries all of them, unless the kernel does not answer. @returns the first failure */
@@ -150,7 +259,7 @@ export class MappedMemory {
 
   /** Those that are mapped still. */
   private stillMapped(pieces: readonly Piece[]): Piece[] {
-    return pieces.filter((piece) => this.pieces.get(piece.range.iova) === piece);
+    return pieces.filter((piece) => this.pieces.get(piece.place.iova) === piece);
   }
 
   private async unmapPiece(iommu: Iommu, piece: Piece, deadline: Deadline): Promise<void> {
@@ -162,14 +271,14 @@ export class MappedMemory {
   }
 
   private async unmapNow(iommu: Iommu, piece: Piece): Promise<void> {
-    const { range, view } = piece;
-    const size = await iommu.unmap(range.iova, range.size);
-    if (size !== range.size) {
-      throw new VhostdError("iommuDomain", `the kernel unmapped ${size} of ${range.size} bytes`);
+    const { place, view, there } = piece;
+    const size = await iommu.unmap(place.iova, place.size);
+    if (size !== place.size && (size !== 0 || there === "certainly")) {
+      throw new VhostdError("iommuDomain", `the kernel unmapped ${size} of ${place.size} bytes`);
     }
-    this.pieces.delete(range.iova);
+    this.pieces.delete(place.iova);
     this.stale.delete(piece);
-    await view.unmap();
+    await view?.unmap();
   }
 
   /** Tells of what takes long, every few seconds. */
@@ -188,7 +297,11 @@ export class MappedMemory {
 
 /** In words. */
 function places(pieces: Iterable<Piece>): string {
-  return [...pieces].map(({ range }) => describe(extentOf(range))).join(", ");
+  return [...pieces].map(({ place }) => where(place)).join(", ");
+}
+
+export function where({ iova, size }: Place): string {
+  return describe({ start: iova, end: iova + size });
 }
 
 /** @throws SystemError */

@@ -33,11 +33,7 @@ export class LogMemory {
   private cleaned: Promise<void> = Promise.resolve();
   private readonly left: readonly string[];
 
-  /** @param onChange what is mapped has changed, or is about to: it belongs into the PF's record */
-  constructor(
-    private readonly domain: DmaDomain,
-    private readonly onChange: () => Promise<void> = async () => {},
-  ) {
+  constructor(private readonly domain: DmaDomain) {
     this.left = domain.owners.filter((owner) => owner.startsWith(OWNER));
   }
 
@@ -54,7 +50,6 @@ export class LogMemory {
     const release = async () => {
       await quiet;
       for (const owner of this.left) await this.domain.releaseAll(owner);
-      await this.onChange();
     };
     const cleaned = release();
     this.cleaned = cleaned.catch(() => {});
@@ -92,9 +87,8 @@ export class LogMemory {
     const memory = await claimMemory(this.domain, owner, size);
     const release = this.once(async () => {
       memory[Symbol.dispose]();
-      await this.unmap(owner);
+      await this.domain.releaseAll(owner);
     });
-    await this.noted(release);
     return { address: memory.iova, memory, release };
   }
 
@@ -108,7 +102,6 @@ export class LogMemory {
       const { pageSize } = this.domain;
       const whole = Math.ceil(size / pageSize) * pageSize;
       const { iova } = await this.domain.claimFree(owner, whole, file.number, offset);
-      await this.noted(() => this.unmap(owner));
       return iova;
     };
     return { address: map(), owner, users: 0 };
@@ -117,22 +110,7 @@ export class LogMemory {
   private async letGo(key: string, log: Shared): Promise<void> {
     if (--log.users > 0) return;
     if (this.shared.get(key) === log) this.shared.delete(key);
-    await this.unmap(log.owner);
-  }
-
-  /** What is not in the record is not to be mapped. */
-  private async noted(undo: () => Promise<void>): Promise<void> {
-    try {
-      await this.onChange();
-    } catch (error) {
-      await undo().catch(() => {});
-      throw error;
-    }
-  }
-
-  private async unmap(owner: string): Promise<void> {
-    await this.domain.releaseAll(owner);
-    await this.onChange();
+    await this.domain.releaseAll(log.owner);
   }
 
   private newOwner(): string {

@@ -1,7 +1,7 @@
 import { VhostdError } from "../../base/errors.ts";
 import type { DeviceClass } from "../../plugin.ts";
 import { configValues } from "../config-space.ts";
-import { type DeviceState, disabledQueues, enabledQueues, type QueueState } from "../device-state.ts";
+import { type DeviceState, disabledQueues, enabledQueues, type QueueState, withEnabled } from "../device-state.ts";
 import type { FreezeMode, MoverHost } from "../mover.ts";
 import { describeStatus } from "../pci-device.ts";
 import { NO_VECTOR } from "../registers.ts";
@@ -130,6 +130,46 @@ export function readSaved(
   return {
     state: { ...configured, config, queues },
     unreported: new Map(saved.completed.map(({ queue, heads }) => [queue, heads.length])),
+  };
+}
+
+/**
+ * A state with other queues in use: those that the device has that saved this. An earlier process may have been changing
+ * them when it died.
+ * @param own as of `readSaved`
+ */
+export function withQueuesOf(saved: VendorState, configured: DeviceState, own: number | undefined): DeviceState {
+  const setUp = new Set(saved.queues.filter(({ enable }) => enable !== 0).map(({ index }) => index));
+  // One that its registers started has all queues set up: which are in use it was told by a queue of its own.
+  return own !== undefined && setUp.has(own) ? configured : withEnabled(configured, setUp);
+}
+
+/** The state with queues that are not in use any more where the guest's memory says; they have drained. */
+export function ended(state: DeviceState, before: DeviceState, memory: RingMemory): DeviceState {
+  const known = disabledQueues(before);
+  const queues = state.queues.map((queue) => {
+    if (queue.disabled !== true || known.has(queue.index)) return queue;
+    const lastUsed = usedIndex(memory, queue);
+    return { ...queue, lastAvail: lastUsed, lastUsed };
+  });
+  return { ...state, queues };
+}
+
+/**
+ * The same state for a device that may have been given a part of another one; undefined where it cannot be, because the
+ * device has more than can be given back. Then it was given nothing either: see `undrained`.
+ */
+export function repeatable(saved: VendorState, { receives }: Pick<DeviceClass, "receives">): VendorState | undefined {
+  if (saved.completed.some(({ heads }) => heads.length > 0)) return undefined;
+  const listed = (index: number) => saved.inFlight.find(({ queue }) => queue === index)?.heads.length ?? 0;
+  const isListed = ({ index, lastAvail, lastUsed }: VendorState["indices"][number]) =>
+    ((lastAvail - lastUsed) & 0xffff) === listed(index);
+  if (saved.indices.some((one) => !isListed(one) && receives?.(one.index) !== true)) return undefined;
+  const rewind = saved.indices.filter((one) => !isListed(one)).map(({ index }) => index);
+  return {
+    ...saved,
+    indices: saved.indices.map((one) => (rewind.includes(one.index) ? { ...one, lastAvail: one.lastUsed } : one)),
+    inFlight: saved.inFlight.filter(({ queue }) => !rewind.includes(queue)),
   };
 }
 

@@ -1,11 +1,20 @@
 import { both } from "../../base/both.ts";
 import { Deadline } from "../../base/deadline.ts";
-import { VhostdError } from "../../base/errors.ts";
+import { asError, VhostdError } from "../../base/errors.ts";
 import { configValues } from "../config-space.ts";
 import { type DeviceState, enabledQueues, type QueueState, withEnabled } from "../device-state.ts";
 import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
 import { Status } from "../features.ts";
-import type { FreezeMode, MoverCapabilities, MoverHost, MoverSnapshot, StateMover } from "../mover.ts";
+import type {
+  FreezeMode,
+  MoverCapabilities,
+  MoverHost,
+  MoverSnapshot,
+  StartSteps,
+  StateMover,
+  TakenUp,
+  TakeUp,
+} from "../mover.ts";
 import { describeStatus, type VirtioPciDevice } from "../pci-device.ts";
 import { availIndex, type RingMemory, usedIndex } from "../split-ring.ts";
 
@@ -15,11 +24,10 @@ const DRAIN_INTERVAL = 1;
 /** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
 const CLEAN_UP_TIMEOUT = 5000;
 
-/** `frozen`: drained and left configured, with no doorbell rung any more. */
+/** `frozen`: drained and left configured, with no doorbell rung any more. `starting`: on the way to running. */
 type State =
   | { readonly kind: "reset" }
-  | { readonly kind: "running"; readonly state: DeviceState }
-  | { readonly kind: "frozen"; readonly state: DeviceState };
+  | { readonly kind: "starting" | "running" | "frozen"; readonly state: DeviceState };
 
 /**
  * Moves the state of a VF that nobody manages: with its own registers only. A virtio reset clears the ring indices, and
@@ -32,6 +40,8 @@ export class RegistersMover implements StateMover {
   readonly capabilities: MoverCapabilities = { resumeAnywhere: false, dirtyTracking: false };
   private readonly device: VirtioPciDevice;
   private current: State;
+  /** An earlier process may have been telling the device of other queues when it died. */
+  private unsure = false;
 
   /** @throws VhostdError invalid where the snapshot of an earlier process is malformed */
   constructor(
@@ -42,30 +52,63 @@ export class RegistersMover implements StateMover {
     this.current = snapshot.kind === "reset" ? snapshot : { ...snapshot, state: decodeDeviceState(snapshot.state) };
   }
 
-  async configure(wanted: DeviceState, deadline: Deadline, connect = async () => {}): Promise<void> {
+  async configure(wanted: DeviceState, deadline: Deadline, steps: StartSteps = {}): Promise<void> {
+    const { connect = nothing, note = nothing } = steps;
     try {
       // Its registers answer behind what was said before: all is connected when it begins to run.
-      await both(connect(), this.bringIn(wanted, deadline));
+      await both(connect(), this.bringIn(wanted, deadline, note));
     } catch (error) {
       if (this.current.kind === "running") await this.resetUnstarted();
       throw error;
     }
   }
 
-  private async bringIn(wanted: DeviceState, deadline: Deadline): Promise<void> {
+  private async bringIn(wanted: DeviceState, deadline: Deadline, note: () => Promise<void>): Promise<void> {
     const frozen = await this.continued(wanted, deadline);
     if (frozen === undefined) {
       await this.reset(deadline);
       for (const queue of wanted.queues) this.checkBase(queue);
     }
+    this.current = { kind: "starting", state: wanted };
+    const noted = note();
+    noted.catch(nothing);
     try {
-      await deadline.race(frozen === undefined ? this.program(wanted) : this.goOn());
+      await deadline.race(frozen === undefined ? this.program(wanted, noted) : noted.then(() => this.goOn()));
       if (frozen === undefined || !sameEnabled(frozen, wanted)) await this.sendCommands(wanted, deadline);
     } catch (error) {
       await this.resetUnstarted();
       throw error;
     }
+    this.unsure = false;
     this.current = { kind: "running", state: wanted };
+  }
+
+  async takeUp(deadline: Deadline, { connect = nothing }: TakeUp): Promise<TakenUp> {
+    const { current } = this;
+    if (current.kind === "reset" || current.kind === "frozen") return "asRecorded";
+    const { kind, state } = current;
+    // One that begins at 0 has been reset before: it has all that it needs only where it was told to run.
+    const wasStanding = kind === "running" || !state.queues.every(isAtZero);
+    const status = await deadline.race(this.device.status()).catch(() => undefined);
+    if (status === undefined && kind === "running") return "asRecorded";
+    try {
+      const runs = status !== undefined && (status & Status.driverOk) !== 0;
+      if (!runs && !(wasStanding && (await deadline.race(this.stands(state))))) {
+        await this.resetUnstarted();
+        return wasStanding ? "reset" : "asRecorded";
+      }
+      if (!runs) await connect();
+      // It may have been kept from memory by a stop that nobody has ended.
+      if (!runs || state.queues.some((queue) => this.mayMoveOn(queue))) await deadline.race(this.goOn());
+      if (kind === "starting") await this.sendCommands(state, deadline);
+    } catch (error) {
+      this.host.log(`it could not be taken up: ${asError(error).message}`);
+      await this.resetUnstarted();
+      return kind === "starting" ? "asRecorded" : "reset";
+    }
+    this.unsure = kind === "running";
+    this.current = { kind: "running", state };
+    return "asRecorded";
   }
 
   private resetUnstarted(): Promise<void> {
@@ -75,7 +118,7 @@ export class RegistersMover implements StateMover {
   async freeze(memory: RingMemory, _mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
     const { current } = this;
     if (current.kind === "frozen") return current.state;
-    if (current.kind === "reset") throw new VhostdError("invalid", `${this.name} is not running`);
+    if (current.kind !== "running") throw new VhostdError("invalid", `${this.name} is not running`);
     const draining = current.state.queues.filter((queue) => !this.mayMoveOn(queue));
     await this.drain(draining, (queue) => undrained(queue, memory), deadline);
     if (draining.length < current.state.queues.length) await deadline.race(this.device.setBusMaster(false));
@@ -94,6 +137,9 @@ export class RegistersMover implements StateMover {
     const state = withEnabled(current.state, queues);
     if (!sameEnabled(current.state, state)) {
       await this.checkServed(current.state, state, deadline);
+      // What it does not use it would not give back.
+      if (this.unsure) await this.sendCommands(current.state, deadline);
+      this.unsure = false;
       await this.giveBack(current.state, queues, memory, deadline);
       await this.sendCommands(state, deadline);
     }
@@ -119,7 +165,7 @@ export class RegistersMover implements StateMover {
     if (current.kind !== "frozen") return undefined;
     const { state } = current;
     // Rings that a driver has just made look like those of a device that did nothing. A reset is right for both.
-    if (wanted.queues.every(({ lastAvail, lastUsed }) => lastAvail === 0 && lastUsed === 0)) return undefined;
+    if (wanted.queues.every(isAtZero)) return undefined;
     const queues = state.queues.map((queue) => (this.mayMoveOn(queue) ? movedOn(queue, wanted) : queue));
     const seen = withEnabled({ ...state, config: wanted.config, queues }, new Set(enabledQueues(wanted)));
     if (compare(seen, wanted).length > 0) return undefined;
@@ -146,11 +192,12 @@ export class RegistersMover implements StateMover {
   }
 
   /** VIRTIO 1.2, 3.1.1, steps 2 to 8. A queue that is disabled is set up like the others. */
-  private async program(wanted: DeviceState): Promise<void> {
+  private async program(wanted: DeviceState, noted: Promise<void>): Promise<void> {
     const control = this.host.control();
     const queues = control === undefined ? wanted.queues : [...wanted.queues, control.begin()];
     await this.device.negotiate(wanted.features);
     await this.device.setUpQueues(wanted.configVector, queues);
+    await noted;
     await this.device.run();
   }
 
@@ -262,6 +309,8 @@ export class RegistersMover implements StateMover {
   }
 }
 
+async function nothing(): Promise<void> {}
+
 /**
  * @returns why the device still uses this ring, or undefined when every buffer is written back
  * @throws VhostdError io where it never will
@@ -287,6 +336,10 @@ function undrained(queue: QueueState, memory: RingMemory): string | undefined {
 function movedOn(queue: QueueState, { queues }: DeviceState): QueueState {
   const next = queues.find(({ index }) => index === queue.index);
   return next === undefined ? queue : { ...queue, lastAvail: next.lastAvail, lastUsed: next.lastUsed };
+}
+
+function isAtZero({ lastAvail, lastUsed }: QueueState): boolean {
+  return lastAvail === 0 && lastUsed === 0;
 }
 
 function sameEnabled(a: DeviceState, b: DeviceState): boolean {

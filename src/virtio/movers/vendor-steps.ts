@@ -6,7 +6,7 @@ import type { VendorAdmin } from "../admin/vendor-admin.ts";
 
 /** Milliseconds to bring the device to rest where the caller's deadline may have passed. */
 export const CLEAN_UP_TIMEOUT = 5000;
-/** Milliseconds that a quick reset spends at most to learn that it may be quick. */
+/** Milliseconds for an answer that can be done without. */
 const ASK_TIMEOUT = 1000;
 
 /** The internal status of one VF, and the ways from one to another. */
@@ -55,6 +55,17 @@ export class InternalSteps {
     await this.step("quiesced", "freezed", deadline);
   }
 
+  /** From quiesced, at the first try. @returns false where it refuses: it has not drained */
+  async tryFreeze(deadline: Deadline): Promise<boolean> {
+    try {
+      await this.admin.modify(this.vdevId, "freezed", deadline, "once");
+      return true;
+    } catch (error) {
+      if (!(error instanceof AdminRefusal)) throw error;
+      return false;
+    }
+  }
+
   /** The way out of it, for one that hardly is anywhere else: it is asked only where it does not take it. */
   async leaveFreezed(deadline: Deadline): Promise<void> {
     try {
@@ -69,13 +80,15 @@ export class InternalSteps {
     for (const step of stepsTo(from, to)) await this.admin.modify(this.vdevId, step, deadline);
   }
 
+  /** undefined where nobody says it soon. */
+  async ask(deadline: Deadline): Promise<InternalStatusName | undefined> {
+    const asked = Deadline.after(Math.min(ASK_TIMEOUT, deadline.remaining / 2), `the status of ${this.name}`);
+    return this.admin.status(this.vdevId, asked, "ahead").catch(() => undefined);
+  }
+
   /** false also where nobody can say. */
   async isFreezed(deadline: Deadline): Promise<boolean> {
-    const asked = Deadline.after(Math.min(ASK_TIMEOUT, deadline.remaining / 2), `the status of ${this.name}`);
-    return this.admin.status(this.vdevId, asked, "ahead").then(
-      (status) => status === "freezed",
-      () => false,
-    );
+    return (await this.ask(deadline)) === "freezed";
   }
 
   /** By hand. @throws what the step that failed does; the status is what it was then, or the error says it */
@@ -99,6 +112,16 @@ export class InternalSteps {
 export function isImpatience(error: unknown): error is VhostdError {
   if (error instanceof AdminRefusal) return !error.final;
   return error instanceof VhostdError && (error.code === "quiesceFailed" || error.code === "freezeFailed");
+}
+
+/** @throws what the work does; where it says that it is not able to, with the reason why it was to do it */
+export async function withReason(work: () => Promise<void>, reason: () => string): Promise<void> {
+  try {
+    await work();
+  } catch (cause) {
+    if (!(cause instanceof VhostdError && cause.code === "notSupported")) throw cause;
+    throw withMore(cause, `: ${reason()}`);
+  }
 }
 
 /** The same error, which says more. */

@@ -4,17 +4,29 @@ import { asError, VhostdError } from "../../base/errors.ts";
 import { AdminRefusal } from "../admin/admin-request.ts";
 import type { SettableStatus } from "../admin/vendor.ts";
 import type { VendorAdmin } from "../admin/vendor-admin.ts";
-import { checkBases, readSaved, type SavedState, toVendorState, withoutReceived } from "../admin/vendor-state.ts";
-import { comparedBytes } from "../config-space.ts";
+import { checkBases, ended, readSaved, type SavedState, toVendorState, withQueuesOf } from "../admin/vendor-state.ts";
 import { type DeviceState, withEnabled } from "../device-state.ts";
-import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
+import { compare } from "../device-state-codec.ts";
 import type { Tracking } from "../dirty-log.ts";
-import type { FreezeMode, ManualControl, MoverCapabilities, MoverHost, MoverSnapshot, StateMover } from "../mover.ts";
+import { Status } from "../features.ts";
+import type {
+  FreezeMode,
+  ManualControl,
+  MoverCapabilities,
+  MoverHost,
+  MoverSnapshot,
+  StartSteps,
+  StateMover,
+  TakenUp,
+  TakeUp,
+} from "../mover.ts";
 import { describeStatus, type VirtioPciDevice } from "../pci-device.ts";
 import type { RingMemory } from "../split-ring.ts";
 import { RegistersMover } from "./registers.ts";
 import { drain } from "./vendor-drain.ts";
-import { CLEAN_UP_TIMEOUT, InternalSteps, withMore } from "./vendor-steps.ts";
+import { goOn } from "./vendor-go-on.ts";
+import { isSame, movements, type Position, positionOf, snapshotOf } from "./vendor-position.ts";
+import { CLEAN_UP_TIMEOUT, InternalSteps, withMore, withReason } from "./vendor-steps.ts";
 import { type TrackingMeans, VendorTracking } from "./vendor-tracking.ts";
 
 /** Which VF of a managed PF a mover moves. */
@@ -31,16 +43,6 @@ const ARREARS_INTERVAL = 5;
 type ModeOf = (queue: number) => FreezeMode;
 
 /**
- * `frozen`: freezed, with the state that it had then. `prepared`: the same, with one that it was given and never ran with.
- * `standby`: the same, with none.
- */
-type State =
-  | { readonly kind: "reset" | "standby" }
-  | { readonly kind: "prepared"; readonly state: DeviceState }
-  | { readonly kind: "running"; readonly state: DeviceState }
-  | { readonly kind: "frozen"; readonly state: DeviceState };
-
-/**
  * Moves the state of a VF through the vendor's admin commands. Ring indices are part of that state, so the VF resumes
  * anywhere. An operator may change its internal status at any time: it is always asked. While the admin queue is dead,
  * or has not answered a command that may still alter the VF, the VF is moved by its registers, which can only drain it
@@ -51,7 +53,7 @@ export class VendorMover implements StateMover {
   readonly manual: ManualControl;
   private readonly steps: InternalSteps;
   private readonly tracking: VendorTracking;
-  private current: State;
+  private current: Position;
   /** The end of a reset that was not waited for: what went wrong, or undefined. */
   private cleanUp: Promise<Error | undefined> | undefined;
   /** How far it has come when it was to stand by is not known; of an earlier mover neither. */
@@ -59,6 +61,12 @@ export class VendorMover implements StateMover {
   /** Status 0 was read after the last reset; not known of one that failed or was the task of an earlier process. */
   private atRest = false;
   private registers: RegistersMover | undefined;
+  /** What it runs with while its queues are being changed: it stands and goes on then, which no record says. */
+  private enabling: DeviceState | undefined;
+  /** An earlier process died, maybe in the middle of a change of which its record says nothing. */
+  private inherited = false;
+  /** That one may have left it standing still, and it could not be asked. */
+  private mayStand = false;
 
   /** @throws VhostdError invalid where the snapshot of an earlier process is malformed */
   constructor(
@@ -66,7 +74,7 @@ export class VendorMover implements StateMover {
     private readonly vf: ManagedVf,
     snapshot: MoverSnapshot = { kind: "reset" },
   ) {
-    this.current = stateOf(snapshot);
+    this.current = positionOf(snapshot);
     this.steps = new InternalSteps(vf.admin, vf.vdevId, this.name);
     this.manual = {
       status: (deadline) => this.steps.status(deadline),
@@ -102,8 +110,44 @@ export class VendorMover implements StateMover {
     this.tracking.abandon();
   }
 
-  configure(wanted: DeviceState, deadline: Deadline, connect = nothing): Promise<void> {
-    return this.bringUp(wanted, "running", deadline, connect);
+  configure(wanted: DeviceState, deadline: Deadline, steps?: StartSteps): Promise<void> {
+    return this.bringUp(wanted, "running", deadline, steps);
+  }
+
+  async takeUp(deadline: Deadline, how: TakeUp): Promise<TakenUp> {
+    const { current } = this;
+    this.inherited = true;
+    // What stands still is looked at by the next start.
+    if (current.kind !== "starting" && current.kind !== "running") return "asRecorded";
+    const registers = this.fallback();
+    if (registers !== undefined) {
+      this.mayStand = !how.held;
+      return await registers.takeUp(deadline, how);
+    }
+    const asked = deadline.race(this.device.status()).catch(() => undefined);
+    const [found, status] = await Promise.all([this.steps.ask(deadline), asked]);
+    const isUp = status !== undefined && (status & Status.driverOk) !== 0;
+    const standsStill = found === "quiesced" || found === "freezed";
+    if (current.kind === "starting") {
+      // It has the state before it may use it.
+      if (isUp && !standsStill) this.current = { kind: "running", state: current.state };
+      else await this.comeToRest();
+    } else if (status !== undefined && !isUp) {
+      await this.comeToRest();
+      return "reset";
+    } else if (standsStill && !how.held) {
+      try {
+        const letGo = () => this.letGo("running", deadline, how.connect ?? nothing);
+        const { host, vf, steps } = this;
+        await goOn(steps, { host, vf, found, running: current.state, letGo }, deadline);
+      } catch (error) {
+        this.host.log(`an earlier process left it standing still, and it does not go on: ${asError(error).message}`);
+        await this.comeToRest();
+        return "reset";
+      }
+    }
+    this.mayStand = found === undefined && !how.held;
+    return "asRecorded";
   }
 
   /** One that refuses is asked again by the start. */
@@ -133,33 +177,48 @@ export class VendorMover implements StateMover {
     this.atRest = false;
     await this.orReset(async () => {
       checkBases(wanted, this.name);
-      await this.program(wanted, deadline);
+      await this.program(wanted, this.mayBeFreezed, deadline);
     });
     this.current = { kind: "prepared", state: wanted };
   }
 
   /** @param to where the device is left; what it is given it has taken then */
-  private async bringUp(wanted: DeviceState, to: SettableStatus, deadline: Deadline, connect = nothing): Promise<void> {
+  private async bringUp(
+    wanted: DeviceState,
+    to: SettableStatus,
+    deadline: Deadline,
+    steps: StartSteps = {},
+  ): Promise<void> {
     await this.becomeSure(deadline);
     const registers = await this.settle(deadline);
     this.atRest = false;
     if (registers !== undefined) {
-      await this.byRegisters(() => registers.configure(wanted, deadline, connect));
+      await this.byRegisters(() => registers.configure(wanted, deadline, steps));
       return await this.tracking.confirm(deadline);
     }
+    const { connect = nothing, note = nothing } = steps;
     await this.orReset(async () => {
       checkBases(wanted, this.name);
-      const isPrepared = this.current.kind === "prepared" && this.compared(this.current.state, wanted, wanted.features);
-      if (!isPrepared && !(await this.continues(wanted, deadline))) await this.program(wanted, deadline);
-      let status = await this.letGo(to, deadline, connect);
+      const { current, mayBeFreezed } = this;
+      const isPrepared = current.kind === "prepared" && isSame(current.state, wanted, this.host.deviceClass);
+      const goesOn = isPrepared || (await this.continues(wanted, deadline));
+      this.current = { kind: "starting", state: wanted };
+      const noted = note();
+      noted.catch(nothing);
+      // By the record it would still stand where it was stopped.
+      if (current.kind === "frozen" && !goesOn) await deadline.race(noted);
+      if (!goesOn) await this.program(wanted, mayBeFreezed, deadline);
+      const connected = () => Promise.all([connect(), noted]);
+      let status = await this.letGo(to, deadline, connected);
       if (isPrepared && status === 0) {
         // It was reset meanwhile.
-        await this.program(wanted, deadline);
-        status = await this.letGo(to, deadline, connect);
+        await this.program(wanted, true, deadline);
+        status = await this.letGo(to, deadline, connected);
       }
       if (status === wanted.status) return;
       throw new VhostdError("io", `${this.name} does not run with what was restored: ${describeStatus(status)}`);
     });
+    this.inherited = false;
     this.current = { kind: "running", state: wanted };
   }
 
@@ -168,13 +227,20 @@ export class VendorMover implements StateMover {
     try {
       await work();
     } catch (error) {
-      this.current = { kind: "reset" };
-      const deadline = Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`);
-      await this.device.reset(deadline);
-      this.atRest = true;
-      await this.tracking.wasReset(deadline);
+      // Until it is at rest it may be running.
+      if (this.current.kind !== "starting") this.current = { kind: "reset" };
+      await this.comeToRest();
       throw error;
     }
+  }
+
+  private async comeToRest(): Promise<void> {
+    const deadline = Deadline.after(CLEAN_UP_TIMEOUT, `reset of ${this.name}, which did not start`);
+    await this.device.reset(deadline);
+    this.atRest = true;
+    this.inherited = false;
+    this.current = { kind: "reset" };
+    await this.tracking.wasReset(deadline);
   }
 
   async freeze(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
@@ -218,11 +284,28 @@ export class VendorMover implements StateMover {
     if (compare(current.state, withEnabled(current.state, queues)).length === 0) return;
     const found = await this.steps.status(deadline);
     // What an operator holds stays held.
-    const to = found === "init" ? "running" : found;
+    const to = found === "init" || this.mayStand ? "running" : found;
+    this.enabling = current.state;
+    try {
+      await this.restart(current.state, queues, to, memory, deadline);
+    } finally {
+      this.enabling = undefined;
+    }
+    this.mayStand = false;
+  }
+
+  /** With these of its queues. */
+  private async restart(
+    running: DeviceState,
+    queues: ReadonlySet<number>,
+    to: SettableStatus,
+    memory: RingMemory,
+    deadline: Deadline,
+  ): Promise<void> {
     let state: DeviceState;
     try {
       // What a queue has taken that is not to be used any more would not come back.
-      state = await this.stop(current.state, memory, (index) => (queues.has(index) ? "listed" : "drained"), deadline);
+      state = await this.stop(running, memory, (index) => (queues.has(index) ? "listed" : "drained"), deadline);
     } catch (error) {
       const back = Deadline.after(CLEAN_UP_TIMEOUT, `the way back of ${this.name}`);
       await this.steps.bringTo(to, back).catch(() => {});
@@ -240,10 +323,11 @@ export class VendorMover implements StateMover {
   ): Promise<DeviceState> {
     // It stands still whenever that is the last time.
     const save = async (deadline: Deadline) => {
-      const [saved] = await both(this.save(running, deadline), this.tracking.finish(deadline));
+      const [saved] = await both(this.save(running, deadline, memory), this.tracking.finish(deadline));
       return saved;
     };
     const state = await drain(this.steps, { host: this.host, memory, modeOf, save }, deadline);
+    this.inherited = false;
     this.current = { kind: "frozen", state };
     return state;
   }
@@ -273,14 +357,14 @@ export class VendorMover implements StateMover {
 
   /** One that stands by or was prepared is reset by the next process. */
   snapshot(): MoverSnapshot {
-    return { ...this.position(), ...this.tracking.snapshot() };
+    const { enabling } = this;
+    const position = enabling === undefined ? this.position() : snapshotOf({ kind: "running", state: enabling });
+    return { ...position, ...this.tracking.snapshot() };
   }
 
   private position(): MoverSnapshot {
     if (this.registers !== undefined) return this.registers.snapshot();
-    const { current } = this;
-    if (current.kind !== "running" && current.kind !== "frozen") return { kind: "reset" };
-    return { kind: current.kind, state: encodeDeviceState(current.state) };
+    return snapshotOf(this.current);
   }
 
   /**
@@ -292,10 +376,14 @@ export class VendorMover implements StateMover {
     if (this.cleanUp !== undefined) this.atRest = (await deadline.race(this.cleanUp)) === undefined;
     this.cleanUp = undefined;
     const registers = this.fallback();
-    if (registers !== undefined || this.current.kind !== "reset" || this.atRest) return registers;
-    const unfinished = (await deadline.race(this.device.status())) !== 0;
+    const isBlank = this.current.kind === "reset" || this.current.kind === "starting";
+    if (registers !== undefined || !isBlank || this.atRest) return registers;
+    const left = this.inherited && (await this.steps.ask(deadline)) !== "init";
+    const unfinished = left || (await deadline.race(this.device.status())) !== 0;
     if (unfinished) await this.device.reset(deadline);
     this.atRest = true;
+    this.inherited = false;
+    this.current = { kind: "reset" };
     return undefined;
   }
 
@@ -306,20 +394,15 @@ export class VendorMover implements StateMover {
       const snapshot = this.position();
       this.registers = new RegistersMover(this.host, snapshot.kind === "frozen" ? { kind: "reset" } : snapshot);
     } else if (!blocked && this.registers !== undefined) {
-      this.current = stateOf(this.registers.snapshot());
+      this.current = positionOf(this.registers.snapshot());
       this.registers = undefined;
     }
     return this.registers;
   }
 
   /** @throws what the registers mover does; where it is not able to, with the reason why it has to */
-  private async byRegisters(work: () => Promise<void>): Promise<void> {
-    try {
-      await work();
-    } catch (cause) {
-      if (!(cause instanceof VhostdError && cause.code === "notSupported")) throw cause;
-      throw withMore(cause, `: ${this.obstacle ?? "its PF could not move it"}`);
-    }
+  private byRegisters(work: () => Promise<void>): Promise<void> {
+    return withReason(work, () => this.obstacle ?? "its PF could not move it");
   }
 
   /**
@@ -333,30 +416,18 @@ export class VendorMover implements StateMover {
     if (status === "init") return false;
     await this.steps.step(status, "freezed", deadline);
     const { state } = await this.save(current.state, deadline);
-    const { deviceClass } = this.host;
-    // The configuration space is the device's own matter, and so is what it takes of a receive queue.
-    const before = withoutReceived(current.state, deviceClass);
-    const moved = compare({ ...withoutReceived(state, deviceClass), config: before.config }, before);
-    if (moved.length === 0) return this.compared(state, wanted, wanted.features);
+    const moved = movements(current.state, state, this.host.deviceClass);
+    if (moved.length === 0) return isSame(state, wanted, this.host.deviceClass);
     throw new VhostdError("io", `${this.name} went on while it was stopped: ${moved.join("; ")}`, {
       fix: "restart the guest's driver (reboot the guest)",
     });
   }
 
-  /** Both states are one, but for what of the configuration space does not matter with these features. */
-  private compared(a: DeviceState, b: DeviceState, features: bigint): boolean {
-    const relevant = (one: DeviceState) => ({
-      ...one,
-      config: comparedBytes(this.host.deviceClass, features, one.config),
-    });
-    return compare(relevant(a), relevant(b)).length === 0;
-  }
-
   /** Writes the whole state, wherever the device is. It takes one only where it stands still. */
-  private async program(wanted: DeviceState, deadline: Deadline): Promise<void> {
+  private async program(wanted: DeviceState, mayBeFreezed: boolean, deadline: Deadline): Promise<void> {
     const { admin, vdevId } = this.vf;
     const state = toVendorState(wanted, this.host, this.device.configGeneration);
-    if (this.mayBeFreezed) {
+    if (mayBeFreezed) {
       try {
         return await admin.restore(vdevId, state, deadline, "once");
       } catch (error) {
@@ -371,7 +442,7 @@ export class VendorMover implements StateMover {
    * From freezed, where it stands with what it is to begin with. What its PF needs time for is asked for first.
    * @returns its status afterwards
    */
-  private async letGo(to: SettableStatus, deadline: Deadline, connect: () => Promise<void>): Promise<number> {
+  private async letGo(to: SettableStatus, deadline: Deadline, connect: () => Promise<unknown>): Promise<number> {
     await this.tracking.confirm(deadline);
     const left = this.steps.leaveFreezed(deadline);
     // A device that its registers stopped was kept from memory; where it is to go on it stands only now.
@@ -380,15 +451,24 @@ export class VendorMover implements StateMover {
     return await deadline.race(this.device.status());
   }
 
-  /** What the device says of itself. @param configured what it was told */
-  private async save(configured: DeviceState, deadline: Deadline): Promise<SavedState> {
+  /**
+   * What the device says of itself.
+   * @param configured what it was told
+   * @param memory the guest's, where an earlier process may have told it of other queues
+   */
+  private async save(configured: DeviceState, deadline: Deadline, memory?: RingMemory): Promise<SavedState> {
     const { admin, vdevId } = this.vf;
-    return readSaved(await admin.save(vdevId, deadline), configured, this.name, this.host.control()?.index);
+    const saved = await admin.save(vdevId, deadline);
+    const own = this.host.control()?.index;
+    const isOpen = this.inherited && memory !== undefined;
+    const told = isOpen ? ended(withQueuesOf(saved, configured, own), configured, memory) : configured;
+    return readSaved(saved, told, this.name, own);
   }
 
   /** The device stands still on its own account. */
   private get mayBeFreezed(): boolean {
-    return this.current.kind !== "reset" && this.current.kind !== "running";
+    const { kind } = this.current;
+    return kind === "standby" || kind === "prepared" || kind === "frozen";
   }
 
   private get obstacle(): string | undefined {
@@ -409,10 +489,3 @@ export class VendorMover implements StateMover {
 }
 
 async function nothing(): Promise<void> {}
-
-/** @throws VhostdError invalid */
-function stateOf(snapshot: MoverSnapshot): State {
-  return snapshot.kind === "reset"
-    ? { kind: "reset" }
-    : { kind: snapshot.kind, state: decodeDeviceState(snapshot.state) };
-}

@@ -63,7 +63,7 @@ function classNames(plugin: string): string {
   const names: string[] = [];
   try {
     const { default: candidate } = createRequire(import.meta.url)(plugin) as { readonly default: Plugin };
-    candidate.setup({ deviceClass: ({ name }) => void names.push(name) });
+    candidate.setup({ deviceClass: ({ name }) => void names.push(name), adoption() {} });
   } catch {
     names.length = 0;
   }

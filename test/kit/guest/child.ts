@@ -9,6 +9,8 @@ export interface ChildOptions {
   readonly environment?: Readonly<Record<string, string>>;
   /** It is a program that is typed to (`type`); without this its standard input is empty. */
   readonly interactive?: boolean;
+  /** Files that it has as 3 and the following. Borrowed for the call. */
+  readonly fds?: readonly number[];
 }
 
 /**
@@ -25,9 +27,7 @@ export class Child implements AsyncDisposable {
     this.logPath = options.log;
     const log = openSync(options.log, "a");
     this.process = Bun.spawn(["setpriv", "--pdeathsig", "KILL", ...command], {
-      stdin: options.interactive ? "pipe" : "ignore",
-      stdout: log,
-      stderr: log,
+      stdio: [options.interactive ? "pipe" : "ignore", log, log, ...(options.fds ?? [])],
       env: { ...process.env, ...options.environment },
     });
     closeSync(log);

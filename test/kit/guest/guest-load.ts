@@ -1,4 +1,4 @@
-import { readFile, writeFile } from "node:fs/promises";
+import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { Deadline } from "../../../src/base/deadline.ts";
 import { Child } from "./child.ts";
@@ -91,6 +91,8 @@ export class LocalPlace implements LoadPlace, AsyncDisposable {
   ) {}
 
   async start(task: string, [what = "", ...words]: readonly string[]): Promise<void> {
+    // An earlier task of that name has left what it said last.
+    await rm(this.statusFile(task), { force: true });
     const command = [...this.prefix, this.program, what, this.statusFile(task), ...words];
     this.tasks.set(task, new Child(command, { name: task, log: join(this.directory, `${task}.log`) }));
   }

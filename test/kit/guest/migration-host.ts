@@ -1,5 +1,6 @@
-import { mkdir, writeFile } from "node:fs/promises";
+import { mkdir, open, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { Deadline } from "../../../src/base/deadline.ts";
 import type { NetworkNamespace } from "../network-namespace.ts";
 import { all } from "./all.ts";
 import { Stack } from "./stack.ts";
@@ -13,6 +14,13 @@ export interface HostDevices {
   readonly net?: number;
   /** Whose the sockets are; "qemu" unless said. */
   readonly listener?: "qemu" | "daemon";
+  /**
+   * vfe-vhostd-ha keeps what the daemon has. PFs and VFs are in the daemon's configuration: one that finds nothing kept adds
+   * them.
+   */
+  readonly keeper?: true;
+  /** A VF that no VM has, a disk of its own; the daemon listens at `victimSocket`. Needs `keeper`. */
+  readonly victim?: true;
   /** More options of the PF of that class, as in vfe-softvf's configuration. */
   readonly options?: Readonly<Partial<Record<"blk" | "net", Readonly<Record<string, string | number | boolean>>>>>;
 }
@@ -27,11 +35,25 @@ export interface HostPlace {
   readonly mac: string;
 }
 
-type DeviceName = "blk" | "net";
+type DeviceName = "blk" | "net" | "victim";
 
 /** The first one is what `Stack` knows of. */
-const PFS = ["0000:5a:00.0", "0000:5b:00.0"] as const;
+const PFS = ["0000:5a:00.0", "0000:5b:00.0", "0000:5c:00.0"] as const;
 const VM = "6f3c1d2e-8f4b-4c5d-9e6f-7a8b9c0d1e2f";
+export const VICTIM_QUEUES = 4;
+/** It takes the victim's next connection at once. */
+const IMPATIENT = "test/kit/fuzz/impatient-daemon.ts";
+const VICTIM_DISK = 8 << 20;
+/** Milliseconds for a daemon to have taken up everything, or added it. */
+const TAKE_UP_TIMEOUT = 30_000;
+const LOOK_INTERVAL = 20;
+
+/** What the daemon says of a VF, as far as it matters here. */
+interface ListedVf {
+  readonly vf: string;
+  readonly state: string;
+  readonly connected: boolean;
+}
 
 interface HostDevice {
   readonly name: DeviceName;
@@ -46,14 +68,14 @@ export class MigrationHost implements AsyncDisposable {
     readonly place: HostPlace,
     readonly stack: Stack,
     private readonly devices: readonly HostDevice[],
-    private readonly listener: HostDevices["listener"],
+    private readonly options: HostDevices,
   ) {}
 
   /** Starts both processes; the VFs wait for a VMM. */
   static async start(place: HostPlace, counts: HostDevices): Promise<MigrationHost> {
     const { directory } = place;
     await mkdir(directory, { recursive: true });
-    const names = (["blk", "net"] as const).filter((name) => counts[name] !== undefined);
+    const names = (["blk", "net", "victim"] as const).filter((name) => counts[name] !== undefined);
     const devices = names.map((name, index) => ({
       name,
       pf: PFS[index]!,
@@ -62,9 +84,17 @@ export class MigrationHost implements AsyncDisposable {
     }));
     const config = join(directory, "softvf.toml");
     await writeFile(config, devices.map(({ name, pf }) => section(name, pf, place, counts)).join("\n"));
-    const stack = await Stack.start({ directory, config, prefix: place.namespace.prefix });
-    const host = new MigrationHost(place, stack, devices, counts.listener);
+    const daemonConfig = join(directory, "vhostd.toml");
+    if (counts.keeper) await writeFile(daemonConfig, devices.map((device) => ofDaemon(device, counts)).join("\n"));
+    if (counts.victim) await makeVictimDisk(directory);
+    const stack = await Stack.start({
+      ...{ directory, config, prefix: place.namespace.prefix },
+      ...(counts.keeper ? { daemonConfig } : {}),
+      ...(counts.victim ? { daemonProgram: IMPATIENT } : {}),
+    });
+    const host = new MigrationHost(place, stack, devices, counts);
     try {
+      if (counts.keeper) await stack.startKeeper();
       await host.startDaemon();
     } catch (error) {
       await host[Symbol.asyncDispose]();
@@ -76,7 +106,8 @@ export class MigrationHost implements AsyncDisposable {
   /** Starts the daemon, or the next one, and gives it the VFs. */
   async startDaemon(): Promise<void> {
     await this.stack.startDaemon();
-    await all(this.devices.map(({ name }) => this.add(name)));
+    if (this.options.keeper) await this.takenUp();
+    else await all(this.devices.map(({ name }) => this.add(name)));
   }
 
   /** Takes a PF and its VF away and gives them back, with whatever VM is using it. */
@@ -85,6 +116,39 @@ export class MigrationHost implements AsyncDisposable {
     await this.stack.command("vf", "-r", vf);
     await this.stack.command("mgmtpf", "-r", pf);
     await this.add(name);
+  }
+
+  /**
+   * Waits until the daemon has all VFs, and the keeper all that it has.
+   * @param sessions how many of them a VMM must be connected to
+   * @throws Error with what the last daemons wrote
+   */
+  async takenUp(sessions = 0): Promise<void> {
+    const { stack, devices } = this;
+    await stack.daemonReady();
+    let seen = "nothing";
+    const deadline = Deadline.after(TAKE_UP_TIMEOUT, "taking up all VFs");
+    try {
+      await deadline.poll(async () => {
+        const { vfs } = await stack.call<{ vfs: readonly ListedVf[] }>("vf.list");
+        const stats = await stack.call<{ protected: boolean }>("stats");
+        seen = JSON.stringify({ vfs: vfs.map(({ vf, state, connected }) => ({ vf, state, connected })), ...stats });
+        const served = vfs.filter(({ vf, connected }) => connected && this.sockets.has(vf)).length;
+        return (vfs.length === devices.length && served >= sessions && stats.protected) || undefined;
+      }, LOOK_INTERVAL);
+    } catch (error) {
+      throw new Error(`${error}: ${seen}\n${stack.story}`, { cause: error });
+    }
+  }
+
+  get victimSocket(): string {
+    return this.device("victim").socket;
+  }
+
+  /** vhost-user sockets of the VM, by the address of the VF. */
+  get sockets(): ReadonlyMap<string, string> {
+    const ofVm = this.devices.filter(({ name }) => name !== "victim");
+    return new Map(ofVm.map(({ vf, socket }) => [vf, socket]));
   }
 
   /** kill -9. */
@@ -104,7 +168,7 @@ export class MigrationHost implements AsyncDisposable {
 
   /** What a VM on this host has for its disk and its card. @param counts of the VM's own queues */
   vmDevices({ blk, net }: HostDevices): Pick<VmOptions, "disks" | "nics"> {
-    const role: SocketRole = this.listener === "daemon" ? "connect" : "listen";
+    const role: SocketRole = this.options.listener === "daemon" ? "connect" : "listen";
     const { mac } = this.place;
     return {
       ...(blk === undefined ? {} : { disks: [{ socket: this.device("blk").socket, queues: blk, role }] }),
@@ -119,7 +183,7 @@ export class MigrationHost implements AsyncDisposable {
   private async add(name: DeviceName): Promise<void> {
     const { pf, vf, socket } = this.device(name);
     await this.stack.command("mgmtpf", "-a", pf);
-    const more = this.listener === "daemon" ? ["--server"] : [];
+    const more = this.options.listener === "daemon" ? ["--server"] : [];
     await this.stack.command("vf", "-a", vf, "-v", socket, "-u", VM, ...more);
   }
 
@@ -131,9 +195,37 @@ export class MigrationHost implements AsyncDisposable {
 }
 
 /** A PF in vfe-softvf's configuration. */
-function section(name: DeviceName, address: string, { disk, tap, mac }: HostPlace, counts: HostDevices): string {
-  const own = name === "blk" ? { disk } : { backend: "tap", tap, mac };
-  const options = { address, class: name, vfs: 1, queues: counts[name] ?? 1, ...own, ...counts.options?.[name] };
-  const lines = Object.entries(options).map(([key, value]) => `${key} = ${JSON.stringify(value)}`);
-  return ["[[pf]]", ...lines, ""].join("\n");
+function section(
+  name: DeviceName,
+  address: string,
+  { directory, disk, tap, mac }: HostPlace,
+  counts: HostDevices,
+): string {
+  const own = {
+    blk: { class: "blk", queues: counts.blk ?? 1, disk, ...counts.options?.blk },
+    net: { class: "net", queues: counts.net ?? 1, backend: "tap", tap, mac, ...counts.options?.net },
+    victim: { class: "blk", queues: VICTIM_QUEUES, disk: victimDisk(directory) },
+  } as const;
+  return table("pf", { address, vfs: 1, ...own[name] });
+}
+
+/** A PF and its VF in vfe-vhostd's configuration. */
+function ofDaemon({ name, pf, vf, socket }: HostDevice, { listener }: HostDevices): string {
+  const mode = listener === "daemon" || name === "victim" ? "server" : "client";
+  const vm = name === "victim" ? {} : { uuid: VM };
+  return table("pf", { device: pf }) + table("vf", { device: vf, socket, mode, ...vm });
+}
+
+function table(name: string, values: Readonly<Record<string, string | number | boolean>>): string {
+  const lines = Object.entries(values).map(([key, value]) => `${key} = ${JSON.stringify(value)}`);
+  return [`[[${name}]]`, ...lines, ""].join("\n");
+}
+
+function victimDisk(directory: string): string {
+  return join(directory, "victim.img");
+}
+
+async function makeVictimDisk(directory: string): Promise<void> {
+  await using file = await open(victimDisk(directory), "w");
+  await file.truncate(VICTIM_DISK);
 }

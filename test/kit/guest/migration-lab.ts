@@ -101,12 +101,16 @@ export class MigrationLab implements AsyncDisposable {
     const guest = await this.startGuest(this.source);
     await guest.booted(1);
     this.running = guest;
-    if (this.options.net !== undefined) {
-      // What waits for an answer to ARP is sent later than what comes after it.
-      await guest.run(`ip link set eth0 up && ip address add ${GUEST_ADDRESS}/24 dev eth0
-        arp -i eth0 -s ${OUTSIDE_ADDRESS} ${OUTSIDE_MAC}`);
-    }
+    await this.giveAddress();
     return guest;
+  }
+
+  /** Resets the VM and waits until it takes commands again; its card has its address then. */
+  async reset(): Promise<void> {
+    const boots = this.guest.bootCount;
+    await this.guest.vm.qmp.execute("system_reset");
+    await this.guest.booted(boots + 1);
+    await this.giveAddress();
   }
 
   /** Starts a QEMU at the destination that waits for the VM. @param more arguments of QEMU */
@@ -157,6 +161,13 @@ export class MigrationLab implements AsyncDisposable {
     await Promise.all(this.hosts.map((host) => host[Symbol.asyncDispose]()));
     await this.namespace[Symbol.asyncDispose]();
     await rm(this.directory, { recursive: true, force: true });
+  }
+
+  private async giveAddress(): Promise<void> {
+    if (this.options.net === undefined) return;
+    // What waits for an answer to ARP is sent later than what comes after it.
+    await this.guest.run(`ip link set eth0 up && ip address add ${GUEST_ADDRESS}/24 dev eth0
+      arp -i eth0 -s ${OUTSIDE_ADDRESS} ${OUTSIDE_MAC}`);
   }
 
   private get otherPlace(): 0 | 1 {

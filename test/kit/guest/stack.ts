@@ -1,9 +1,15 @@
+import { readFileSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
+import { Deadline } from "../../../src/base/deadline.ts";
+import { RpcClient } from "../../../src/rpc/client.ts";
+import { rpcSocket } from "../../../src/runtime-directory.ts";
 import { Child } from "./child.ts";
 
 const ROOT = join(import.meta.dir, "../../..");
+/** Milliseconds. */
 const START_TIMEOUT = 15_000;
+const CALL_TIMEOUT = 20_000;
 const PF = "0000:5a:00.0";
 
 /** How the PF moves the state of its VF: by the vendor's admin commands, or not at all, so that its registers must do. */
@@ -28,6 +34,10 @@ export interface StackOptions {
   readonly softvf?: readonly string[];
   /** Words in front of vfe-softvf's command: those of a network namespace, say. */
   readonly prefix?: readonly string[];
+  /** vfe-vhostd's configuration file; none unless said. */
+  readonly daemonConfig?: string;
+  /** From the top of the checkout; bin/vhostd.ts unless said. */
+  readonly daemonProgram?: string;
 }
 
 export interface CliResult {
@@ -36,14 +46,19 @@ export interface CliResult {
   readonly output: string;
 }
 
-/** The two processes of a machine with software VFs, vfe-softvf and vfe-vhostd, and the command line that drives them. */
+/**
+ * The processes of a machine with software VFs, vfe-softvf and vfe-vhostd, the keeper where a test wants one, and the command
+ * line that drives them.
+ */
 export class Stack implements AsyncDisposable {
   /** Of the first VF. */
   readonly vf = "0000:5a:00.1";
   readonly pf = PF;
   private running: Child | undefined;
+  private runningKeeper: Child | undefined;
   /** How many daemons were started. */
   private daemons = 0;
+  private keepers = 0;
 
   private constructor(
     private readonly options: StackOptions,
@@ -82,17 +97,37 @@ export class Stack implements AsyncDisposable {
     return this.running;
   }
 
+  get keeper(): Child {
+    if (!this.runningKeeper) throw new Error("the keeper was not started");
+    return this.runningKeeper;
+  }
+
   /** Starts the daemon and waits until it takes commands. */
   async startDaemon(): Promise<void> {
-    const runtime = this.runtimeDirectory;
-    await mkdir(runtime, { recursive: true });
-    const bus = join(this.options.directory, "softvf/devices");
-    const daemon = new Child([...program("vhostd"), "--runtime-dir", runtime, "--bus", bus], {
-      name: "vfe-vhostd",
-      log: join(this.options.directory, `vhostd${this.daemons++}.log`),
+    await mkdir(this.runtimeDirectory, { recursive: true });
+    this.spawnDaemon();
+    await this.daemonReady();
+  }
+
+  /** SIGKILL, and another one at once, which is not waited for. */
+  async replaceDaemon(): Promise<void> {
+    await this.daemon.kill();
+    this.spawnDaemon();
+  }
+
+  /** Waits until the daemon takes commands. */
+  async daemonReady(): Promise<void> {
+    await this.daemon.line(/^ready /m, START_TIMEOUT);
+  }
+
+  /** Starts a keeper, which the daemon finds by itself, and waits until it serves. */
+  async startKeeper(): Promise<void> {
+    await mkdir(this.runtimeDirectory, { recursive: true });
+    this.runningKeeper = new Child([...program("vhostd-ha"), "--runtime-dir", this.runtimeDirectory], {
+      name: "vfe-vhostd-ha",
+      log: join(this.options.directory, `keeper${this.keepers++}.log`),
     });
-    this.running = daemon;
-    await daemon.line(/^ready /m, START_TIMEOUT);
+    await this.runningKeeper.line(/^ready /m, START_TIMEOUT);
   }
 
   /** Ends the daemon as an operator does (SIGTERM). */
@@ -119,6 +154,21 @@ export class Stack implements AsyncDisposable {
     return this.runProgram("vfe-vhost-cli", words, { VFE_VHOSTD_RUNTIME_DIR: this.runtimeDirectory });
   }
 
+  /** Calls the daemon's control interface. */
+  async call<T = unknown>(method: string, params: Readonly<Record<string, unknown>> = {}): Promise<T> {
+    const deadline = Deadline.after(CALL_TIMEOUT, method);
+    using client = await RpcClient.connect(rpcSocket(this.runtimeDirectory), deadline);
+    return (await client.call(method, params, deadline)) as T;
+  }
+
+  /** What the last two daemons have written, for a test that fails. */
+  get story(): string {
+    return [this.daemons - 2, this.daemons - 1]
+      .filter((number) => number >= 0)
+      .map((number) => readFileSync(this.daemonLog(number), "utf8"))
+      .join("---- the next one\n");
+  }
+
   /** What `vf -i` says of a VF. */
   async vfInfo(address = this.vf): Promise<Readonly<Record<string, unknown>>> {
     return JSON.parse(await this.command("vf", "-i", address)).device;
@@ -135,12 +185,30 @@ export class Stack implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    // The keeper first: without it the daemon lets go of everything.
+    await this.runningKeeper?.kill();
     await this.running?.[Symbol.asyncDispose]();
     await this.softvf[Symbol.asyncDispose]();
   }
 
   private get runtimeDirectory(): string {
     return join(this.options.directory, "vhostd");
+  }
+
+  private spawnDaemon(): void {
+    const { directory, daemonConfig, daemonProgram = "bin/vhostd.ts" } = this.options;
+    this.running = new Child(
+      [
+        ...[process.execPath, join(ROOT, daemonProgram), "--runtime-dir", this.runtimeDirectory],
+        ...["--bus", join(directory, "softvf/devices")],
+        ...(daemonConfig === undefined ? [] : ["--config", daemonConfig]),
+      ],
+      { name: "vfe-vhostd", log: this.daemonLog(this.daemons++) },
+    );
+  }
+
+  private daemonLog(number: number): string {
+    return join(this.options.directory, `vhostd${number}.log`);
   }
 
   /** Changes properties of a function, as an operator of the software PF does. */

@@ -18,10 +18,14 @@ export const MACHINE_TEST_TIMEOUT = 180_000;
 const START_TIMEOUT = 120_000;
 const CALL_TIMEOUT = 120_000;
 const STATE_TIMEOUT = 60_000;
+/** Open files of a keeper: the machine's own limit is one for small programs. */
+const KEEPER_FILES = 1 << 16;
 
 export interface MachineLabOptions {
   /** Options of vhostd beside its directories. */
   readonly daemon?: readonly string[];
+  /** A keeper runs from the start, so that each daemon goes on with what the one before it had. */
+  readonly keeper?: boolean;
 }
 
 export interface CliResult {
@@ -60,6 +64,8 @@ export class MachineLab implements AsyncDisposable {
   readonly kernelLog: KernelLog;
   private running: Child | undefined;
   private daemons = 0;
+  private runningKeeper: Child | undefined;
+  private keepers = 0;
   private faultsTaken = 0;
   private readonly bound = new Map<string, Disposable>();
   private readonly undo = new AsyncDisposableStack();
@@ -77,12 +83,15 @@ export class MachineLab implements AsyncDisposable {
     this.undo.defer(() => this.showLogs());
     this.undo.defer(() => this.release());
     this.undo.defer(() => this.running?.[Symbol.asyncDispose]());
+    // Without it the daemon lets go of everything.
+    this.undo.defer(() => this.runningKeeper?.kill());
   }
 
   /** The daemon runs and has no functions. */
   static async create(options: MachineLabOptions = {}): Promise<MachineLab> {
     const lab = new MachineLab(await mkdtemp(join(tmpdir(), "lab-")), options);
     try {
+      if (options.keeper) await lab.startKeeper();
       await lab.startDaemon();
     } catch (error) {
       await lab[Symbol.asyncDispose]();
@@ -96,14 +105,52 @@ export class MachineLab implements AsyncDisposable {
     return this.running;
   }
 
+  get keeper(): Child {
+    if (this.runningKeeper === undefined) throw new Error("there is no keeper");
+    return this.runningKeeper;
+  }
+
+  async startKeeper(): Promise<void> {
+    const log = join(this.directory, `keeper${this.keepers++}.log`);
+    const limited = ["prlimit", `--nofile=${KEEPER_FILES}:${KEEPER_FILES}`, ...programLine("vfe-vhostd-ha")];
+    const line = [...limited, "--runtime-dir", this.runtimeDirectory];
+    this.runningKeeper = new Child(line, { name: "vfe-vhostd-ha", log, environment: PROGRAM_ENVIRONMENT });
+    await this.runningKeeper.line(/^ready /m, START_TIMEOUT);
+  }
+
   /** Starts the daemon in the same directories as before. @param more options beside those of the lab */
   async startDaemon(...more: readonly string[]): Promise<void> {
+    this.spawnDaemon(...more);
+    await this.ready();
+  }
+
+  /** The same, and returns at once. */
+  spawnDaemon(...more: readonly string[]): void {
     const own = ["--bus", "/sys/bus/pci/devices", "--runtime-dir", this.runtimeDirectory, "--log-level", "debug"];
     const state = ["--state-dir", join(this.directory, "state")];
     const line = [...programLine("vfe-vhostd"), ...own, ...state, ...(this.options.daemon ?? []), ...more];
     const log = this.daemonLog(this.daemons++);
     this.running = new Child(line, { name: "vfe-vhostd", log, environment: PROGRAM_ENVIRONMENT });
-    await this.running.line(/^ready /m, START_TIMEOUT);
+  }
+
+  /** Waits until the control interface is served. */
+  async ready(): Promise<void> {
+    await this.daemon.line(/^ready /m, START_TIMEOUT);
+  }
+
+  /** Waits until no VF of an earlier daemon waits to be taken up. @throws VhostdError timedOut */
+  async takenUp(): Promise<void> {
+    await this.ready();
+    await Deadline.after(STATE_TIMEOUT, "taking up all VFs").poll(async () => {
+      const { left } = (await this.call("vf.list")) as { readonly left: readonly { readonly state: string }[] };
+      return left.every(({ state }) => state !== "adopting") || undefined;
+    }, 20);
+  }
+
+  /** kill -9, and another one at once. */
+  async replaceDaemon(): Promise<void> {
+    await this.killDaemon();
+    this.spawnDaemon();
   }
 
   /** kill -9. */

@@ -10,6 +10,8 @@ export const MACHINE_PROGRAMS = {
   "frontend-program": "test/kit/machine/frontend-program.ts",
   "former-program": "test/kit/machine/former-program.ts",
   "locked-program": "test/kit/machine/locked-program.ts",
+  "adoption-program": "test/kit/machine/adoption-program.ts",
+  "vfe-vhostd-ha": "bin/vhostd-ha.ts",
 } as const;
 export type MachineProgram = keyof typeof MACHINE_PROGRAMS;
 

@@ -11,7 +11,7 @@ import { MockTarget } from "../../kit/mock-target.ts";
 
 function deviceClass(): DeviceClass {
   const classes: DeviceClass[] = [];
-  blk.setup({ deviceClass: (registered) => void classes.push(registered) });
+  blk.setup({ deviceClass: (registered) => void classes.push(registered), adoption() {} });
   expect(classes).toHaveLength(1);
   return classes[0]!;
 }

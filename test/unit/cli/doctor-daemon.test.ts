@@ -8,6 +8,7 @@ import { Machine } from "../../../src/machine/machine.ts";
 
 const ANSWERS: Readonly<Record<string, object>> = {
   version: { "vfe-vhostd version": "1.2.3" },
+  stats: { protected: true },
   "pf.list": { pfs: [{ pf: "0000:0a:00.0", admin_queue: "dead", reason: "no answer" }] },
   "vf.list": {
     vfs: [
@@ -34,7 +35,7 @@ test("the doctor tells of a daemon that is away, and of what one that answers ha
     ]);
     await new Promise<void>((resolve) => server.listen(place.socket, resolve));
     expect(await checkDaemon(machine, place)).toMatchObject([
-      { level: "ok", check: "daemon", seen: "1.2.3, 1 PFs, 3 VFs" },
+      { level: "ok", check: "daemon", seen: "1.2.3, 1 PFs, 3 VFs; a restart goes unnoticed" },
       { level: "bad", check: "PF 0000:0a:00.0", seen: "its admin queue is dead: no answer" },
       { level: "bad", check: "VF 0000:0a:00.1", seen: "it was unplugged" },
       { level: "warn", check: "VF 0000:0a:00.2", seen: "memory is not shared" },

@@ -26,6 +26,7 @@ test("without a file there are the places of the system", async () => {
     stateDirectory: "/var/lib/vfe-vhostd",
     vfioInterface: "auto",
     vfToken: undefined,
+    ha: "auto",
     pfs: [],
     vfs: [],
   });
@@ -41,6 +42,7 @@ plugin-directory = "packages"
 state-dir = "state"
 vfio = "group"
 vf-token = "D3B07384-1B4D-4C2B-9F0E-0A1B2C3D4E5F"
+ha = "keeper"
 
 [[pf]]
 device = "5a:00.0"
@@ -70,6 +72,7 @@ test("every option; relative paths start at the file", async () => {
     stateDirectory: join(directory, "state"),
     vfioInterface: "group",
     vfToken: "d3b07384-1b4d-4c2b-9f0e-0a1b2c3d4e5f",
+    ha: "keeper",
     pfs: ["0000:5a:00.0"],
     vfs: [
       { address: "0000:5a:00.1", socket: "/tmp/vf-0000:5a:00.1", mode: "client" },

@@ -167,6 +167,7 @@ export class KernelBus implements AsyncDisposable {
         steps.push(`unmap ${masters()}`);
         await dma.unmap(range);
       },
+      unmapIfThere: (range) => dma.unmapIfThere(range),
       adopt: () => {},
       [Symbol.dispose]: () => {
         steps.push("end of the space");

@@ -57,6 +57,7 @@ function make() {
     detach: () => dma.detach(),
     map: (range, fd) => dma.map(range, fd),
     unmap: (range) => dma.unmap(range),
+    unmapIfThere: (range) => dma.unmapIfThere(range),
     adopt: () => {},
     // Its mappings are the other side's, too.
     [Symbol.dispose]: () => {},
@@ -114,6 +115,7 @@ test("after a restart it ends what the earlier process had begun, lets go of its
   const { record, fds } = (await keeper.get("pf"))!;
   const pf = Pf.revive(ENTRY, parsePfRecord(record), fds, around);
   undo.push(() => pf[Symbol.asyncDispose]());
+  await pf.takeUp(soon());
   expect(pf.management.tracking).toEqual(["push-bitmap", "pull-bytemap"]);
   const mover = await moverOf(pf, snapshot);
   expect(mover.capabilities.dirtyTracking).toBe(true);

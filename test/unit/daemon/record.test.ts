@@ -1,5 +1,5 @@
 import { expect, test } from "bun:test";
-import { optionsOf, parseVfRecord, RECORD_VERSION } from "../../../src/daemon/record.ts";
+import { parseVfOptions, parseVfRecord, RECORD_VERSION } from "../../../src/daemon/record.ts";
 
 const parts = { function: null, dataPath: null, session: null, rings: null, link: null };
 const place = { address: "0000:5a:00.1", socket: "/tmp/vm", mode: "server" };
@@ -10,8 +10,8 @@ function record(options: Record<string, string | boolean>) {
 
 test("what the operator said of a VF survives the daemon", () => {
   const options = { unmanaged: true, hostNotifier: false, frontend: "nvidia-presetup" };
-  expect(optionsOf(record(options)) as unknown).toEqual({ ...place, ...options });
-  expect(optionsOf(record({})) as unknown).toEqual(place);
+  expect(parseVfOptions(record(options).options) as unknown).toEqual({ ...place, ...options });
+  expect(parseVfOptions(record({}).options) as unknown).toEqual(place);
 });
 
 test("a kind of front-end that this daemon does not know is refused", () => {

@@ -56,6 +56,10 @@ export async function makeTarget(modes: readonly TrackingModeName[] = ["pushBitm
       state = { name: "failed", reason: error.message };
     },
     onRunning: async () => {},
+    beforeReset: async () => {},
+    beforeEnd: async () => {},
+    checkpoint: async () => {},
+    deliver: () => undefined,
     onReset: () => {},
     onMigration: () => void events.push(target.migration.info?.state),
     peer: () => 7,

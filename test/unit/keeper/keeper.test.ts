@@ -4,10 +4,12 @@ import {
   Command,
   encodeJson,
   encodeMessage,
+  encodePlaces,
   HEADER,
   HeaderFlag,
   KEEPER_FRAMING,
   KEEPER_VERSION,
+  NEW_FD,
 } from "../../../src/keeper/messages.ts";
 import { STORE_LIMITS } from "../../../src/keeper/store.ts";
 import { liveFds, type OwnedFd, pendingCloses } from "../../../src/native/fd.ts";
@@ -19,6 +21,8 @@ import { KeeperLab, soon } from "./keeper-lab.ts";
 afterEach(async () => {
   await soon().poll(() => (liveFds() === 0 && pendingCloses() === 0) || undefined, 1);
 });
+
+const NOTHING = new Uint8Array(0);
 
 /** An eventfd that was signalled so often. */
 function signalled(times: number): OwnedFd {
@@ -84,7 +88,7 @@ describe("records", () => {
     expect((await client.list()).slice(3)).toEqual(keys);
   });
 
-  test("beyond a limit are refused with the reason, and nothing is lost", async () => {
+  test("beyond a limit are refused with the reason, and of others nothing is lost", async () => {
     const limits = {
       ...STORE_LIMITS,
       records: 3,
@@ -102,9 +106,9 @@ describe("records", () => {
       expect(error).toMatchObject({ code: "keeperStore" });
       return error.message;
     };
-    expect(await refused("a", "y".repeat(99_990))).toMatch(/bytes of the record a: 100\d\d\d, at most 100000/);
-    expect(await refused("a", "y".repeat(900_000))).toMatch(/bytes of the record a/);
-    expect(await refused("a", "", 301)).toMatch(/fds of the record a: 301, at most 300/);
+    expect(await refused("d", "y".repeat(99_990))).toMatch(/bytes of the record d: 100\d\d\d, at most 100000/);
+    expect(await refused("d", "y".repeat(900_000))).toMatch(/bytes of the record d/);
+    expect(await refused("d", "", 301)).toMatch(/fds of the record d: 301, at most 300/);
     expect(await refused("c", "y".repeat(70_000))).toMatch(/bytes of all records with c/);
     expect(await refused("c", "", 150)).toMatch(/fds of all records with c: 449, at most 400/);
     await put(client, "c", "");
@@ -113,6 +117,54 @@ describe("records", () => {
     expect(lab.store.totals).toMatchObject({ records: 3, fds: 299 });
     // In the place of one that is there it is not more.
     await put(client, "b", "z".repeat(99_000));
+  });
+
+  test("that are refused leave nothing of the earlier one, in one part or several, as a whole or changed", async () => {
+    await using lab = await KeeperLab.create();
+    using client = await lab.connect();
+    await put(client, "b", "stays", 2);
+    for (const size of [STORE_LIMITS.recordSize, 2 * STORE_LIMITS.recordSize]) {
+      await put(client, "a", "earlier", 2);
+      expect(await rejection(put(client, "a", "x".repeat(size), 1))).toMatchObject({ code: "keeperStore" });
+      expect(await client.get("a")).toBeUndefined();
+    }
+    expect(await client.list()).toEqual(["b"]);
+    expect(lab.store.totals).toMatchObject({ records: 1, fds: 2 });
+  });
+
+  test("that change keep the fds that stay, whatever number those have that come", async () => {
+    await using lab = await KeeperLab.create();
+    using client = await lab.connect();
+    using open = new DisposableStack();
+    const [one, two, three] = [1, 2, 3].map((times) => open.use(signalled(times)));
+    const putFds = (fds: Record<string, OwnedFd>, record = "a record") =>
+      client.put("vf/0", () => ({ record, fds: new Map(Object.entries(fds).map(([name, fd]) => [name, fd.number])) }));
+    const stored = () => lab.store.get("vf/0")!.fds;
+    await putFds({ one: one!, two: two!, three: three! });
+    const [first, , third] = stored();
+    const { number } = two!;
+    two![Symbol.dispose]();
+    using four = signalled(4);
+    expect(four.number).toBe(number);
+    await putFds({ three: three!, four, one: one!, again: one! }, "another one");
+    expect([stored()[0] === third, stored()[2] === first]).toEqual([true, true]);
+    const signals = { three: 3, four: 4, one: 1, again: 1 };
+    expect(await look(client, "vf/0")).toEqual({ record: "another one", signals });
+    expect(lab.store.totals).toMatchObject({ fds: 4 });
+    // Of those that are under way at once none knows what the one before it comes to.
+    const tooMuch = rejection(putFds({ one: one! }, "x".repeat(STORE_LIMITS.recordSize)));
+    await Promise.all([
+      putFds({ four, one: one! }),
+      tooMuch,
+      putFds({ one: one!, three: three! }),
+      putFds({ three: three!, four }),
+    ]);
+    expect(await look(client, "vf/0")).toMatchObject({ signals: { three: 3, four: 4 } });
+    await rejection(putFds({ one: one! }, "x".repeat(STORE_LIMITS.recordSize)));
+    await putFds({ four });
+    await client.delete("vf/0");
+    await putFds({ one: one!, four });
+    expect(await look(client, "vf/0")).toMatchObject({ signals: { one: 1, four: 4 } });
   });
 
   test("of which a part is missing when the client goes are as they were", async () => {
@@ -262,6 +314,10 @@ describe("clients", () => {
       "another command in the middle of one": [begun, message("list", {})],
       "hello twice": [message("hello", { payload: encodeJson({ protocol: KEEPER_VERSION }) })],
       "a part that is not full": [message("put", { key: "vf/1", flags: HeaderFlag.more })],
+      "places that are not all there": [message("change", { key: "vf/0", payload: Uint8Array.of(1, 0, 0, 0) })],
+      "a place beyond the fds": [message("change", { key: "vf/0", payload: encodePlaces([2], NOTHING) })],
+      "an fd that stays twice": [message("change", { key: "vf/0", payload: encodePlaces([0, 0], NOTHING) })],
+      "an fd that did not come": [message("change", { key: "vf/0", payload: encodePlaces([0, NEW_FD], NOTHING) })],
       "no JSON": [message("readable", { payload: Uint8Array.of(123) })],
       "no list": [message("readable", { payload: encodeJson({}) })],
     };
@@ -279,6 +335,9 @@ describe("clients", () => {
       const fds = Array.from({ length: 250 }, () => fd.number);
       await greedy.send(message("put", { key: "vf/1" }), fds);
       expect(await hangsUp(greedy)).toBe(true);
+      using lavish = await greeted(lab);
+      await lavish.send(message("change", { key: "vf/0", payload: encodePlaces([0], NOTHING) }), [fd.number]);
+      expect(await hangsUp(lavish)).toBe(true);
     }
     using client = await lab.connect();
     expect(await client.list()).toEqual(["vf/0"]);

@@ -1,5 +1,5 @@
 import { expect, test } from "bun:test";
-import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
+import { CloseLane, liveFds, OwnedFd } from "../../../src/native/fd.ts";
 import { eventfd, fileInfo } from "../../../src/native/sys.ts";
 import { openFds } from "./open-fds.ts";
 
@@ -33,6 +33,17 @@ test("a duplicate lives on its own, a released fd belongs to the caller", () => 
   expect(twin.closed).toBe(false);
   twin[Symbol.dispose]();
   expect(openFds()).toBe(before);
+});
+
+test("an fd goes over into another lane", () => {
+  const before = liveFds();
+  const fd = eventfd();
+  const { number } = fd;
+  const lane = new CloseLane();
+  using moved = fd.inLane(lane);
+  expect([moved.number, moved.lane === lane, fd.closed]).toEqual([number, true, true]);
+  expect(liveFds()).toBe(before + 1);
+  expect(() => fd.inLane(lane)).toThrow("after it was closed");
 });
 
 test.each([-1, 1.5, Number.NaN, 2 ** 31])("%p is no fd", (number) => {

@@ -3,7 +3,13 @@ import * as fc from "fast-check";
 import { VhostdError } from "../../../src/base/errors.ts";
 import { type OwnedFd, pendingCloses } from "../../../src/native/fd.ts";
 import { c } from "../../../src/native/load.ts";
-import { type Framing, type Message, MessageSocket } from "../../../src/native/message-socket.ts";
+import {
+  type Framing,
+  type Message,
+  MessageSocket,
+  type MessageSocketOptions,
+  type PeekedMessage,
+} from "../../../src/native/message-socket.ts";
 import { watch } from "../../../src/native/poller.ts";
 import { eventfd, fileInfo, memfd, signalEventfd, socketPair } from "../../../src/native/sys.ts";
 import { rejection } from "../../kit/rejection.ts";
@@ -54,12 +60,12 @@ let socket: MessageSocket;
 let fdsBefore: number;
 
 /** Times in milliseconds; the defaults are long, so that what times out in a test was asked to. */
-function connect(options: { partialTimeout?: number; sendTimeout?: number; onHeader?(header: Uint8Array): void } = {}) {
+function connect(options: MessageSocketOptions = {}, more: Partial<Framing> = {}) {
   const [left, right] = socketPair();
   peer[Symbol.dispose]();
   socket[Symbol.dispose]();
   peer = left;
-  socket = new MessageSocket(right, framing, options);
+  socket = new MessageSocket(right, { ...framing, ...more }, options);
 }
 
 beforeEach(() => {
@@ -107,12 +113,106 @@ test("nothing is taken before it is asked for, nor more than one message", async
   expect(second.fds.length).toBe(2);
 });
 
-test("the header is shown while the message still lies in the socket", async () => {
-  const seen: [number[], number][] = [];
-  connect({ onHeader: (header) => seen.push([[...header], waiting(socket.fd)]) });
-  sendRaw(peer, message(Uint8Array.of(1, 2)));
-  using _message = await socket.receive();
-  expect(seen).toEqual([[[0x7e, 2, 0, 0], 6]]);
+describe("a message that is looked at", () => {
+  test("lies in the socket with its fds until it is finished, for others too", async () => {
+    using file = memfd("a", 10);
+    sendRaw(peer, message(Uint8Array.of(1, 2)), [file.number]);
+    sendRaw(peer, message(Uint8Array.of(3)));
+    for (const _look of [0, 1, 2]) {
+      using seen = (await socket.peek()) as PeekedMessage;
+      expect(seen.left).toBe(true);
+      expect([...seen.header, ...seen.body]).toEqual([0x7e, 2, 0, 0, 1, 2]);
+      expect(seen.fds.map(({ number }) => fileInfo(number))).toEqual([fileInfo(file.number)]);
+    }
+    expect(socket.startsWith(message(Uint8Array.of(1, 2)))).toBe(true);
+    expect(socket.startsWith(message(Uint8Array.of(1, 3)))).toBe(false);
+    using first = (await socket.peek()) as PeekedMessage;
+    const [kept] = first.fds.splice(0);
+    first.finish();
+    expect(fileInfo(kept!.number)).toEqual(fileInfo(file.number));
+    kept![Symbol.dispose]();
+    using second = (await socket.peek()) as PeekedMessage;
+    expect([[...second.body], second.fds.length]).toEqual([[3], 0]);
+    second.finish();
+    expect(waiting(socket.fd)).toBe(-11);
+  });
+
+  test("has the fds that came with it, and none of those behind it", async () => {
+    connect({}, { mayCarryFds: (header) => header[1] === 1 });
+    using file = memfd("a", 10);
+    // Two messages without any; one of them may have some, and is taken out for that.
+    for (const body of [[1, 2], [1]]) sendRaw(peer, message(Uint8Array.from(body)));
+    sendRaw(peer, message(Uint8Array.of(5)), [file.number]);
+    sendRaw(peer, message(Uint8Array.of(6)), [file.number, file.number]);
+    const seen: unknown[] = [];
+    for (const _message of [0, 1, 2, 3]) {
+      using next = (await socket.peek()) as PeekedMessage;
+      seen.push([[...next.body], next.fds.length, next.left]);
+      next.finish();
+    }
+    expect(seen).toEqual([
+      [[1, 2], 0, true],
+      [[1], 0, false],
+      [[5], 1, true],
+      [[6], 2, true],
+    ]);
+  });
+
+  test("and lies there with another in one piece has the fds of both", async () => {
+    using file = memfd("a", 10);
+    const both = [...message(Uint8Array.of(1)), ...message(Uint8Array.of(2))];
+    sendRaw(peer, Uint8Array.from(both), [file.number]);
+    using first = (await socket.peek()) as PeekedMessage;
+    expect([[...first.body], first.fds.length]).toEqual([[1], 1]);
+    first.finish();
+    using second = (await socket.peek()) as PeekedMessage;
+    expect([[...second.body], second.fds.length]).toEqual([[2], 0]);
+  });
+
+  test("is taken out where it comes in pieces, which is said before", async () => {
+    const bytes = message(Uint8Array.of(1, 2, 3));
+    using file = memfd("a", 10);
+    for (const cut of [1, 4, 5]) {
+      let told = 0;
+      connect({ beforeTaking: () => told++ });
+      sendRaw(peer, bytes.subarray(0, cut), [file.number]);
+      const seen = socket.peek();
+      await Bun.sleep(3);
+      sendRaw(peer, bytes.subarray(cut), [file.number]);
+      using arrived = (await seen) as PeekedMessage;
+      expect(told).toBe(1);
+      expect([[...arrived.body], arrived.fds.length, arrived.left]).toEqual([[1, 2, 3], 2, false]);
+      arrived.finish();
+      expect(waiting(socket.fd)).toBe(-11);
+    }
+  });
+
+  test("with too many fds is refused", async () => {
+    using file = memfd("a", 10);
+    sendRaw(peer, message(Uint8Array.of(1)), new Array<number>(9).fill(file.number));
+    expect((await rejection(socket.peek())).message).toContain("message carries 9 fds, the limit is 8");
+  });
+
+  test("is not touched where the socket was given away meanwhile", async () => {
+    sendRaw(peer, message(Uint8Array.of(9)));
+    using seen = (await socket.peek()) as PeekedMessage;
+    using heir = new MessageSocket(socket.abandon(), framing);
+    seen.finish();
+    using arrived = await heir.receive();
+    expect(arrived?.body[0]).toBe(9);
+  });
+
+  test("holds up nobody with an fd whose close does not return", async () => {
+    using hostile = new LingeringSocket();
+    sendRaw(peer, message(Uint8Array.of(1)), [hostile.fd.number]);
+    hostile.fd[Symbol.dispose]();
+    const seen = (await socket.peek()) as PeekedMessage;
+    seen[Symbol.dispose]();
+    // The last one that holds it is the socket now.
+    seen.finish();
+    expect(await eventually(() => pendingCloses() === 1)).toBe(true);
+    hostile.release();
+  });
 });
 
 test("messages arrive whole, wherever the stream was cut", async () => {

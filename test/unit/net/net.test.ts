@@ -6,7 +6,7 @@ import { describeFeatures, featureBits } from "../../../src/virtio/features.ts";
 import { rejection } from "../../kit/rejection.ts";
 
 const classes: DeviceClass[] = [];
-net.setup({ deviceClass: (registered) => void classes.push(registered) });
+net.setup({ deviceClass: (registered) => void classes.push(registered), adoption() {} });
 const netClass = classes[0]!;
 
 const MTU = 3;

@@ -7,7 +7,7 @@ import { configValues } from "../../../src/virtio/config-space.ts";
 import { describeFeatures } from "../../../src/virtio/features.ts";
 
 const classes: DeviceClass[] = [];
-net.setup({ deviceClass: (registered) => void classes.push(registered) });
+net.setup({ deviceClass: (registered) => void classes.push(registered), adoption() {} });
 const { softDevice, configSpace, features } = classes[0]!;
 
 function create(given: SoftOptionValues, vf = 0, pf = "0000:5a:00.0") {

@@ -44,6 +44,10 @@ class PageSpace implements AddressSpace {
     this.mapped.delete(range.iova);
   }
 
+  async unmapIfThere(range: DmaRange): Promise<void> {
+    await this.unmap(range);
+  }
+
   async attach(): Promise<void> {}
   async detach(): Promise<void> {}
   adopt(): void {}

@@ -41,6 +41,10 @@ class FakeSpace implements AddressSpace {
     this.log.push(`unmap ${range.iova / MiB}+${range.size / MiB}`);
   }
 
+  async unmapIfThere(range: DmaRange): Promise<void> {
+    await this.unmap(range);
+  }
+
   async attach(_: PciFunction, mapped: readonly DmaRange[]): Promise<void> {
     this.log.push(`attach ${mapped.length}`);
   }
@@ -280,15 +284,15 @@ test("a domain made from record and fds goes on without mapping anything", async
   const copies = () => new Map([...fds].map(([name, number]) => [name, duplicate(number)]));
   const own = copies();
 
-  expect(() => DmaDomain.revive(space, { mapped: 1 }, copies())).toThrow(/not understood/);
-  expect(() => DmaDomain.revive(space, record, new Map())).toThrow(/memory.0/);
+  expect(() => DmaDomain.revive(() => space, { mapped: 1 }, copies())).toThrow(/not understood/);
+  expect(() => DmaDomain.revive(() => space, record, new Map())).toThrow(/memory.0/);
   const swapped = copies();
   swapped.get("memory.0")?.[Symbol.dispose]();
   swapped.set("memory.0", duplicate(newFile()));
-  expect(() => DmaDomain.revive(space, record, swapped)).toThrow(/another file/);
+  expect(() => DmaDomain.revive(() => space, record, swapped)).toThrow(/another file/);
 
   domain.abandon();
-  const revived = DmaDomain.revive(space, record, own);
+  const revived = DmaDomain.revive(() => space, record, own);
   domains.push(revived);
   expect(space.log).toEqual(["map 0+4", "map 4+4"]);
   // The fake notes our fd numbers; those of the first domain are closed.

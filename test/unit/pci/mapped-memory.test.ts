@@ -30,11 +30,10 @@ class FakeIommu implements Pick<Iommu, "map" | "unmap" | "mappingLimit"> {
 
   async unmap(iova: number, size: number): Promise<number> {
     const done = await this.onUnmap(iova, size);
-    if (done === size) {
-      expect(this.mapped.get(iova)).toBe(size);
-      this.mapped.delete(iova);
-    }
-    return done;
+    if (done !== size || !this.mapped.has(iova)) return 0;
+    expect(this.mapped.get(iova)).toBe(size);
+    this.mapped.delete(iova);
+    return size;
   }
 
   get pages(): number[] {

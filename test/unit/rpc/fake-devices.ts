@@ -42,6 +42,10 @@ export class FakeDevices implements Devices {
     this.emit({ type: "pf", pf, state: "removed" });
   }
 
+  listLeftVfs(): [] {
+    return [];
+  }
+
   listPfs(): PfInfo[] {
     return [...this.pfs.values()];
   }

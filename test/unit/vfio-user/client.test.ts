@@ -28,6 +28,7 @@ async function connect(prepare: (server: ScriptedServer) => void = () => {}) {
 }
 
 const EMPTY = new Uint8Array(0);
+const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096, kickFds: 0, queueStats: 0 };
 
 describe("the version", () => {
   test("is agreed on, with the server's capabilities", async () => {
@@ -59,7 +60,6 @@ describe("the version", () => {
   });
 
   const text = (json: string) => Uint8Array.of(0, 0, 1, 0, ...new TextEncoder().encode(json));
-  const limits = { maxMsgFds: 1, maxDataTransfer: 4096, maxDmaMaps: 1, pageSizes: 4096, kickFds: 0, queueStats: 0 };
   const bad: [string, Uint8Array, RegExp][] = [
     ["cut short", Uint8Array.of(0, 0, 1), /3 bytes/],
     ["of another major", encodeVersion({ major: 1, minor: 0, capabilities: limits }), /1\.0/],
@@ -225,16 +225,59 @@ describe("handing over", () => {
     const orphan = client.request(Command.regionRead, EMPTY);
     await soon().poll(() => server.requests.length === 2 || undefined, 1);
     const snapshot = JSON.parse(JSON.stringify(client.snapshot()));
-    using borrowed = duplicate(client.fd);
+    using borrowed = duplicate(client.fds.socket);
+    using turns = duplicate(client.fds.turns);
     client.abandon();
     expect(await rejection(orphan)).toMatchObject({ code: "connectionLost" });
 
-    const revived = VfioUserClient.revive(borrowed.dup(), "the server", snapshot);
+    const revived = VfioUserClient.revive(borrowed.dup(), turns.dup(), "the server", snapshot);
     undo.push(revived);
     release();
     (await revived.request(Command.reset, EMPTY))[Symbol.dispose]();
     expect(server.commands).toEqual(["version", "regionRead", "reset"]);
-    expect(server.requests[2]!.header.id).toBe(0x8000 + server.requests[1]!.header.id + 1);
+    expect(server.requests[2]!.header.id).toBe(0x4000);
     expect(revived.ended).toBeUndefined();
+  });
+
+  test("one that died before its record was written has left answers, too: nobody takes them for its own", async () => {
+    const { client, server } = await connect();
+    const parked: (() => void)[] = [];
+    server.script.set(Command.regionRead, async ({ header }) => {
+      await new Promise<void>((resolve) => parked.push(resolve));
+      return { body: Uint8Array.of(header.id >> 14), fds: [server.doorbells[0]!.number] };
+    });
+    const snapshot = client.snapshot();
+    const copies = () => [duplicate(client.fds.socket), duplicate(client.fds.turns)] as const;
+    const lives = Array.from({ length: 5 }, copies);
+    const killed = [client];
+    const asked = [rejection(client.request(Command.regionRead, EMPTY))];
+    for (const [socket, turns] of lives.slice(0, 4)) {
+      await soon().poll(() => parked.length === asked.length || undefined, 1);
+      killed.at(-1)!.abandon();
+      const next = VfioUserClient.revive(socket, turns, "the server", snapshot);
+      if (asked.length < 4) {
+        asked.push(rejection(next.request(Command.regionRead, EMPTY)));
+        killed.push(next);
+        continue;
+      }
+      undo.push(next);
+      for (const release of parked.splice(0)) release();
+      // The same id as the first one's: by then its answer is there.
+      (await next.request(Command.reset, EMPTY))[Symbol.dispose]();
+      expect(next.ended).toBeUndefined();
+    }
+    for (const fd of lives[4]!) fd[Symbol.dispose]();
+    expect((await Promise.all(asked)).map((error) => (error as { code?: string }).code)).toEqual(
+      Array.from({ length: 4 }, () => "connectionLost"),
+    );
+    const ids = server.requests.slice(1).map(({ header }) => header.id);
+    expect(ids).toEqual([1, 0x4000, 0x8000, 0xc000, 0]);
+  });
+
+  test("needs to know whose turn it is", () => {
+    const [near, far] = socketPair();
+    undo.push(far);
+    const capabilities = { ...limits };
+    expect(() => VfioUserClient.revive(near, memfd("turns", 0), "the server", { capabilities })).toThrow(/whose turn/);
   });
 });

@@ -405,6 +405,19 @@ describe("memory", () => {
     });
   }
 
+  test("that may be mapped is unmapped where it is; any other refusal costs the function", async () => {
+    const [a, b, c] = [await open(), await open(), await open()];
+    const space = new VfioUserAddressSpace();
+    for (const { fn } of [a, b, c]) space.adopt(fn);
+    b.server.script.set(Command.dmaUnmap, () => ({ errno: 2 }));
+    c.server.script.set(Command.dmaUnmap, () => ({ errno: 22 }));
+    using file = memfd("memory", 65536);
+    await space.unmapIfThere(range(0, file.number), soon());
+    expect((await c.fn.lost).message).toMatch(/would not let go of guest memory/);
+    expect([a.server.commands, b.server.commands]).toEqual([["dmaUnmap"], ["dmaUnmap"]]);
+    expect([a.fn.gone, b.fn.gone]).toEqual([undefined, undefined]);
+  });
+
   test("that a function will not let go of costs that function, not the others", async () => {
     const [a, b] = [await open(), await open()];
     const space = new VfioUserAddressSpace();
@@ -427,7 +440,7 @@ test("a function goes on in another process without a message", async () => {
   const { data, fds } = fn.snapshot();
   const record = JSON.parse(JSON.stringify(data));
   const copies = () => new Map([...fds].map(([name, number]) => [name, duplicate(number)]));
-  expect([...fds.keys()].filter((name) => !name.startsWith("doorbell"))).toEqual(["socket"]);
+  expect([...fds.keys()].filter((name) => !name.startsWith("doorbell"))).toEqual(["socket", "turns"]);
   const own = copies();
   const without = copies();
   without.get("socket")?.[Symbol.dispose]();

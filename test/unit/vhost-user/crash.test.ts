@@ -95,6 +95,7 @@ describe("a session as plain data and fds", () => {
       const { data, fds } = session.snapshot();
       kinds.push((data as { state: { kind: string } }).state.kind);
       for (const fd of fds.values()) expect(fd).toBeGreaterThanOrEqual(0);
+      expect(fds.keys().next().value).toBe("connection");
     };
     await startRunning(frontend, 1);
     expect(kinds.at(-1)).toBe("running");
@@ -142,6 +143,7 @@ describe("a session as plain data and fds", () => {
     await dying.promise;
     const { fds } = copySession(first);
     await first.abandon();
+    target.onCheckpoint = () => {};
     const enabled = Promise.withResolvers<void>();
     target.before = (operation) => void (operation === "enable" && enabled.resolve());
     const { session, ended } = begin(Session.revive(target, stored, fds, { ...options, quietPeriod: 1 }));
@@ -173,6 +175,14 @@ describe("a session as plain data and fds", () => {
         data["rings"] = [];
       },
       (_data, fds) => fds.delete("connection"),
+      (_data, fds) => {
+        fds.get("page")?.[Symbol.dispose]();
+        fds.delete("page");
+      },
+      (_data, fds) => {
+        fds.get("page")?.[Symbol.dispose]();
+        fds.set("page", memfd("another size", 8192));
+      },
       (_data, fds) => {
         fds.get("kick.0")?.[Symbol.dispose]();
         fds.set("kick.0", memfd("no eventfd", 4096));

@@ -8,13 +8,13 @@ import { cleanUpAfterEach, disposeLater, soon } from "./vendor-lab.ts";
 
 cleanUpAfterEach();
 
-function make(onChange?: () => Promise<void>) {
+function make(note?: () => Promise<void>) {
   const dma = new FakeDma();
-  const domain = new DmaDomain(dma);
+  const domain = new DmaDomain(dma, { note });
   disposeLater({ [Symbol.asyncDispose]: async () => domain.abandon() });
   const file = memfd("log", 3 * 4096);
   disposeLater({ [Symbol.asyncDispose]: async () => file[Symbol.dispose]() });
-  return { dma, domain, file, memory: new LogMemory(domain, onChange) };
+  return { dma, domain, file, memory: new LogMemory(domain) };
 }
 
 describe("a log", () => {

@@ -234,7 +234,7 @@ describe("what is to be connected when the device runs", () => {
       const parts = await setUp();
       await way(parts);
       const { order, connect } = orderOf(parts);
-      await parts.mover.configure(wantedState(2), soon(), connect);
+      await parts.mover.configure(wantedState(2), soon(), { connect });
       expect(order).toEqual(["begun", "connected", "running"]);
     }
   });
@@ -244,7 +244,7 @@ describe("what is to be connected when the device runs", () => {
     await parts.mover.prepare(wantedState(2), soon());
     await parts.host.device.reset(soon());
     const { order, connect } = orderOf(parts);
-    await parts.mover.configure(wantedState(2), soon(), connect);
+    await parts.mover.configure(wantedState(2), soon(), { connect });
     expect(order.slice(-3)).toEqual(["begun", "connected", "running"]);
   });
 
@@ -252,8 +252,10 @@ describe("what is to be connected when the device runs", () => {
     for (const standsBy of [false, true]) {
       const { mover, vf, fn } = await setUp();
       if (standsBy) await mover.standBy(soon());
-      const refused = mover.configure(wantedState(2), soon(), async () => {
-        throw new VhostdError("io", "no such vector");
+      const refused = mover.configure(wantedState(2), soon(), {
+        connect: async () => {
+          throw new VhostdError("io", "no such vector");
+        },
       });
       expect((await rejection(refused)).message).toBe("no such vector");
       expect(fn.statusWrites).toEqual([0]);
@@ -284,12 +286,14 @@ describe("what is to be connected when the device runs", () => {
         await Bun.sleep(5);
         connected++;
       };
-      await mover.configure(wantedState(2), soon(), connect);
+      await mover.configure(wantedState(2), soon(), { connect });
       expect(connected).toBe(1);
       expect(fn.status).toBe(0x0f);
       await mover.reset(soon());
-      const refused = mover.configure(wantedState(2), soon(), async () => {
-        throw new VhostdError("io", "no such vector");
+      const refused = mover.configure(wantedState(2), soon(), {
+        connect: async () => {
+          throw new VhostdError("io", "no such vector");
+        },
       });
       expect((await rejection(refused)).message).toBe("no such vector");
       await mover.reset(soon());
@@ -336,10 +340,10 @@ test("a function moved by its registers that starts neither way fails once, and 
       throw new VhostdError("io", "no such vector");
     };
     // It cannot begin there.
-    await rejection(mover.configure(wantedState(1, 7), soon(), connect));
+    await rejection(mover.configure(wantedState(1, 7), soon(), { connect }));
     await Bun.sleep(1);
     expect(unhandled).toEqual([]);
-    await rejection(mover.configure(wantedState(1), soon(), connect));
+    await rejection(mover.configure(wantedState(1), soon(), { connect }));
     expect(mover.snapshot()).toEqual({ kind: "reset" });
     expect(fn.status).toBe(0);
   } finally {

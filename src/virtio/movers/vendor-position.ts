@@ -1,0 +1,44 @@
+import type { DeviceClass } from "../../plugin.ts";
+import { withoutReceived } from "../admin/vendor-state.ts";
+import { comparedBytes } from "../config-space.ts";
+import type { DeviceState } from "../device-state.ts";
+import { compare, decodeDeviceState, encodeDeviceState } from "../device-state-codec.ts";
+import type { MoverSnapshot } from "../mover.ts";
+
+/**
+ * Where a VF is that its PF moves. `frozen`: freezed, with the state that it had then. `prepared`: the same, with one that
+ * it was given and never ran with. `standby`: the same, with none. `starting`: on the way to running.
+ */
+export type Position =
+  | { readonly kind: "reset" | "standby" }
+  | { readonly kind: "prepared" | "starting" | "running" | "frozen"; readonly state: DeviceState };
+
+/** One that stands by or was prepared is reset by the next process. */
+export function snapshotOf(position: Position): MoverSnapshot {
+  if (position.kind === "starting" || position.kind === "running" || position.kind === "frozen") {
+    return { kind: position.kind, state: encodeDeviceState(position.state) };
+  }
+  return { kind: "reset" };
+}
+
+/** @throws VhostdError invalid */
+export function positionOf(snapshot: MoverSnapshot): Position {
+  return snapshot.kind === "reset"
+    ? { kind: "reset" }
+    : { kind: snapshot.kind, state: decodeDeviceState(snapshot.state) };
+}
+
+/** Both states are one, but for what of the configuration space does not matter with the features of the second. */
+export function isSame(a: DeviceState, b: DeviceState, deviceClass: DeviceClass): boolean {
+  const relevant = (one: DeviceState) => ({ ...one, config: comparedBytes(deviceClass, b.features, one.config) });
+  return compare(relevant(a), relevant(b)).length === 0;
+}
+
+/**
+ * How a device that stood still has moved all the same. The configuration space is its own matter, and so is what it takes of a
+ * receive queue.
+ */
+export function movements(stood: DeviceState, seen: DeviceState, deviceClass: DeviceClass): readonly string[] {
+  const before = withoutReceived(stood, deviceClass);
+  return compare({ ...withoutReceived(seen, deviceClass), config: before.config }, before);
+}
