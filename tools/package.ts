@@ -3,6 +3,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Child } from "../test/kit/guest/child.ts";
 import { defineTask, Failure, ROOT, runQuietly } from "./command.ts";
+import { buildDebianPackage } from "./package/debian-package.ts";
 import { prepare } from "./preparation.ts";
 
 const DIST = join(ROOT, "dist");
@@ -17,13 +18,16 @@ const START_TIMEOUT = 15_000;
 
 export default defineTask({
   name: "package",
-  description: "Executables that need neither Bun nor node_modules, with their plugins, in dist/",
+  description:
+    "Executables that need neither Bun nor node_modules, with their plugins, in dist/, and a Debian package of them",
   run: async () => {
     await prepare("native");
     const buildTime = new Date().toISOString();
     await installPrograms(DIST, buildTime);
     await tryOut(buildTime);
     console.log(`package: ${Object.values(PROGRAMS).join(", ")} and plugins/ are in ${DIST}`);
+    if (Bun.which("dpkg-deb") === null) console.log("package: no Debian package is made: this machine has no dpkg-deb");
+    else console.log(`package: ${await buildDebianPackage(DIST, DIST)}`);
     return 0;
   },
 });

@@ -17,6 +17,7 @@ const PROGRAMS: Readonly<Record<string, SystemProgram>> = {
   ip: { package: "iproute2", why: "makes the network namespaces and TAP interfaces of the guest tests" },
   ethtool: { package: "ethtool", why: "is put into the guest, whose queues it changes" },
   "dpdk-testpmd": { package: "dpdk-dev", why: "drives network functions in tests: a front-end that is not QEMU's" },
+  mmdebstrap: { package: "mmdebstrap", why: "makes the clean Debian in which tests install the package" },
   "/usr/lib/ipxe/qemu/pxe-virtio.rom": { package: "ipxe-qemu", why: "boots VMs of the tests from the network" },
 };
 

@@ -6,9 +6,9 @@ import { prepare } from "./preparation.ts";
 export default defineTask({
   name: "setup",
   description:
-    "Install and build what is missing: Debian packages, native/, the guest of demo and tests, the VM with an IOMMU",
+    "Install and build what is missing: Debian packages, native/, what tests start: guest, Debian, the VM with an IOMMU",
   run: async () => {
-    await prepare("native", "guest");
+    await prepare("native", "guest", "debian");
     const missing = await missingMachines(bringMachine);
     if (missing.length === 0) console.log("setup: everything is in place");
     else for (const reason of missing) console.log(`setup: no VM with an IOMMU, its tests will be skipped: ${reason}`);

@@ -20,7 +20,7 @@ const TIERS = {
   fuzz: { description: "random input, briefly", needs: ["native"] },
   loopback: { description: "our own front-end against the daemon", needs: ["native"] },
   native: { description: "native/ under the sanitizers", needs: ["native"] },
-  guest: { description: "Linux guests in QEMU", needs: ["native", "guest"] },
+  guest: { description: "Linux guests in QEMU", needs: ["native", "guest", "debian"] },
   // It brings its guest itself: where it cannot, it is skipped.
   vfio: { description: "in a VM with an IOMMU", needs: ["native"] },
 } as const satisfies Record<string, Tier>;
@@ -28,6 +28,9 @@ type TierName = keyof typeof TIERS;
 
 /** Where test files of a tier are beside its own folder: those of plugins that are kept as if they were elsewhere. */
 const MORE_FOLDERS: Partial<Record<TierName, readonly string[]>> = { loopback: ["examples"] };
+
+/** Words for files of a subject, whatever their tier: the beginning of their names. */
+const SUBJECTS: Readonly<Record<string, string>> = { ha: "/ha-" };
 
 /** Test processes at a time. More than the processors only makes the guests slower. */
 const WORKERS = Math.min(navigator.hardwareConcurrency, 4);
@@ -80,7 +83,7 @@ export default defineTask({
     tiers: {
       type: "positional",
       required: false,
-      description: "Tiers to run, or parts of file names; all tiers unless given",
+      description: "Tiers to run, parts of file names, or ha for all that begin with ha-; all tiers unless given",
     },
   },
   run: ({ _: words, iommufd = false, long = false }) => runTests({ ...understand(words), iommufd, long }),
@@ -127,7 +130,8 @@ export async function runTests(
 function understand(words: readonly string[]): Selection {
   const names = Object.keys(TIERS) as TierName[];
   const tiers = names.filter((name) => words.includes(name));
-  const filters = words.filter((word) => !(names as string[]).includes(word));
+  const parts = words.filter((word) => !(names as string[]).includes(word));
+  const filters = parts.map((part) => SUBJECTS[part] ?? part);
   if (tiers.length > 0) return { tiers, filters };
   return { tiers: filters.length > 0 ? names.filter((name) => name !== "native") : names, filters };
 }
