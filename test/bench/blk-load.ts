@@ -5,7 +5,7 @@ import { FeatureBit, featureBits } from "../../src/virtio/features.ts";
 import { u64, VhostUserFrontend } from "../kit/frontend/frontend.ts";
 import { output } from "./native.ts";
 
-const SECONDS = "0.5";
+const SECONDS = 0.5;
 const BLOCK = 4096;
 const BLOCKS = 16_384;
 const GUEST = 0x1_0000_0000;
@@ -25,6 +25,13 @@ export async function makeDisk(path: string): Promise<void> {
   for (let block = 0; block < BLOCKS; block++) view.setBigUint64(block * BLOCK, BigInt(block), true);
   await using file = await open(path, "w");
   await file.writeFile(bytes);
+}
+
+export interface BlkResult {
+  /** Requests per second. */
+  readonly rate: number;
+  /** The longest time without a completion, microseconds. */
+  readonly longestGap: number;
 }
 
 /** A session with one queue of a block device, and the load generator on it: random reads of 4 KiB. */
@@ -49,9 +56,8 @@ export class BlkLoad implements Disposable {
   /**
    * @param program the load generator's command
    * @param depth requests under way
-   * @returns requests per second
    */
-  async run(program: readonly string[], depth: number): Promise<number> {
+  async run(program: readonly string[], depth: number, seconds = SECONDS): Promise<BlkResult> {
     const [
       {
         kick,
@@ -60,8 +66,10 @@ export class BlkLoad implements Disposable {
     ] = this.frontend.queues as [VhostUserFrontend["queues"][number]];
     const [{ file }] = this.frontend.memory.regions as [VhostUserFrontend["memory"]["regions"][number]];
     const { desc, driver, device, arena } = ring;
-    const words = [depth, SECONDS, BLOCKS, RING, GUEST, desc, driver, device, arena.start].map(String);
-    return Number(await output([...program, ...words], [file.file.number, kick.number, this.call.number]));
+    const words = [depth, seconds, BLOCKS, RING, GUEST, desc, driver, device, arena.start].map(String);
+    const text = await output([...program, ...words], [file.file.number, kick.number, this.call.number]);
+    const [rate, longestGap] = text.split(" ").map(Number);
+    return { rate: rate!, longestGap: longestGap! };
   }
 
   [Symbol.dispose](): void {

@@ -46,7 +46,7 @@ async function compare(directory: string): Promise<Figure[]> {
   const figures: Figure[] = [];
   for (const { depth, least } of DEPTHS) {
     const runs: { readonly ours: number; readonly theirs: number }[] = [];
-    const run = (load: BlkLoad) => load.run(["taskset", "-c", cpu, program], depth);
+    const run = async (load: BlkLoad) => (await load.run(["taskset", "-c", cpu, program], depth)).rate;
     for (let round = 0; round < RUNS; round++) runs.push({ ours: await run(here), theirs: await run(there) });
     const column = (of: (run: (typeof runs)[number]) => number) => runs.map(of);
     const ratios = column((run) => run.ours / run.theirs);

@@ -11,6 +11,10 @@ import { installPrograms } from "../../tools/package.ts";
 import { Child } from "../kit/guest/child.ts";
 
 const PROGRAMS = join(ROOT, ".cache/bench");
+/** As a file, as in a package: the one inside an executable is copied to /tmp at each start. */
+const NATIVE = join(ROOT, "native/build/vhostd.node");
+/** As many open files as the keeper's unit allows it. */
+const KEEPER_FILES = 524_288;
 const PF = parsePciAddress("0000:5a:00.0");
 const DISK_SIZE = 1 << 20;
 const TIMEOUT = 60_000;
@@ -27,30 +31,55 @@ export function installed(name: string, ...words: readonly string[]): string[] {
   return [join(PROGRAMS, name), ...words];
 }
 
+export interface MachineOptions {
+  /** Of each VF; as many as vfe-softvf gives one unless said. */
+  readonly queues?: number;
+  /** Another daemon may go on where one has died. */
+  readonly keeper?: boolean;
+  /** Of each VF; 1 MiB of zeros unless said. */
+  readonly makeDisk?: (path: string) => Promise<void>;
+}
+
 /** A daemon of the installed form, alone or with a software PF. */
 export class InstalledMachine implements AsyncDisposable {
+  private daemons = 0;
+  private current: Child;
+
   private constructor(
     readonly directory: string,
-    private readonly softvf: Child | undefined,
-    readonly daemon: Child,
-  ) {}
+    readonly softvf: Child | undefined,
+    readonly keeper: Child | undefined,
+  ) {
+    this.current = this.startDaemon();
+  }
 
   /** @param vfs of the software PF; there is none with 0 */
-  static async start(vfs: number): Promise<InstalledMachine> {
+  static async start(vfs: number, options: MachineOptions = {}): Promise<InstalledMachine> {
     const directory = await mkdtemp(join(tmpdir(), "bench-"));
     await using undo = new AsyncDisposableStack();
     undo.defer(() => rm(directory, { recursive: true, force: true }));
-    const softvf = vfs === 0 ? undefined : undo.use(await startSoftvf(directory, vfs));
-    const runtime = join(directory, "run");
-    await mkdir(runtime);
-    const daemon = undo.use(
-      start(directory, "vfe-vhostd", "--runtime-dir", runtime, "--bus", join(directory, "softvf/devices")),
-    );
-    await daemon.line(/^ready /m, TIMEOUT);
-    const machine = new InstalledMachine(directory, softvf, daemon);
+    const softvf = vfs === 0 ? undefined : undo.use(await startSoftvf(directory, vfs, options));
+    await mkdir(join(directory, "run"));
+    const keeper = options.keeper === true ? undo.use(await startKeeper(directory)) : undefined;
+    const machine = new InstalledMachine(directory, softvf, keeper);
+    undo.defer(() => machine.daemon[Symbol.asyncDispose]());
+    await machine.daemon.line(/^ready /m, TIMEOUT);
     if (softvf !== undefined) await machine.call("pf.add", { device: PF });
     undo.move();
     return machine;
+  }
+
+  /** The one that was started last. */
+  get daemon(): Child {
+    return this.current;
+  }
+
+  /** Another daemon, in the place of one that has died. Returns at once. */
+  startDaemon(): Child {
+    const name = "vfe-vhostd";
+    const words = ["--runtime-dir", this.runtimeDirectory, "--bus", join(this.directory, "softvf/devices")];
+    this.current = start(this.directory, name, words, `${name}.${this.daemons++}`);
+    return this.current;
   }
 
   /** Where the daemon's control socket is. */
@@ -101,6 +130,8 @@ export class InstalledMachine implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    // The keeper first: without it the daemon lets go of everything.
+    await this.keeper?.[Symbol.asyncDispose]();
     await this.daemon[Symbol.asyncDispose]();
     await this.softvf?.[Symbol.asyncDispose]();
     await rm(this.directory, { recursive: true, force: true });
@@ -113,22 +144,45 @@ async function call(socket: string, method: string, params: Parameters): Promise
   return await client.call(method, params, deadline);
 }
 
-async function startSoftvf(directory: string, vfs: number): Promise<Child> {
-  for (let vf = 0; vf < vfs; vf++) {
-    await writeFile(join(directory, `disk-${vf}`), "");
-    await truncate(join(directory, `disk-${vf}`), DISK_SIZE);
-  }
+/** As its unit does, with all the settings that matter here. */
+async function startKeeper(directory: string): Promise<Child> {
+  const environment = { VFE_NATIVE: NATIVE, BUN_JSC_forceRAMSize: "33554432" };
+  const command = installed("vfe-vhostd-ha", "--runtime-dir", join(directory, "run"));
+  const limited = ["bash", "-c", `ulimit -n ${KEEPER_FILES} 2> /dev/null; exec "$@"`, "limited", ...command];
+  return await ready(
+    new Child(limited, { name: "vfe-vhostd-ha", log: join(directory, "vfe-vhostd-ha.log"), environment }),
+  );
+}
+
+async function startSoftvf(
+  directory: string,
+  vfs: number,
+  { queues, makeDisk = makeEmptyDisk }: MachineOptions,
+): Promise<Child> {
+  for (let vf = 0; vf < vfs; vf++) await makeDisk(join(directory, `disk-${vf}`));
   const options = ["--pf", PF, "--class", "blk", "--vfs", `${vfs}`, "--disk", join(directory, "disk-{vf}")];
-  const softvf = start(directory, "vfe-softvf", ...options, "--runtime-dir", join(directory, "softvf"));
+  const ofEach = queues === undefined ? [] : ["--queues", `${queues}`];
+  return await ready(
+    start(directory, "vfe-softvf", [...options, ...ofEach, "--runtime-dir", join(directory, "softvf")]),
+  );
+}
+
+async function makeEmptyDisk(path: string): Promise<void> {
+  await writeFile(path, "");
+  await truncate(path, DISK_SIZE);
+}
+
+async function ready(child: Child): Promise<Child> {
   try {
-    await softvf.line(/^ready /m, TIMEOUT);
-    return softvf;
+    await child.line(/^ready /m, TIMEOUT);
+    return child;
   } catch (error) {
-    await softvf[Symbol.asyncDispose]();
+    await child[Symbol.asyncDispose]();
     throw error;
   }
 }
 
-function start(directory: string, name: string, ...words: readonly string[]): Child {
-  return new Child(installed(name, ...words), { name, log: join(directory, `${name}.log`) });
+function start(directory: string, name: string, words: readonly string[], log = name): Child {
+  const environment = { VFE_NATIVE: NATIVE };
+  return new Child(installed(name, ...words), { name, log: join(directory, `${log}.log`), environment });
 }

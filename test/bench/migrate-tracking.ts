@@ -33,7 +33,7 @@ export async function trackingFigures(): Promise<Figure[]> {
   console.error("migrate.tracking_throughput: reads of 4 KiB, 32 at once; then frames of 1500 bytes that come back");
   const requests = await onStack(cpu, {}, async (socket) => {
     using load = await BlkLoad.connect(socket);
-    return await compare({ frontend: load.frontend, run: () => load.run(command(blk), DEPTH) });
+    return await compare({ frontend: load.frontend, run: async () => (await load.run(command(blk), DEPTH)).rate });
   });
   const frames = await onStack(cpu, { deviceClass: "net", softvf: ["--backend", "echo"] }, async (socket) => {
     using load = await NetLoad.connect(socket);

@@ -29,7 +29,10 @@ async function labWithLinks(migration: (typeof MOVERS)[number]["migration"]): Pr
   const linked: Plugin = {
     name: "linked",
     apiVersion: 1,
-    setup: (host) => host.deviceClass({ ...builtIn.deviceClassById(2)!, linkUp }),
+    setup(host) {
+      host.deviceClass({ ...builtIn.deviceClassById(2)!, linkUp });
+      host.adoption(builtIn.adoption!);
+    },
   };
   plugins.register(linked, "the test");
   lab.newRegistry = (keeper = lab.keeper) => {

@@ -10,6 +10,7 @@ import { Bus, type BusEntry } from "../../src/pci/bus.ts";
 import { DmaDomain } from "../../src/pci/dma-domain.ts";
 import type { PciFunction } from "../../src/pci/function.ts";
 import { VfioUserAddressSpace } from "../../src/pci/vfio-user/address-space.ts";
+import type { VfioUserFunction } from "../../src/pci/vfio-user/function.ts";
 import { DataPath } from "../../src/virtio/data-path.ts";
 import type { DeviceState } from "../../src/virtio/device-state.ts";
 import { BlkStatus, blkResult, readRequest, SECTOR, writeRequest } from "../kit/blk-requests.ts";
@@ -199,7 +200,7 @@ describe("a running VF", () => {
     const meanwhile = driver.queues[1]!.request(readable, writable);
 
     const [one, two, three] = [record.get(0)!, record.get(1)!, record.get(2)!];
-    const revivedDomain = DmaDomain.revive(new VfioUserAddressSpace(), three.data, three.fds);
+    const revivedDomain = DmaDomain.revive(() => new VfioUserAddressSpace(), three.data, three.fds);
     const revived = revivedDomain.reviveFunction(entry, one.data, one.fds);
     const revivedPath = DataPath.revive(revived, two.data, two.fds, (virtioId) => fakeClass({ virtioId }));
     undo.push(() => detach({ fn: revived, path: revivedPath, domain: revivedDomain }));
@@ -225,6 +226,41 @@ describe("a running VF", () => {
     await domain.detach(fn);
     expect(await rejection(path.reset(soon("reset")))).toMatchObject({ code: "connectionLost" });
   });
+});
+
+test("memory that is being mapped when the daemon dies is mapped anew, whether it was or not", async () => {
+  const domain = new DmaDomain(new VfioUserAddressSpace(), {
+    note: async () => void records.push(domain.snapshot().data),
+  });
+  const records: unknown[] = [];
+  const fn = await domain.open(entry, soon("opening"));
+  await domain.attach(fn);
+  const { range, memory } = guest();
+  await domain.claim("guest", range, memory.file.number);
+  const parts = take(fn.snapshot());
+  domain.abandon();
+  fn.abandon();
+  // It was the first time; the second time it is unmapped already.
+  for (const next of ["killed again", "lives"]) {
+    const copies = new Map([...parts.fds].map(([name, fd]) => [name, fd.dup()]));
+    const file = new Map([["memory.0", duplicate(memory.file.number)]]);
+    const revived = DmaDomain.revive(() => new VfioUserAddressSpace(), records[0] as never, file);
+    const revivedFn = revived.reviveFunction(entry, parts.data, copies);
+    expect(revived.owners).toEqual([]);
+    await revived.takeUp(soon("taking up"));
+    if (next === "killed again") {
+      revived.abandon();
+      revivedFn.abandon();
+      continue;
+    }
+    for (const fd of parts.fds.values()) fd[Symbol.dispose]();
+    await revived.claim("guest", range, memory.file.number);
+    await revived.release("guest", range);
+    // A server that refuses one of these is hung up on.
+    expect((revivedFn as VfioUserFunction).gone).toBeUndefined();
+    revived.abandon();
+    await revivedFn[Symbol.asyncDispose]();
+  }
 });
 
 function take(snapshot: { data: unknown; fds: ReadonlyMap<string, number> }): {

@@ -22,7 +22,7 @@ const USUAL_FEATURES = featureBits(
 );
 
 const classes: DeviceClass[] = [];
-net.setup({ deviceClass: (registered) => void classes.push(registered) });
+net.setup({ deviceClass: (registered) => void classes.push(registered), adoption() {} });
 const NET = classes[0] as SoftClass;
 
 export function serveNet(vfs: number, options: SoftOptionValues): Promise<TestVfs> {

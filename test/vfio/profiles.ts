@@ -19,12 +19,12 @@ export type ProfileName = keyof typeof PROFILES;
  */
 export const ALSO_IN: Readonly<Record<Exclude<ProfileName, "newest">, readonly string[]>> = {
   oldest: ["boots.test.ts", "function.test.ts"],
-  iommufd: ["boots.test.ts", "address-space.test.ts", "blk.test.ts"],
+  iommufd: ["boots.test.ts", "address-space.test.ts", "adoption.test.ts", "blk.test.ts", "ha-kill.test.ts"],
 };
 
 /** The same, of a long run (`./dev test vfio --long`): beside those. */
 export const ALSO_IN_LONG: typeof ALSO_IN = {
-  oldest: ["address-space.test.ts"],
+  oldest: ["address-space.test.ts", "adoption.test.ts", "ha-kill.test.ts"],
   iommufd: ["function.test.ts"],
 };
 
@@ -33,6 +33,7 @@ export const LONG_PROCESSORS = 2;
 
 /** Files that take the most time, the longest first. A machine that begins one at the end keeps all others waiting. */
 export const LONGEST = [
+  "ha-kill.test.ts",
   "guest.test.ts",
   "dma-safety.test.ts",
   "notifier.test.ts",

@@ -5,11 +5,13 @@
  *   blk-load DEPTH SECONDS BLOCKS RING-SIZE GPA DESC DRIVER DEVICE BUFFERS
  *
  * Addresses are guest-physical; GPA is where the memory begins. Descriptors: 3 memory file, 4 kick, 5 call. Indices go
- * on where they are. RING_INDIRECT_DESC and RING_EVENT_IDX are negotiated. Prints requests per second.
+ * on where they are. RING_INDIRECT_DESC and RING_EVENT_IDX are negotiated. Prints requests per second, and the longest time
+ * without a completion, microseconds.
  */
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -45,6 +47,13 @@ static_assert(sizeof(Request) == 2 * kBlock, "requests are aligned to blocks");
 
 void fullFence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
+struct Result {
+  /** Requests per second. */
+  double rate;
+  /** Seconds. */
+  double longestGap;
+};
+
 class Load {
  public:
   explicit Load(char** arguments) : memory_(number(arguments[5])) {
@@ -63,17 +72,21 @@ class Load {
     for (uint32_t slot = 0; slot < depth_; slot++) free_.push_back(slot);
   }
 
-  /** Requests per second; all are back when it returns. */
-  double run(double seconds) {
+  /** All requests are back when it returns. */
+  Result run(double seconds) {
     const double begin = now();
+    double last = begin;
+    double longestGap = 0;
     uint64_t completed = 0;
-    while (now() - begin < seconds) {
+    for (double time = begin; time - begin < seconds; time = now()) {
+      longestGap = std::max(longestGap, time - last);
+      last = time;
       submitAll();
       completed += waitForSome();
     }
     const double elapsed = now() - begin;
     while (free_.size() < depth_) waitForSome();
-    return static_cast<double>(completed) / elapsed;
+    return {static_cast<double>(completed) / elapsed, longestGap};
   }
 
  private:
@@ -162,6 +175,7 @@ int main(int argc, char** argv) {
   if (argc != 10) return 2;
   Load load(argv);
   load.run(kWarmUpSeconds);
-  printf("%.0f\n", load.run(atof(argv[2])));
+  const Result result = load.run(atof(argv[2]));
+  printf("%.0f %.1f\n", result.rate, result.longestGap * 1e6);
   return 0;
 }
