@@ -134,7 +134,6 @@ test(
     await lab.addPf();
     using guest = await SteppedGuest.start(lab);
     using other = await SteppedGuest.start(lab, 1);
-    await guest.rest();
     guest.hangUp();
     await lab.removeVf();
     await dieInEach("VF", lab, {
@@ -148,13 +147,12 @@ test(
       async use() {
         // It may have been added anew, and removed again, meanwhile.
         await guest.meetLiving();
-        await guest.move();
+        await guest.progress();
         await other.isHeard();
       },
     });
     await lab.addVf();
     await guest.meetLiving();
-    await guest.move();
     await guest.end();
     await other.end();
     expect(other.reconnects).toBe(0);

@@ -12,7 +12,8 @@ const FRESHNESS_KEY = "daemon";
 const CONNECT_TIMEOUT = 10_000;
 /** Milliseconds between two tries to find one. */
 const RETRY_INTERVAL = 200;
-const NOBODY_LISTENS: readonly number[] = [2 /* ENOENT */, 111 /* ECONNREFUSED */];
+/** Nobody can listen at a path that is too long. */
+const NOBODY_LISTENS: readonly number[] = [2 /* ENOENT */, 36 /* ENAMETOOLONG */, 111 /* ECONNREFUSED */];
 
 interface Connected {
   readonly client: KeeperClient;
