@@ -209,11 +209,6 @@ export class Session {
     return eventfdsOf(this.backend.rings.filter((ring) => ring.started));
   }
 
-  /** The front-end has hung up; what it sent before may still have to be handled. False after the end. */
-  get frontEndIsGone(): boolean {
-    return !this.connection.closed && this.connection.hungUp;
-  }
-
   /**
    * Lets go of everything of this process and touches neither function nor front-end: both go on for whoever holds
    * duplicates of the fds. An answer that is being sent is sent.

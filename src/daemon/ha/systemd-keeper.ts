@@ -21,14 +21,15 @@ export class SystemdKeeper implements Keeper, Disposable {
   }
 
   async put(key: string, take: () => Kept): Promise<void> {
+    const kept = take();
     try {
-      await this.store.put(key, take);
+      await this.store.put(key, () => kept);
       this.refused.delete(key);
     } catch (error) {
       if (!this.refused.has(key)) this.log.error(`${key} is not kept: a restart of this daemon will be seen`, error);
       this.refused.add(key);
       // What it had is of the past.
-      await this.delete(key);
+      await this.drop(key);
     }
   }
 
@@ -41,7 +42,8 @@ export class SystemdKeeper implements Keeper, Disposable {
   }
 
   async delete(key: string): Promise<void> {
-    await this.store.delete(key).catch((error) => this.log.warn(`${key} may still be kept`, asError(error)));
+    this.refused.delete(key);
+    await this.drop(key);
   }
 
   async readable(places: readonly (readonly [key: string, fd: number])[]): Promise<(boolean | undefined)[]> {
@@ -50,5 +52,9 @@ export class SystemdKeeper implements Keeper, Disposable {
 
   [Symbol.dispose](): void {
     this.store[Symbol.dispose]();
+  }
+
+  private async drop(key: string): Promise<void> {
+    await this.store.delete(key).catch((error) => this.log.warn(`${key} may still be kept`, asError(error)));
   }
 }
