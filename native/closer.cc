@@ -23,12 +23,21 @@ Closer& Closer::shared() {
 void Closer::close(uint64_t number, int fd) {
   std::lock_guard<std::mutex> lock(mutex);
   Lane& lane = lanes[number];
-  if (!lane.busy && lane.waiting.empty()) ready.push_back(number);
+  const bool isReady = !lane.busy && lane.waiting.empty();
   lane.waiting.push_back(fd);
   total++;
+  if (isReady) ready.push_back(number);
+  if (isReady && handOver()) return;
   // Where no thread can be had the files wait for the next close to find one: never are they closed here.
   if (!dispatching) dispatching = startThread(nullptr, dispatch, this) == 0;
   arrived.notify_one();
+}
+
+bool Closer::handOver() {
+  if (handed == idle) return false;
+  handed++;
+  handedOver.notify_one();
+  return true;
 }
 
 size_t Closer::pending(uint64_t number) {
@@ -52,13 +61,14 @@ void* Closer::dispatch(void* self) {
 
 void Closer::dispatchReady(std::unique_lock<std::mutex>& lock) {
   arrived.wait(lock, [this] { return !ready.empty(); });
-  if (workers > 0) {
+  if (workers + handed > 0) {
     const uint64_t before = done;
-    ended.wait_for(lock, std::chrono::milliseconds(PATIENCE), [this] { return ready.empty() || workers == 0; });
+    ended.wait_for(lock, std::chrono::milliseconds(PATIENCE), [this] { return ready.empty() || workers + handed == 0; });
     // One of the workers makes progress, or nothing is left to do.
     if (ready.empty() || (workers > 0 && done != before)) return;
   }
-  if (workers < most && startThread(nullptr, work, this) == 0) {
+  if (handOver()) return;
+  if (workers + idle < most && startThread(nullptr, work, this) == 0) {
     workers++;
     return;
   }
@@ -69,10 +79,18 @@ void* Closer::work(void* self) {
   nameThread("vhostd-close");
   Closer& closer = *static_cast<Closer*>(self);
   std::unique_lock<std::mutex> lock(closer.mutex);
-  while (!closer.ready.empty()) closer.closeReady(lock);
-  closer.workers--;
-  closer.ended.notify_all();
-  return nullptr;
+  for (;;) {
+    while (!closer.ready.empty()) closer.closeReady(lock);
+    closer.workers--;
+    closer.idle++;
+    closer.ended.notify_all();
+    const bool more =
+        closer.handedOver.wait_for(lock, std::chrono::milliseconds(IDLE), [&closer] { return closer.handed > 0; });
+    closer.idle--;
+    if (!more) return nullptr;
+    closer.handed--;
+    closer.workers++;
+  }
 }
 
 void Closer::closeReady(std::unique_lock<std::mutex>& lock) {

@@ -21,6 +21,8 @@ class Closer {
  public:
   /** Milliseconds without a close that has ended until another thread is started for what waits. */
   static constexpr int PATIENCE = 20;
+  /** Milliseconds that a thread waits for more: to start one takes longer than most closes. */
+  static constexpr int IDLE = 1000;
 
   /** @param most threads at a time; when all are held up, everything waits */
   explicit Closer(unsigned most) : most(most) {}
@@ -50,10 +52,13 @@ class Closer {
   static void* work(void* self);
   void dispatchReady(std::unique_lock<std::mutex>& lock);
   void closeReady(std::unique_lock<std::mutex>& lock);
+  /** To a thread that waits for more; false where none does. */
+  bool handOver();
 
   const unsigned most;
   std::mutex mutex;
   std::condition_variable arrived;
+  std::condition_variable handedOver;
   std::condition_variable ended;
   /** Those with a pending file, and no others. */
   std::unordered_map<uint64_t, Lane> lanes;
@@ -62,7 +67,11 @@ class Closer {
   size_t total = 0;
   /** Files closed so far. */
   uint64_t done = 0;
+  /** Threads that close. */
   unsigned workers = 0;
+  /** Threads that wait for more, and those of them that are about to find some. */
+  unsigned idle = 0;
+  unsigned handed = 0;
   bool dispatching = false;
 };
 
