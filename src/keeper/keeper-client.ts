@@ -7,11 +7,11 @@ import { MessageSocket } from "../native/message-socket.ts";
 import { connectUnix } from "../native/sys.ts";
 import type { KeeperIdentity } from "./keeper-connection.ts";
 import {
-  ANSWER,
-  ANSWERED,
   Command,
   type CommandName,
   checkKey,
+  DELIVERED,
+  DELIVERY,
   decodeJson,
   decodeMessage,
   decodeRefusal,
@@ -48,12 +48,19 @@ interface Answer {
   readonly fds: OwnedFd[];
 }
 
+/** A record as it is sent. */
+interface Encoded {
+  /** Places, and the record. */
+  readonly bytes: Uint8Array;
+  /** The fds that the keeper does not have. */
+  readonly added: readonly number[];
+  /** It is known to be stored. */
+  stored(): void;
+}
+
 interface Asked {
   readonly command: CommandName;
-  readonly quiet: boolean;
   readonly parts: Uint8Array[];
-  /** Of the fds, which are of one record: it does not hold up others. */
-  readonly lane: CloseLane;
   readonly fds: OwnedFd[];
   readonly reply: PromiseWithResolvers<Answer>;
 }
@@ -126,33 +133,13 @@ export class KeeperClient implements Disposable {
   }
 
   /**
-   * @param quiet another request is made next: the answer to that one says that this one is done, too
    * @throws VhostdError keeperStore: nothing is stored then. After a delete it may be taken; connectionLost, timedOut: it may
    *   be stored or not
    */
-  async put(key: string, take: () => Kept, quiet = false): Promise<void> {
-    if (this.stillClosing.has(key)) {
-      throw new VhostdError("keeperStore", `the keeper still closes too many files of earlier records ${key}`);
-    }
-    const { record, fds } = take();
-    const numbers = [...fds.values()];
-    const files = numbers.map(fileIdentity);
-    const bytes = encodeJson({ names: [...fds.keys()], record });
-    const before = this.last.get(key)?.files;
-    const put: { files?: readonly number[] } = {};
-    this.last.set(key, put);
-    if (before === undefined) await this.ask("put", key, bytes, numbers, undefined, quiet);
-    else {
-      const earlier = new Map(before.map((file, place) => [file, place]));
-      const places = files.map((file) => {
-        const place = earlier.get(file) ?? NEW_FD;
-        earlier.delete(file);
-        return place;
-      });
-      const added = numbers.filter((_, index) => places[index] === NEW_FD);
-      await this.ask("change", key, encodePlaces(places, bytes), added, undefined, quiet);
-    }
-    put.files = files;
+  async put(key: string, take: () => Kept): Promise<void> {
+    const { bytes, added, stored } = this.encode(key, take);
+    await this.ask("put", key, bytes, added);
+    stored();
   }
 
   /** The fds are the caller's. @throws VhostdError protocol where what is stored is no record */
@@ -206,16 +193,21 @@ export class KeeperClient implements Disposable {
   /**
    * Takes bytes out of a socket of a record and sends others on it, both or nothing, whatever becomes of this process.
    * @param place of the socket among the fds, as they were stored
+   * @param put what is stored before, as by `put`
    * @returns bytes that were sent; the socket took no more
-   * @throws VhostdError notFound where there is no such socket, nothing was done then; connectionLost, timedOut: it may be
-   *   done or not
+   * @throws VhostdError as `put` does; notFound where there is no such socket, nothing was done then but for the record;
+   *   connectionLost, timedOut: it may be done or not
    */
-  async answer(key: string, place: number, take: number, reply: Uint8Array): Promise<number> {
-    const payload = new Uint8Array(ANSWER.size + reply.length);
-    ANSWER.write(payload, { place, take });
-    payload.set(reply, ANSWER.size);
-    const { bytes } = await this.ask("answer", key, payload);
-    return ANSWERED.read(bytes).sent;
+  async deliver(key: string, place: number, take: number, reply: Uint8Array, put?: () => Kept): Promise<number> {
+    const record = put === undefined ? undefined : this.encode(key, put);
+    const payload = Buffer.concat([
+      DELIVERY.encode({ place, take, replySize: reply.length }),
+      reply,
+      record?.bytes ?? NOTHING,
+    ]);
+    const { bytes } = await this.ask("deliver", key, payload, record?.added);
+    record?.stored();
+    return DELIVERED.read(bytes).sent;
   }
 
   [Symbol.dispose](): void {
@@ -224,19 +216,38 @@ export class KeeperClient implements Disposable {
     this.letGo();
   }
 
+  /** Of the fds only those are sent that the last record of that key did not have. @throws VhostdError keeperStore */
+  private encode(key: string, take: () => Kept): Encoded {
+    if (this.stillClosing.has(key)) {
+      throw new VhostdError("keeperStore", `the keeper still closes too many files of earlier records ${key}`);
+    }
+    const { record, fds } = take();
+    const numbers = [...fds.values()];
+    const files = numbers.map(fileIdentity);
+    const places = placesIn(this.last.get(key)?.files ?? [], files);
+    const put: { files?: readonly number[] } = {};
+    this.last.set(key, put);
+    return {
+      bytes: encodePlaces(places, encodeJson({ names: [...fds.keys()], record })),
+      added: numbers.filter((_, index) => places[index] === NEW_FD),
+      stored: () => {
+        put.files = files;
+      },
+    };
+  }
+
   private async ask(
     command: CommandName,
     key = "",
     payload: Uint8Array = NOTHING,
     fds: readonly number[] = [],
     deadline = Deadline.after(ANSWER_TIMEOUT, `${command} ${key} at the keeper`),
-    quiet = false,
   ): Promise<Answer> {
     if (this.end !== undefined) throw this.lostError();
     checkKey(key);
     const id = this.nextId;
     this.nextId = (id % 0xffff_ffff) + 1;
-    const asked: Asked = { command, quiet, parts: [], lane: new CloseLane(), fds: [], reply: Promise.withResolvers() };
+    const asked: Asked = { command, parts: [], fds: [], reply: Promise.withResolvers() };
     this.asked.set(id, asked);
     const sent = this.sending.run(() => this.send(id, asked, key, partsOf(payload, fds)));
     sent.catch((error) => asked.reply.reject(error));
@@ -257,13 +268,12 @@ export class KeeperClient implements Disposable {
   /** The parts of a request come one after the other. @throws what the socket does; the connection goes on where nothing went out */
   private async send(
     id: number,
-    { command, quiet }: Asked,
+    { command }: Asked,
     key: string,
     parts: ReturnType<typeof partsOf<number>>,
   ): Promise<void> {
     for (const [index, { payload, fds, more }] of parts.entries()) {
-      const flags = (more ? HeaderFlag.more : 0) | (quiet ? HeaderFlag.quiet : 0);
-      const message = { id, command: Command[command], flags, key, payload };
+      const message = { id, command: Command[command], flags: more ? HeaderFlag.more : 0, key, payload };
       try {
         await this.socket.send(encodeMessage(message), fds);
       } catch (error) {
@@ -294,7 +304,6 @@ export class KeeperClient implements Disposable {
     }
     if (fds.length > 0 && asked.command !== "get")
       throw new VhostdError("protocol", `${asked.command} was answered with fds`);
-    this.resolveQuiet(asked);
     if ((flags & HeaderFlag.error) !== 0) {
       // What came of the answer before is of no use.
       this.asked.delete(id);
@@ -303,20 +312,14 @@ export class KeeperClient implements Disposable {
       return;
     }
     asked.parts.push(payload);
-    asked.fds.push(...fds.splice(0).map((fd) => fd.inLane(asked.lane)));
+    if (fds.length > 0) {
+      // Those of one record: they do not hold up others.
+      const lane = asked.fds[0]?.lane ?? new CloseLane();
+      asked.fds.push(...fds.splice(0).map((fd) => fd.inLane(lane)));
+    }
     if ((flags & HeaderFlag.more) !== 0) return;
     this.asked.delete(id);
     asked.reply.resolve({ bytes: Buffer.concat(asked.parts), fds: asked.fds });
-  }
-
-  /** What was asked for before this, and not refused, is done. */
-  private resolveQuiet(answered: Asked): void {
-    for (const [id, asked] of this.asked) {
-      if (asked === answered) return;
-      if (!asked.quiet) continue;
-      this.asked.delete(id);
-      asked.reply.resolve({ bytes: NOTHING, fds: [] });
-    }
   }
 
   /** Not by this side's will. */
@@ -339,6 +342,20 @@ export class KeeperClient implements Disposable {
   private lostError(): VhostdError {
     return new VhostdError("connectionLost", `the keeper is not there: ${this.end?.message}`, { cause: this.end });
   }
+}
+
+/** Of each file in the earlier ones, or NEW_FD; mostly all are where they were. */
+function placesIn(earlier: readonly number[], files: readonly number[]): number[] {
+  const moved = new Map<number, number>();
+  for (let place = 0; place < earlier.length; place++) {
+    if (earlier[place] !== files[place]) moved.set(earlier[place]!, place);
+  }
+  return files.map((file, at) => {
+    if (earlier[at] === file) return at;
+    const place = moved.get(file) ?? NEW_FD;
+    moved.delete(file);
+    return place;
+  });
 }
 
 function closeAll(fds: OwnedFd[]): void {

@@ -5,9 +5,10 @@ import { type Message, MessageSocket, sendAtOnce, takeBytes } from "../native/me
 import { isReadable, isUnixStream } from "../native/sys.ts";
 import { IncomingRequest } from "./incoming-request.ts";
 import {
-  ANSWER,
-  ANSWERED,
   Command,
+  DELIVERED,
+  type Delivery,
+  decodeDelivery,
   decodeJson,
   decodeMessage,
   decodePlaces,
@@ -25,7 +26,7 @@ import {
 import type { Store, StoredRecord } from "./store.ts";
 
 const NOTHING = new Uint8Array(0);
-const STORING: ReadonlySet<number> = new Set([Command.put, Command.change]);
+const STORING: ReadonlySet<number> = new Set([Command.put, Command.deliver]);
 /** Bytes that are taken out of a socket at once. */
 const TAKE_MAX = 64 << 10;
 
@@ -111,16 +112,10 @@ export class KeeperConnection implements Disposable {
     switch (command) {
       case Command.hello:
         return await this.greet(request, bytes);
-      case Command.put:
-        if (key === "") throw new VhostdError("protocol", "a record has no key");
-        this.store.put(key, { bytes, fds });
+      case Command.put: {
+        using _earlier = this.put(key, bytes, fds);
         unused.move();
-        return await this.answerUnlessQuiet(request);
-      case Command.change: {
-        const { places, record } = decodePlaces(bytes);
-        this.store.change(key, places, { bytes: record, fds });
-        unused.move();
-        return await this.answerUnlessQuiet(request);
+        return await this.answer(request);
       }
       case Command.get:
         return await this.get(request);
@@ -131,15 +126,27 @@ export class KeeperConnection implements Disposable {
         return await this.answer(request, this.store.laneOf(key).full ? STILL_CLOSING : NOTHING);
       case Command.readable:
         return await this.answer(request, this.readable(decodeJson(bytes, "a question")));
-      case Command.answer:
-        return await this.answer(request, this.answerFor(key, bytes));
+      case Command.deliver: {
+        const { delivery, reply, rest } = decodeDelivery(bytes);
+        // The front-end waits for the reply, nobody for a file to be closed.
+        using closes = new DisposableStack();
+        if (rest.length > 0) {
+          closes.use(this.put(key, rest, fds));
+          unused.move();
+        }
+        return await this.answer(request, this.deliver(key, delivery, reply, closes));
+      }
       default:
         throw new VhostdError("protocol", `there is no command ${command}`);
     }
   }
 
-  private async answerUnlessQuiet(request: KeeperMessage): Promise<void> {
-    if ((request.flags & HeaderFlag.quiet) === 0) await this.answer(request);
+  /** Takes the fds where it does not throw. @returns as Store.put */
+  private put(key: string, bytes: Uint8Array, fds: readonly OwnedFd[]): Disposable {
+    if (key === "") throw new VhostdError("protocol", "a record has no key");
+    const { places, record } = decodePlaces(bytes);
+    // A copy: what it is a part of is larger, and would stay with it.
+    return this.store.put(key, places, { bytes: new Uint8Array(record), fds });
   }
 
   private async greet(request: KeeperMessage, bytes: Uint8Array): Promise<void> {
@@ -167,9 +174,7 @@ export class KeeperConnection implements Disposable {
    * What a daemon would do itself, and might die between the two.
    * @throws VhostdError notFound, protocol where nothing was done; io where the message does not lie there
    */
-  private answerFor(key: string, bytes: Uint8Array): Uint8Array {
-    if (bytes.length < ANSWER.size) throw new VhostdError("protocol", `${bytes.length} bytes are no answer`);
-    const { place, take } = ANSWER.read(bytes);
+  private deliver(key: string, { place, take }: Delivery, reply: Uint8Array, closes: DisposableStack): Uint8Array {
     const fd = this.store.get(key)?.fds[place];
     if (fd === undefined || !isUnixStream(fd.number)) {
       throw new VhostdError("notFound", `there is no socket ${place} in a record ${key}`);
@@ -180,9 +185,8 @@ export class KeeperConnection implements Disposable {
     // It has waited too long, or is dead: whoever goes on finds all as it was.
     if (this.socket.hungUp) throw new VhostdError("connectionLost", "the client is gone");
     if (take > TAKE_MAX) throw new VhostdError("protocol", `${take} bytes are to be taken, at most ${TAKE_MAX}`);
-    if (take > 0) takeBytes(fd.number, take, lane);
-    const reply = bytes.subarray(ANSWER.size);
-    return ANSWERED.encode({ sent: reply.length === 0 ? 0 : sendAtOnce(fd.number, reply) });
+    if (take > 0) closes.use(takeBytes(fd.number, take, lane));
+    return DELIVERED.encode({ sent: reply.length === 0 ? 0 : sendAtOnce(fd.number, reply) });
   }
 
   /** Sockets only: other files may keep waiting who asks. */

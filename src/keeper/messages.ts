@@ -9,14 +9,14 @@ import type { Framing } from "../native/message-socket.ts";
  */
 
 /** Of this form. A keeper that speaks another one says which. */
-export const KEEPER_VERSION = 1;
+export const KEEPER_VERSION = 2;
 
 export const Command = {
   /** Payload: JSON, what the daemon speaks. Answer: JSON, who the keeper is; refused, the connection ends. First, and once. */
   hello: 1,
   /**
-   * Key, the record as payload, its fds. It takes the place of an earlier one as a whole. Where it is refused (keeperStore),
-   * neither is there any more.
+   * Key. Payload: places (see encodePlaces), then the record. The fds are those that were not in an earlier one. It takes the
+   * place of an earlier one as a whole. Where it is refused (keeperStore), neither is there any more.
    */
   put: 2,
   /** Key. Answer: parts of the record, with the fds; none where there is no such record. */
@@ -31,16 +31,12 @@ export const Command = {
   /** Payload: JSON, [key, index of the fd] of each that is asked for. Answer: a byte for each, Readability. */
   readable: 6,
   /**
-   * Key, of a record with a stream socket. Payload: ANSWER, then bytes. So many bytes are taken out of the socket and dropped,
-   * and these are sent on it, as far as it takes them at once. Answer: ANSWERED. Nothing is done for a client that is gone, nor
-   * (notFound) where too many fds of this key are still being closed.
+   * Key, of a record with a stream socket. Payload: DELIVERY, the bytes of a reply, then nothing or as put, which is done
+   * first. So many bytes are taken out of the socket and dropped, and the reply is sent on it, as far as it takes it at once.
+   * Answer: DELIVERED. Nothing is done for a client that is gone, nor (notFound) where too many fds of this key are still
+   * being closed.
    */
-  answer: 7,
-  /**
-   * As put, also where it is refused, of a record that is there: some of its fds stay. Payload: places (see encodePlaces),
-   * then the record. The fds are those that do not stay.
-   */
-  change: 8,
+  deliver: 7,
 } as const;
 export type CommandName = keyof typeof Command;
 
@@ -50,8 +46,6 @@ export const HeaderFlag = {
   reply: 2,
   /** With reply. Payload: a refusal. */
   error: 4,
-  /** Of a request to store: it is answered only where it is refused. The answer to a later request says that it is done. */
-  quiet: 8,
 } as const;
 
 /** In front of each message. Sizes in bytes; the payload is what of the body follows the key. */
@@ -63,10 +57,10 @@ export const HEADER = struct("keeper header", 16, {
   keySize: [12, "u16"],
 });
 
-/** Which of the record's fds, and bytes to take. */
-export const ANSWER = struct("keeper answer", 8, { place: [0, "u32"], take: [4, "u32"] });
+/** Which of the record's fds, bytes to take, and bytes of the reply that follows. */
+export const DELIVERY = struct("keeper delivery", 12, { place: [0, "u32"], take: [4, "u32"], replySize: [8, "u32"] });
 /** Bytes that were sent. */
-export const ANSWERED = struct("keeper answered", 4, { sent: [0, "u32"] });
+export const DELIVERED = struct("keeper delivered", 4, { sent: [0, "u32"] });
 
 /** The answer to a delete; see there. */
 export const STILL_CLOSING: Uint8Array = Uint8Array.of(1);
@@ -155,21 +149,37 @@ export function decodeJson(bytes: Uint8Array, what: string): unknown {
 
 /** Where each fd of a record was in the earlier one, or NEW_FD. Their count, then as many words. */
 export function encodePlaces(places: readonly number[], record: Uint8Array): Uint8Array<ArrayBuffer> {
-  const bytes = new Uint8Array((1 + places.length) * WORD + record.length);
-  const view = new DataView(bytes.buffer);
-  for (const [index, word] of [places.length, ...places].entries()) view.setUint32(index * WORD, word, true);
-  bytes.set(record, (1 + places.length) * WORD);
+  const words = Uint32Array.of(places.length, ...places);
+  const bytes = new Uint8Array(words.byteLength + record.length);
+  bytes.set(new Uint8Array(words.buffer));
+  bytes.set(record, words.byteLength);
   return bytes;
 }
 
 /** @throws VhostdError protocol where they are not all there */
-export function decodePlaces(bytes: Uint8Array): { readonly places: readonly number[]; readonly record: Uint8Array } {
+export function decodePlaces(bytes: Uint8Array): { readonly places: Uint32Array; readonly record: Uint8Array } {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const count = bytes.length < WORD ? 0 : view.getUint32(0, true);
   const end = (1 + count) * WORD;
   if (end > bytes.length) throw new VhostdError("protocol", `${bytes.length} bytes are not ${count} places`);
-  const places = Array.from({ length: count }, (_, index) => view.getUint32((1 + index) * WORD, true));
+  const places = new Uint32Array(view.buffer.slice(view.byteOffset + WORD, view.byteOffset + end));
   return { places, record: bytes.subarray(end) };
+}
+
+/** What is taken out of a socket, and how much is sent on it. */
+export type Delivery = ReturnType<typeof DELIVERY.read>;
+
+/** @throws VhostdError protocol where not all of it is there */
+export function decodeDelivery(bytes: Uint8Array): {
+  readonly delivery: Delivery;
+  readonly reply: Uint8Array;
+  readonly rest: Uint8Array;
+} {
+  if (bytes.length < DELIVERY.size) throw new VhostdError("protocol", `${bytes.length} bytes are no delivery`);
+  const delivery = DELIVERY.read(bytes);
+  const end = DELIVERY.size + delivery.replySize;
+  if (end > bytes.length) throw new VhostdError("protocol", `a reply of ${delivery.replySize} bytes is not all there`);
+  return { delivery, reply: bytes.subarray(DELIVERY.size, end), rest: bytes.subarray(end) };
 }
 
 export function encodeRefusal({ code, number, message, fix }: VhostdError): Uint8Array<ArrayBuffer> {

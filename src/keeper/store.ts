@@ -70,39 +70,28 @@ export class Store implements Disposable {
   }
 
   /**
-   * In the place of an earlier record of that key. Takes the fds, which are in its lane, where it does not throw.
-   * @throws VhostdError keeperStore beyond a limit, or while too many fds of that key are still being closed; what was there
-   *   stays
-   */
-  put(key: string, record: StoredRecord): void {
-    this.replace(key, record, this.records.get(key)?.fds ?? []);
-  }
-
-  /**
-   * As put, where some of the fds of the earlier record stay.
+   * In the place of an earlier record of that key, of which some fds may stay. Takes the fds, which are in its lane, where it
+   * does not throw.
    * @param places of each fd in the earlier record, or NEW_FD: those are `record.fds`, in their order
-   * @throws VhostdError notFound, protocol, keeperStore; what was there stays
+   * @returns what stays of the earlier one, whose fds are closed when it is disposed of
+   * @throws VhostdError protocol; keeperStore beyond a limit, or while too many fds of that key are still being closed; what was
+   *   there stays
    */
-  change(key: string, places: readonly number[], { bytes, fds: added }: StoredRecord): void {
-    const before = this.records.get(key);
-    if (before === undefined) throw new VhostdError("notFound", `there is no record ${key}`);
-    const unused: (OwnedFd | undefined)[] = [...before.fds];
+  put(key: string, places: Iterable<number>, { bytes, fds: added }: StoredRecord): Disposable {
+    const unused: (OwnedFd | undefined)[] = [...(this.records.get(key)?.fds ?? [])];
     let taken = 0;
-    const fds = places.map((place) => {
+    const fds = Array.from(places, (place) => {
       const fd = place === NEW_FD ? added[taken++] : unused[place];
       if (fd === undefined) throw new VhostdError("protocol", `the record ${key} has no fd ${place} that could stay`);
       if (place !== NEW_FD) unused[place] = undefined;
       return fd;
     });
     if (taken < added.length) throw new VhostdError("protocol", `the record ${key} came with too many fds`);
-    this.replace(
-      key,
-      { bytes, fds },
-      unused.filter((fd) => fd !== undefined),
-    );
+    this.replace(key, { bytes, fds });
+    return { [Symbol.dispose]: () => closeAll(unused) };
   }
 
-  private replace(key: string, record: StoredRecord, unused: readonly OwnedFd[]): void {
+  private replace(key: string, record: StoredRecord): void {
     const before = this.records.get(key);
     const size = this.size - (before?.bytes.length ?? 0) + record.bytes.length;
     const fdCount = this.fdCount - (before?.fds.length ?? 0) + record.fds.length;
@@ -117,7 +106,6 @@ export class Store implements Disposable {
     this.records.set(key, record);
     this.size = size;
     this.fdCount = fdCount;
-    closeAll(unused);
   }
 
   /** A record, or the begin of one, that may grow into one that is kept. @throws VhostdError keeperStore */
@@ -145,6 +133,6 @@ function check(what: string, seen: number, most: number): void {
   if (seen > most) throw new VhostdError("keeperStore", `${what}: ${seen}, at most ${most}`);
 }
 
-function closeAll(fds: readonly OwnedFd[]): void {
-  for (const fd of fds) fd[Symbol.dispose]();
+function closeAll(fds: readonly (OwnedFd | undefined)[]): void {
+  for (const fd of fds) fd?.[Symbol.dispose]();
 }

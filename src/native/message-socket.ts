@@ -248,7 +248,7 @@ export class MessageSocket implements Disposable {
   }
 
   private takeOut(size: number): void {
-    if (this.owned !== undefined) takeBytes(this.owned.number, size, this.lane);
+    if (this.owned !== undefined) takeBytes(this.owned.number, size, this.lane)[Symbol.dispose]();
   }
 
   private async take({ header, taken: begin, fds }: Begun, bodySize: number): Promise<Message> {
@@ -374,22 +374,25 @@ function from(bytes: Uint8Array, at: number): Uint8Array {
  * Takes bytes out of a stream socket, in which they lie, and drops them.
  * @param lane of the fds that are among them. They come along, although nobody wants them: dropped by the kernel they would be
  *   closed on this thread
+ * @returns the fds, to be closed when there is time for it
  * @throws VhostdError io where fewer lay there
  */
-export function takeBytes(socket: number, size: number, lane: CloseLane): void {
+export function takeBytes(socket: number, size: number, lane: CloseLane): Disposable {
+  using fds = new DisposableStack();
   arrivedCount[0] = 0;
   const count = Number(c.vhostd_receive(socket, new Uint8Array(size), size, arrivedFds, arrivedCount));
-  for (let at = 0; at < arrivedCount[0]!; at++) new OwnedFd(arrivedFds[at]!, lane)[Symbol.dispose]();
+  for (let at = 0; at < arrivedCount[0]!; at++) fds.use(new OwnedFd(arrivedFds[at]!, lane));
   // Without room for the fds the bytes have been taken all the same.
-  if (count === size || count === -EMFILE) return;
+  if (count === size || count === -EMFILE) return fds.move();
   throw new VhostdError("io", `of a message of ${size} bytes that lay in the socket ${count} could be taken`);
 }
 
-/** As much as a stream socket takes now. @returns bytes; all of them where the peer is gone */
-export function sendAtOnce(socket: number, bytes: Uint8Array): number {
-  const count = Number(c.vhostd_send(socket, bytes, bytes.length, NO_FDS, 0));
+/** As much as a stream socket takes now; the fds go with the first byte. @returns bytes; all of them where the peer is gone */
+export function sendAtOnce(socket: number, bytes: Uint8Array, fds: readonly number[] = []): number {
+  const numbers = fds.length === 0 ? NO_FDS : Int32Array.from(fds, checkFd);
+  const count = Number(c.vhostd_send(socket, bytes, bytes.length, numbers, fds.length));
   if (count === -EAGAIN) return 0;
-  return count === -EPIPE || count === -ECONNRESET ? bytes.length : check(count, "send an answer");
+  return count === -EPIPE || count === -ECONNRESET ? bytes.length : check(count, "send at once");
 }
 
 function closeAll(fds: OwnedFd[]): void {

@@ -1,6 +1,6 @@
 import { expect, test } from "bun:test";
 import fc from "fast-check";
-import { Command, HEADER, HeaderFlag, KEEPER_VERSION } from "../../src/keeper/messages.ts";
+import { Command, DELIVERY, HEADER, HeaderFlag, KEEPER_VERSION } from "../../src/keeper/messages.ts";
 import { STORE_LIMITS } from "../../src/keeper/store.ts";
 import { liveFds, pendingCloses } from "../../src/native/fd.ts";
 import { MessageSocket } from "../../src/native/message-socket.ts";
@@ -11,6 +11,10 @@ import { KeeperLab, soon } from "../unit/keeper/keeper-lab.ts";
 const KEPT = "vf/kept";
 const LIMITS = { ...STORE_LIMITS, records: 8, recordSize: 4096, totalSize: 16_384, recordFds: 8, totalFds: 32 };
 const HELLO = Buffer.from(JSON.stringify({ protocol: KEEPER_VERSION })).toString("hex");
+/** Places, and a record behind them: without fds, with a new one, with the first of the earlier record, with both in turn. */
+const RECORDS = ["00000000", "01000000ffffffff7b7d", "0100000000000000", "0200000000000000ffffffff"];
+/** Of one byte, which is taken out of nothing that is a socket. */
+const DELIVERY_HEX = Buffer.from(DELIVERY.encode({ place: 0, take: 1, replySize: 0 })).toString("hex");
 
 /** A message that may be one: the body in hexadecimal, key first. */
 const MESSAGE = fc.record({
@@ -20,6 +24,8 @@ const MESSAGE = fc.record({
   key: fc.constantFrom("", "a", "b", "c/1", "__proto__", "\u{1f600}"),
   payload: fc.oneof(
     fc.constantFrom("", HELLO, "5b5d", "5b5b2261222c305d5d", "7b"),
+    fc.constantFrom(...RECORDS),
+    fc.constantFrom("", ...RECORDS).map((record) => `${DELIVERY_HEX}${record}`),
     fc.uint8Array({ maxLength: 64 }).map((bytes) => Buffer.from(bytes).toString("hex")),
     fc.constantFrom("00".repeat(3000), "ff".repeat(65_536)),
   ),

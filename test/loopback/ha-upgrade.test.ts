@@ -4,6 +4,7 @@ import { cp, mkdir, mkdtemp, rm, symlink } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { $ } from "bun";
+import { KEEPER_VERSION } from "../../src/keeper/messages.ts";
 import { HaLab } from "../kit/ha-lab.ts";
 import { SteppedGuest } from "../kit/ha-steps.ts";
 
@@ -14,7 +15,10 @@ const ADOPTION = "src/daemon/ha/adoption.ts";
 /** Why the commit before cannot be run, or undefined. */
 async function obstacle(): Promise<string | undefined> {
   const git = await $`git -C ${ROOT} cat-file -e HEAD~1:${ADOPTION}`.quiet().nothrow();
-  return git.exitCode === 0 ? undefined : "there is no commit before this one whose daemon keeps anything";
+  if (git.exitCode !== 0) return "there is no commit before this one whose daemon keeps anything";
+  const messages = await $`git -C ${ROOT} show HEAD~1:src/keeper/messages.ts`.text();
+  const speaks = new RegExp(`^export const KEEPER_VERSION = ${KEEPER_VERSION};$`, "m").test(messages);
+  return speaks ? undefined : "the commit before speaks another protocol with the keeper";
 }
 
 /** The sources of the commit before, ready to run. */

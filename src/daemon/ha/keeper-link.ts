@@ -73,24 +73,16 @@ export class KeeperLink implements Keeper, Disposable {
 
   /** Resolves when it is stored, or the keeper is known not to have it. */
   async put(key: string, take: () => Kept): Promise<void> {
-    await this.store(key, take, false);
-  }
-
-  /** @param quiet another request follows at once */
-  private async store(key: string, take: () => Kept, quiet: boolean): Promise<void> {
     const { connected } = this;
     if (connected === undefined) return;
     const kept = take();
     await this.unlessAway(connected, async ({ client }) => {
       try {
-        await client.put(key, () => kept, quiet);
+        await client.put(key, () => kept);
         this.refused.delete(key);
       } catch (error) {
         if (client.ended !== undefined) throw error;
-        if (!this.refused.has(key)) this.log.error(`${key} is not kept: a restart of this daemon will be seen`, error);
-        this.refused.add(key);
-        // What it had is of the past.
-        await client.delete(key);
+        await this.wasRefused(client, key, error);
       }
     });
   }
@@ -98,19 +90,28 @@ export class KeeperLink implements Keeper, Disposable {
   async deliver(key: string, store: (() => Kept) | undefined, { take, reply }: Delivery): Promise<Delivered> {
     const { connected } = this;
     if (connected === undefined) return { kind: "undone" };
-    // One behind the other: neither waits for the answer of the other.
-    const stored = store === undefined ? undefined : this.store(key, store, true);
-    const answered = connected.client.answer(key, 0, take, reply).then(
-      (sent): Delivered => ({ kind: "taken", sent }),
-      (error): Delivered => {
-        const { ended } = connected.client;
-        if (ended !== undefined) this.wentAway(connected, ended);
-        else if (!isMissing(error)) throw error;
-        return { kind: ended === undefined ? "undone" : "unknown" };
-      },
-    );
-    const [delivered] = await Promise.all([answered, stored]);
-    return delivered;
+    const { client } = connected;
+    try {
+      const sent = await client.deliver(key, 0, take, reply, store);
+      if (store !== undefined) this.refused.delete(key);
+      return { kind: "taken", sent };
+    } catch (error) {
+      if (client.ended !== undefined) {
+        this.wentAway(connected, client.ended);
+        return { kind: "unknown" };
+      }
+      if (store !== undefined && isRefusedRecord(error)) {
+        await this.unlessAway(connected, () => this.wasRefused(client, key, error));
+      } else if (!isCode(error, "notFound")) throw error;
+      return { kind: "undone" };
+    }
+  }
+
+  private async wasRefused(client: KeeperClient, key: string, error: unknown): Promise<void> {
+    if (!this.refused.has(key)) this.log.error(`${key} is not kept: a restart of this daemon will be seen`, error);
+    this.refused.add(key);
+    // What it had is of the past.
+    await client.delete(key);
   }
 
   async get(key: string): Promise<Stored | undefined> {
@@ -225,8 +226,13 @@ export class KeeperLink implements Keeper, Disposable {
   }
 }
 
-function isMissing(error: unknown): boolean {
-  return error instanceof VhostdError && error.code === "notFound";
+/** By the keeper, or by the kernel, which did not take the fds: nothing of the delivery was done. */
+function isRefusedRecord(error: unknown): boolean {
+  return isCode(error, "keeperStore") || error instanceof SystemError;
+}
+
+function isCode(error: unknown, code: VhostdError["code"]): boolean {
+  return error instanceof VhostdError && error.code === code;
 }
 
 async function isUpToDate(client: KeeperClient): Promise<boolean> {

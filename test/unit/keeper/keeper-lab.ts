@@ -15,6 +15,8 @@ export const soon = (time = 5_000) => Deadline.after(time, "the test");
 /** A keeper in this process, and its clients. */
 export class KeeperLab implements AsyncDisposable {
   private readonly stack = new AsyncDisposableStack();
+  private server!: KeeperServer;
+  private serve!: () => KeeperServer;
 
   private constructor(
     readonly path: string,
@@ -27,12 +29,20 @@ export class KeeperLab implements AsyncDisposable {
     lab.stack.defer(() => rm(directory, { recursive: true }));
     lab.stack.use(lab.store);
     const identity = { protocol: KEEPER_VERSION, version: "1.2.3", build: "today" };
-    lab.stack.use(new KeeperServer(lab.store, { path: lab.path, identity, log: silentLogger, user: 0 }));
+    lab.serve = () => new KeeperServer(lab.store, { path: lab.path, identity, log: silentLogger, user: 0 });
+    lab.server = lab.serve();
+    lab.stack.defer(() => lab.server[Symbol.dispose]());
     return lab;
   }
 
   connect(deadline = soon()): Promise<KeeperClient> {
     return KeeperClient.connect(this.path, deadline);
+  }
+
+  /** On all clients; what is stored stays. */
+  hangUp(): void {
+    this.server[Symbol.dispose]();
+    this.server = this.serve();
   }
 
   /** Somebody who says what he likes. */

@@ -2,6 +2,7 @@ import { afterEach, describe, expect, test } from "bun:test";
 import { KeeperClient } from "../../../src/keeper/keeper-client.ts";
 import {
   Command,
+  DELIVERY,
   encodeJson,
   encodeMessage,
   encodePlaces,
@@ -309,15 +310,19 @@ describe("clients", () => {
       "a key that is too long": [raw({ command: Command.delete, keySize: 300, bodySize: 300 }, new Uint8Array(300))],
       "a key beyond its body": [raw({ command: Command.delete, keySize: 10, bodySize: 2 }, new Uint8Array(2))],
       "a body that is too long": [raw({ command: Command.put, bodySize: 1 << 30 })],
-      "no key": [message("put", {})],
+      "no key": [message("put", { payload: encodePlaces([], NOTHING) })],
       "another record in the middle of one": [begun, message("put", { key: "vf/2" })],
       "another command in the middle of one": [begun, message("list", {})],
       "hello twice": [message("hello", { payload: encodeJson({ protocol: KEEPER_VERSION }) })],
       "a part that is not full": [message("put", { key: "vf/1", flags: HeaderFlag.more })],
-      "places that are not all there": [message("change", { key: "vf/0", payload: Uint8Array.of(1, 0, 0, 0) })],
-      "a place beyond the fds": [message("change", { key: "vf/0", payload: encodePlaces([2], NOTHING) })],
-      "an fd that stays twice": [message("change", { key: "vf/0", payload: encodePlaces([0, 0], NOTHING) })],
-      "an fd that did not come": [message("change", { key: "vf/0", payload: encodePlaces([0, NEW_FD], NOTHING) })],
+      "places that are not all there": [message("put", { key: "vf/0", payload: Uint8Array.of(1, 0, 0, 0) })],
+      "a place beyond the fds": [message("put", { key: "vf/0", payload: encodePlaces([2], NOTHING) })],
+      "an fd that stays twice": [message("put", { key: "vf/0", payload: encodePlaces([0, 0], NOTHING) })],
+      "an fd that did not come": [message("put", { key: "vf/0", payload: encodePlaces([0, NEW_FD], NOTHING) })],
+      "no delivery": [message("deliver", { key: "vf/0", payload: new Uint8Array(DELIVERY.size - 1) })],
+      "a reply that is not all there": [
+        message("deliver", { key: "vf/0", payload: DELIVERY.encode({ place: 0, take: 0, replySize: 1 }) }),
+      ],
       "no JSON": [message("readable", { payload: Uint8Array.of(123) })],
       "no list": [message("readable", { payload: encodeJson({}) })],
     };
@@ -336,7 +341,7 @@ describe("clients", () => {
       await greedy.send(message("put", { key: "vf/1" }), fds);
       expect(await hangsUp(greedy)).toBe(true);
       using lavish = await greeted(lab);
-      await lavish.send(message("change", { key: "vf/0", payload: encodePlaces([0], NOTHING) }), [fd.number]);
+      await lavish.send(message("put", { key: "vf/0", payload: encodePlaces([0], NOTHING) }), [fd.number]);
       expect(await hangsUp(lavish)).toBe(true);
     }
     using client = await lab.connect();
@@ -347,10 +352,10 @@ describe("clients", () => {
   test("of another protocol are told so", async () => {
     await using lab = await KeeperLab.create();
     using socket = lab.dial();
-    await socket.send(message("hello", { payload: encodeJson({ protocol: 2 }) }));
+    await socket.send(message("hello", { payload: encodeJson({ protocol: 3 }) }));
     using answer = await socket.receive();
     expect(HEADER.read(answer!.header).flags).toBe(HeaderFlag.reply | HeaderFlag.error);
-    expect(Buffer.from(answer!.body).toString()).toContain("speaks version 2, this keeper 1");
+    expect(Buffer.from(answer!.body).toString()).toContain("speaks version 3, this keeper 2");
   });
 
   test("hear that their keeper is gone, and what was under way fails", async () => {

@@ -77,8 +77,8 @@ test("an answer is the client's own to give while too many files of the record a
   await putHostile(client, "vf/0", lingering, [connection]);
   await put(client, "vf/0", [connection]);
   sendAtOnce(frontEnd.number, bytes("question"));
-  expect(await rejection(client.answer("vf/0", 0, 8, bytes("a")))).toMatchObject({ code: "notFound" });
-  takeBytes(connection.number, 8, connection.lane!);
+  expect(await rejection(client.deliver("vf/0", 0, 8, bytes("a")))).toMatchObject({ code: "notFound" });
+  takeBytes(connection.number, 8, connection.lane!)[Symbol.dispose]();
 });
 
 test("fds of each key are in a lane of that key, also those that other clients bring, and of each answer in one", async () => {
