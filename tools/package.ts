@@ -1,4 +1,4 @@
-import { cp, mkdir, mkdtemp, rm, truncate, writeFile } from "node:fs/promises";
+import { copyFile, cp, mkdir, mkdtemp, rm, symlink, truncate, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Child } from "../test/kit/guest/child.ts";
@@ -7,38 +7,40 @@ import { buildDebianPackage } from "./package/debian-package.ts";
 import { prepare } from "./preparation.ts";
 
 const DIST = join(ROOT, "dist");
-/** Name of the executable, by its program in bin/. */
-const PROGRAMS = {
-  "vhostd.ts": "vfe-vhostd",
-  "vhostd-ha.ts": "vfe-vhostd-ha",
-  "vfe-softvf.ts": "vfe-softvf",
-  "vfe-vhost-cli.ts": "vfe-vhost-cli",
-};
+/** bin/vfe.ts is the program by whose name it is called; the keeper, which is to need little memory, is by itself. */
+const SHARED = "vfe-vhostd";
+const LINKS = ["vfe-softvf", "vfe-vhost-cli"];
+const KEEPER = "vfe-vhostd-ha";
+const NATIVE_MODULE = join(ROOT, "native/build/vhostd.node");
 const START_TIMEOUT = 15_000;
 
 export default defineTask({
   name: "package",
   description:
-    "Executables that need neither Bun nor node_modules, with their plugins, in dist/, and a Debian package of them",
+    "Programs that need neither Bun nor node_modules, with their plugins, in dist/, and a Debian package of them",
   run: async () => {
     await prepare("native");
     const buildTime = new Date().toISOString();
     await installPrograms(DIST, buildTime);
     await tryOut(buildTime);
-    console.log(`package: ${Object.values(PROGRAMS).join(", ")} and plugins/ are in ${DIST}`);
+    console.log(`package: ${[SHARED, ...LINKS, KEEPER].join(", ")} and plugins/ are in ${DIST}`);
     if (Bun.which("dpkg-deb") === null) console.log("package: no Debian package is made: this machine has no dpkg-deb");
     else console.log(`package: ${await buildDebianPackage(DIST, DIST)}`);
     return 0;
   },
 });
 
-/** The form that users install: the executables and their plugins, in a directory that holds nothing else. */
+/** The form that users install: the programs with native module and plugins, in a directory that holds nothing else. */
 export async function installPrograms(directory: string, buildTime: string): Promise<void> {
-  const programs = Object.entries(PROGRAMS).map(([program, name]) => [join("bin", program), name] as const);
-  await compilePrograms(directory, programs, buildTime);
+  const executables = [
+    ["bin/vfe.ts", SHARED],
+    ["bin/vhostd-ha.ts", KEEPER],
+  ] as const;
+  await compilePrograms(directory, executables, buildTime);
+  for (const name of LINKS) await symlink(SHARED, join(directory, name));
 }
 
-/** Executables in that form. @param programs source, from the top of the checkout, and name of each */
+/** Executables in that form, a file each. @param programs source, from the top of the checkout, and name of each */
 export async function compilePrograms(
   directory: string,
   programs: readonly (readonly [string, string])[],
@@ -47,6 +49,7 @@ export async function compilePrograms(
   await rm(directory, { recursive: true, force: true });
   await mkdir(directory, { recursive: true });
   for (const [program, name] of programs) await compile(program, join(directory, name), buildTime);
+  await copyFile(NATIVE_MODULE, join(directory, "vhostd.node"));
   await cp(join(ROOT, "plugins"), join(directory, "plugins"), { recursive: true });
 }
 

@@ -1,4 +1,6 @@
 import { linkSymbols } from "bun:ffi";
+import { existsSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { SystemError } from "../base/errors.ts";
 
 /** The Node-API face of native/: what has threads. Numbers are results >= 0 or -errno. */
@@ -82,10 +84,17 @@ type ArgumentsOf<Types extends readonly string[]> = {
   -readonly [Index in keyof Types]: Types[Index] extends "ptr" ? NodeJS.TypedArray : number;
 };
 
+/** The module beside a compiled executable: the one inside would be copied to /tmp at each start. */
+function besideExecutable(): string | undefined {
+  if (!import.meta.dir.startsWith("/$bunfs")) return undefined;
+  const path = join(dirname(process.execPath), "vhostd.node");
+  return existsSync(path) ? path : undefined;
+}
+
 function load(): Addon {
-  const other = process.env["VFE_NATIVE"];
+  const path = process.env["VFE_NATIVE"] ?? besideExecutable();
   // The literal path lets a compiled executable embed the module.
-  return other === undefined ? require("../../native/build/vhostd.node") : require(other);
+  return path === undefined ? require("../../native/build/vhostd.node") : require(path);
 }
 
 /** The native module; src/native is its only user. */

@@ -11,8 +11,6 @@ import { installPrograms } from "../../tools/package.ts";
 import { Child } from "../kit/guest/child.ts";
 
 const PROGRAMS = join(ROOT, ".cache/bench");
-/** As a file, as in a package: the one inside an executable is copied to /tmp at each start. */
-const NATIVE = join(ROOT, "native/build/vhostd.node");
 /** As many open files as the keeper's unit allows it. */
 const KEEPER_FILES = 524_288;
 const PF = parsePciAddress("0000:5a:00.0");
@@ -24,6 +22,8 @@ type Parameters = Readonly<Record<string, unknown>>;
 /** The programs in the form that users install, in a directory of their own. Made anew: never older than the sources. */
 export async function install(): Promise<void> {
   await installPrograms(PROGRAMS, new Date().toISOString());
+  // Text that is not on the disk yet would count as memory of those that run it.
+  await Bun.spawn(["sync", "-f", PROGRAMS]).exited;
 }
 
 /** The command line of an installed program. */
@@ -146,7 +146,7 @@ async function call(socket: string, method: string, params: Parameters): Promise
 
 /** As its unit does, with all the settings that matter here. */
 async function startKeeper(directory: string): Promise<Child> {
-  const environment = { VFE_NATIVE: NATIVE, BUN_JSC_forceRAMSize: "33554432" };
+  const environment = { BUN_JSC_forceRAMSize: "33554432" };
   const command = installed("vfe-vhostd-ha", "--runtime-dir", join(directory, "run"));
   const limited = ["bash", "-c", `ulimit -n ${KEEPER_FILES} 2> /dev/null; exec "$@"`, "limited", ...command];
   return await ready(
@@ -183,6 +183,5 @@ async function ready(child: Child): Promise<Child> {
 }
 
 function start(directory: string, name: string, words: readonly string[], log = name): Child {
-  const environment = { VFE_NATIVE: NATIVE };
-  return new Child(installed(name, ...words), { name, log: join(directory, `${log}.log`), environment });
+  return new Child(installed(name, ...words), { name, log: join(directory, `${log}.log`) });
 }
