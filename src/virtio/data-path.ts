@@ -3,12 +3,12 @@ import { Deadline } from "../base/deadline.ts";
 import { asError, VhostdError } from "../base/errors.ts";
 import type { Json } from "../base/json.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { type Watch, watch } from "../native/poller.ts";
-import { drainEventfd, eventfd } from "../native/sys.ts";
+import { eventfd } from "../native/sys.ts";
 import type { DmaDomain } from "../pci/dma-domain.ts";
 import type { Doorbell, FunctionSnapshot, PciFunction } from "../pci/function.ts";
 import type { ConfigValues, DeviceClass } from "../plugin.ts";
 import { CONFIG_VECTOR, completeState } from "./complete-state.ts";
+import { ConfigInterrupt } from "./config-interrupt.ts";
 import { type ControlDevice, ControlQueue } from "./control-queue.ts";
 import { moverData, parseDataPathRecord } from "./data-path-record.ts";
 import { type DeviceState, disabledQueues } from "./device-state.ts";
@@ -50,7 +50,7 @@ export type ClassLookup = (virtioId: number) => DeviceClass;
  */
 export class DataPath {
   private readonly mover: StateMover;
-  private readonly watch: Watch;
+  private readonly configInterrupt: ConfigInterrupt;
   private readonly health: DeviceWatch;
   private readonly wiring: Wiring;
   /** The function's own. */
@@ -67,11 +67,12 @@ export class DataPath {
     readonly features: bigint,
     private readonly limits: readonly QueueLimits[],
     readonly deviceClass: DeviceClass,
-    private readonly configInterrupt: OwnedFd,
+    interrupt: OwnedFd,
     makeMover: MoverFactory,
     snapshot: MoverSnapshot,
   ) {
     this.wiring = new Wiring(device, limits);
+    const failed = (error: Error) => this.health.report({ gone: false, error });
     const host: MoverHost = {
       device,
       features,
@@ -80,10 +81,11 @@ export class DataPath {
       control: () => this.control,
       ringDoorbell: (queue) => this.wiring.ring(queue),
       log: (text) => this.noticeHandler(text),
+      failed,
     };
     this.mover = makeMover(host, snapshot);
-    this.watch = watch(configInterrupt.number, "in", () => void this.onConfigInterrupt());
     this.health = new DeviceWatch(device, () => this.running);
+    this.configInterrupt = new ConfigInterrupt(interrupt, () => this.onConfigInterrupt(), failed);
   }
 
   /**
@@ -111,6 +113,7 @@ export class DataPath {
     );
     const path = new DataPath(device, features, limits, deviceClass, interrupt, makeMover, { kind: "reset" });
     undo.move();
+    path.configInterrupt.listen();
     await path.mover.prove?.(deadline);
     return path;
   }
@@ -284,7 +287,7 @@ export class DataPath {
   /**
    * After a revival, once, before anything else is asked: see StateMover.takeUp. Where the device runs then, the kicks that
    * are not connected are, and every doorbell and every call is rung once. Where it does not (see `running`), nothing is
-   * connected.
+   * connected. Configuration changes that nobody was told of are told of from now on.
    * @param eventfds by queue, borrowed for the call
    * @throws VhostdError; resetTimedOut where the device has to be reset and does not come to rest
    */
@@ -294,6 +297,7 @@ export class DataPath {
     how: Pick<TakeUp, "held">,
   ): Promise<TakenUp> {
     using _change = this.health.change();
+    this.configInterrupt.listen();
     const { kind } = this.mover.snapshot();
     const connect = () => this.connectBefore(eventfds, deadline);
     const taken = await this.mover.takeUp(deadline, { ...how, connect });
@@ -416,7 +420,7 @@ export class DataPath {
 
   /** Plain data and fds (borrowed). */
   snapshot(): FunctionSnapshot {
-    const fds = new Map([[CONFIG_INTERRUPT, this.configInterrupt.number]]);
+    const fds = new Map([[CONFIG_INTERRUPT, this.configInterrupt.fd]]);
     for (const [queue, fd] of this.wiring.kickFds) fds.set(`kick.${queue}`, fd);
     const control = this.control?.snapshot();
     if (control !== undefined) fds.set(CONTROL_MEMORY, control.fd);
@@ -437,7 +441,6 @@ export class DataPath {
     this.closed = true;
     this.mover.abandon?.();
     this.health[Symbol.dispose]();
-    this.watch[Symbol.dispose]();
     this.wiring[Symbol.dispose]();
     this.configInterrupt[Symbol.dispose]();
     this.control?.[Symbol.dispose]();
@@ -464,7 +467,7 @@ export class DataPath {
   private async connectBefore(eventfds: ReadonlyMap<number, QueueEventfds>, deadline: Deadline): Promise<void> {
     const calls = this.wiring.connectBefore(eventfds);
     // Who was given the function's file may have routed it elsewhere.
-    const config = this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.number);
+    const config = this.device.fn.interrupts.route(CONFIG_VECTOR, this.configInterrupt.fd);
     await deadline.race(Promise.all([calls, config]));
   }
 
@@ -474,16 +477,8 @@ export class DataPath {
     return snapshot.kind === "running" && isSameSetUp(decodeDeviceState(snapshot.state), state);
   }
 
-  /** A change of the configuration space, or of the device's mind (2.1.2). */
   private async onConfigInterrupt(): Promise<void> {
-    if (this.closed) return;
-    try {
-      drainEventfd(this.configInterrupt.number);
-      if (!this.health.asksForReset(await this.device.status())) this.configHandler();
-    } catch (error) {
-      this.health.report({ gone: false, error: asError(error) });
-    }
-    // Only now, so that a device that signals without end is answered at the pace of its own registers.
-    if (!this.closed) this.watch.rearm();
+    const status = await this.device.status();
+    if (!this.closed && !this.health.asksForReset(status)) this.configHandler();
   }
 }

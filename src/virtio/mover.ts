@@ -55,6 +55,8 @@ export interface MoverHost {
   ringDoorbell(queue: number): Promise<void>;
   /** Something that goes on all the same, and is worth a line in the log. */
   log(text: string): void;
+  /** The device does not go on; it works again after a reset. */
+  failed(error: Error): void;
 }
 
 /** Makes the mover of a device, from the snapshot of an earlier one or { kind: "reset" }. */

@@ -1,3 +1,4 @@
+import { VhostdError } from "../../base/errors.ts";
 import type { DeviceClass } from "../../plugin.ts";
 import { withoutReceived } from "../admin/vendor-state.ts";
 import { comparedBytes } from "../config-space.ts";
@@ -35,10 +36,14 @@ export function isSame(a: DeviceState, b: DeviceState, deviceClass: DeviceClass)
 }
 
 /**
- * How a device that stood still has moved all the same. The configuration space is its own matter, and so is what it takes of a
- * receive queue.
+ * The configuration space is the device's own matter, and so is what it takes of a receive queue.
+ * @throws VhostdError io where a device that stood still has moved all the same
  */
-export function movements(stood: DeviceState, seen: DeviceState, deviceClass: DeviceClass): readonly string[] {
+export function checkStood(name: string, stood: DeviceState, seen: DeviceState, deviceClass: DeviceClass): void {
   const before = withoutReceived(stood, deviceClass);
-  return compare({ ...withoutReceived(seen, deviceClass), config: before.config }, before);
+  const moved = compare({ ...withoutReceived(seen, deviceClass), config: before.config }, before);
+  if (moved.length === 0) return;
+  throw new VhostdError("io", `${name} went on while it was stopped: ${moved.join("; ")}`, {
+    fix: "restart the guest's driver (reboot the guest)",
+  });
 }

@@ -1,10 +1,9 @@
 import { both } from "../../base/both.ts";
 import { Deadline } from "../../base/deadline.ts";
 import { asError, VhostdError } from "../../base/errors.ts";
-import { AdminRefusal } from "../admin/admin-request.ts";
-import type { SettableStatus } from "../admin/vendor.ts";
+import type { InternalStatusName, SettableStatus } from "../admin/vendor.ts";
 import type { VendorAdmin } from "../admin/vendor-admin.ts";
-import { checkBases, ended, readSaved, type SavedState, toVendorState, withQueuesOf } from "../admin/vendor-state.ts";
+import { checkBases, ended, readSaved, type SavedState, withQueuesOf } from "../admin/vendor-state.ts";
 import { type DeviceState, withEnabled } from "../device-state.ts";
 import { compare } from "../device-state-codec.ts";
 import type { Tracking } from "../dirty-log.ts";
@@ -25,7 +24,9 @@ import type { RingMemory } from "../split-ring.ts";
 import { RegistersMover } from "./registers.ts";
 import { drain } from "./vendor-drain.ts";
 import { goOn } from "./vendor-go-on.ts";
-import { isSame, movements, type Position, positionOf, snapshotOf } from "./vendor-position.ts";
+import { LateLook } from "./vendor-late.ts";
+import { checkStood, isSame, type Position, positionOf, snapshotOf } from "./vendor-position.ts";
+import { program } from "./vendor-program.ts";
 import { CLEAN_UP_TIMEOUT, InternalSteps, withMore, withReason } from "./vendor-steps.ts";
 import { type TrackingMeans, VendorTracking } from "./vendor-tracking.ts";
 
@@ -65,8 +66,7 @@ export class VendorMover implements StateMover {
   private enabling: DeviceState | undefined;
   /** An earlier process died, maybe in the middle of a change of which its record says nothing. */
   private inherited = false;
-  /** That one may have left it standing still, and it could not be asked. */
-  private mayStand = false;
+  private readonly late: LateLook;
 
   /** @throws VhostdError invalid where the snapshot of an earlier process is malformed */
   constructor(
@@ -81,6 +81,12 @@ export class VendorMover implements StateMover {
       change: (to, deadline) => this.change(to, deadline),
     };
     this.tracking = new VendorTracking(vf, this.name, snapshot.tracking);
+    this.late = new LateLook({
+      ...{ host, vf, steps: this.steps },
+      position: () => this.position(),
+      isBlocked: () => this.fallback() !== undefined,
+      goOn: (found, running, deadline) => this.goOn(found, running, deadline),
+    });
   }
 
   get capabilities(): MoverCapabilities {
@@ -107,6 +113,7 @@ export class VendorMover implements StateMover {
   }
 
   abandon(): void {
+    this.late.abort();
     this.tracking.abandon();
   }
 
@@ -121,8 +128,9 @@ export class VendorMover implements StateMover {
     if (current.kind !== "starting" && current.kind !== "running") return "asRecorded";
     const registers = this.fallback();
     if (registers !== undefined) {
-      this.mayStand = !how.held;
-      return await registers.takeUp(deadline, how);
+      const taken = await registers.takeUp(deadline, how);
+      await this.askLater(how);
+      return taken;
     }
     const asked = deadline.race(this.device.status()).catch(() => undefined);
     const [found, status] = await Promise.all([this.steps.ask(deadline), asked]);
@@ -137,17 +145,28 @@ export class VendorMover implements StateMover {
       return "reset";
     } else if (standsStill && !how.held) {
       try {
-        const letGo = () => this.letGo("running", deadline, how.connect ?? nothing);
-        const { host, vf, steps } = this;
-        await goOn(steps, { host, vf, found, running: current.state, letGo }, deadline);
+        await this.goOn(found, current.state, deadline, how.connect);
       } catch (error) {
         this.host.log(`an earlier process left it standing still, and it does not go on: ${asError(error).message}`);
         await this.comeToRest();
         return "reset";
       }
     }
-    this.mayStand = found === undefined && !how.held;
+    if (found === undefined) await this.askLater(how);
     return "asRecorded";
+  }
+
+  private goOn(found: InternalStatusName, running: DeviceState, deadline: Deadline, connect = nothing): Promise<void> {
+    const { host, vf, steps } = this;
+    return goOn(steps, { host, vf, found, running, letGo: () => this.letGo("running", deadline, connect) }, deadline);
+  }
+
+  /** It could not be asked whether it stands still. */
+  private async askLater({ held, connect }: TakeUp): Promise<void> {
+    if (held || this.position().kind !== "running") return;
+    // Eventfds are borrowed for now only.
+    await connect?.();
+    this.late.begin();
   }
 
   /** One that refuses is asked again by the start. */
@@ -244,6 +263,7 @@ export class VendorMover implements StateMover {
   }
 
   async freeze(memory: RingMemory, mode: FreezeMode, deadline: Deadline): Promise<DeviceState> {
+    using _still = await this.late.hold(deadline);
     // A look in between would keep it waiting.
     using _alone = this.tracking.hold();
     const isFrozen = this.registers === undefined && this.current.kind === "frozen";
@@ -275,23 +295,22 @@ export class VendorMover implements StateMover {
   }
 
   async enable(queues: ReadonlySet<number>, memory: RingMemory, deadline: Deadline): Promise<void> {
+    using _still = await this.late.hold(deadline);
     const registers = this.fallback();
-    if (registers !== undefined) {
-      return this.byRegisters(() => registers.enable(queues, memory, deadline));
-    }
+    if (registers !== undefined) return await this.byRegisters(() => registers.enable(queues, memory, deadline));
     const { current } = this;
     if (current.kind !== "running") throw this.notRunning();
     if (compare(current.state, withEnabled(current.state, queues)).length === 0) return;
     const found = await this.steps.status(deadline);
     // What an operator holds stays held.
-    const to = found === "init" || this.mayStand ? "running" : found;
+    const to = found === "init" || this.late.mayStand ? "running" : found;
     this.enabling = current.state;
     try {
       await this.restart(current.state, queues, to, memory, deadline);
     } finally {
       this.enabling = undefined;
     }
-    this.mayStand = false;
+    this.late.end();
   }
 
   /** With these of its queues. */
@@ -333,13 +352,17 @@ export class VendorMover implements StateMover {
   }
 
   /** By hand. Where it was prepared it is given its state anew. */
-  private change(to: SettableStatus, deadline: Deadline): Promise<void> {
+  private async change(to: SettableStatus, deadline: Deadline): Promise<void> {
+    using _still = await this.late.hold(deadline);
     if (this.current.kind === "prepared") this.current = { kind: "standby" };
-    return this.steps.change(to, deadline);
+    await this.steps.change(to, deadline);
+    this.late.end();
   }
 
   /** A device that is freezed uses no memory: the end of its reset is not waited for. */
   async reset(deadline: Deadline): Promise<void> {
+    this.late.abort();
+    using _still = await this.late.hold(deadline);
     const registers = await this.settle(deadline);
     if (registers !== undefined) {
       await registers.reset(deadline);
@@ -379,8 +402,7 @@ export class VendorMover implements StateMover {
     const isBlank = this.current.kind === "reset" || this.current.kind === "starting";
     if (registers !== undefined || !isBlank || this.atRest) return registers;
     const left = this.inherited && (await this.steps.ask(deadline)) !== "init";
-    const unfinished = left || (await deadline.race(this.device.status())) !== 0;
-    if (unfinished) await this.device.reset(deadline);
+    if (left || (await deadline.race(this.device.status())) !== 0) await this.device.reset(deadline);
     this.atRest = true;
     this.inherited = false;
     this.current = { kind: "reset" };
@@ -416,26 +438,13 @@ export class VendorMover implements StateMover {
     if (status === "init") return false;
     await this.steps.step(status, "freezed", deadline);
     const { state } = await this.save(current.state, deadline);
-    const moved = movements(current.state, state, this.host.deviceClass);
-    if (moved.length === 0) return isSame(state, wanted, this.host.deviceClass);
-    throw new VhostdError("io", `${this.name} went on while it was stopped: ${moved.join("; ")}`, {
-      fix: "restart the guest's driver (reboot the guest)",
-    });
+    checkStood(this.name, current.state, state, this.host.deviceClass);
+    return isSame(state, wanted, this.host.deviceClass);
   }
 
-  /** Writes the whole state, wherever the device is. It takes one only where it stands still. */
-  private async program(wanted: DeviceState, mayBeFreezed: boolean, deadline: Deadline): Promise<void> {
-    const { admin, vdevId } = this.vf;
-    const state = toVendorState(wanted, this.host, this.device.configGeneration);
-    if (mayBeFreezed) {
-      try {
-        return await admin.restore(vdevId, state, deadline, "once");
-      } catch (error) {
-        if (!(error instanceof AdminRefusal)) throw error;
-        await this.steps.bringTo("freezed", deadline);
-      }
-    } else await this.steps.freeze(deadline);
-    await admin.restore(vdevId, state, deadline);
+  private program(wanted: DeviceState, mayBeFreezed: boolean, deadline: Deadline): Promise<void> {
+    const { steps, host, vf } = this;
+    return program(steps, { host, vf, wanted, mayBeFreezed }, deadline);
   }
 
   /**

@@ -294,9 +294,12 @@ describe("revival", () => {
     expect(revived.features).toBe(path.features);
     expect([...fn.connected]).toEqual([0, 1]);
     let changes = 0;
-    revived.onConfigChange(() => changes++);
     fn.routes.set(0, own.get("config-interrupt")!.number);
     fn.interruptConfig();
+    await Bun.sleep(5);
+    // Nobody listened before.
+    revived.onConfigChange(() => changes++);
+    await revived.takeUp(eventfds, soon(), { held: false });
     await until(() => changes === 1);
     await revived.setCall(1, null);
     expect(fn.statusWrites).toEqual([]);

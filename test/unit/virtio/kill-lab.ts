@@ -9,6 +9,7 @@ import { VendorAdmin } from "../../../src/virtio/admin/vendor-admin.ts";
 import { DataPath } from "../../../src/virtio/data-path.ts";
 import { parseDataPathRecord } from "../../../src/virtio/data-path-record.ts";
 import { type DeviceState, disabledQueues } from "../../../src/virtio/device-state.ts";
+import type { DeviceFailure } from "../../../src/virtio/device-watch.ts";
 import { featureBits, Status } from "../../../src/virtio/features.ts";
 import type { MoverFactory } from "../../../src/virtio/mover.ts";
 import { RegistersMover } from "../../../src/virtio/movers/registers.ts";
@@ -220,8 +221,8 @@ export class KillLab implements AsyncDisposable {
     this.kept = kept;
   };
 
-  /** Another process takes its place, with the record that there is. */
-  async succeed(held = false) {
+  /** Another process takes its place, with the record that there is. @param time for the take-up, milliseconds */
+  async succeed(held = false, time = 3000) {
     this.work();
     this.die();
     this.life = new Life();
@@ -229,9 +230,17 @@ export class KillLab implements AsyncDisposable {
     const own = new Map([...fds].map(([name, fd]) => [name, fd.dup()]));
     const fn = reached(this.fn, this.life);
     this.path = DataPath.revive(fn, data, own, () => this.deviceClass, this.mover());
-    const taken = await this.path.takeUp(this.eventfds, soon(), { held });
+    this.path.onConfigChange(() => this.changes++);
+    this.path.onNotice((text) => this.notices.push(text));
+    this.path.onFailure((failure) => this.failures.push(failure));
+    const taken = await this.path.takeUp(this.eventfds, soon(time), { held });
     this.work();
     return taken;
+  }
+
+  /** The eventfd of the record that tells of configuration changes, borrowed. */
+  get interrupt(): number {
+    return this.kept!.fds.get("config-interrupt")!.number;
   }
 
   /** The process dies, and lets go of all that is its own. */
@@ -288,6 +297,11 @@ export class KillLab implements AsyncDisposable {
 
   /** Of the device, since it was opened. */
   resets = 0;
+
+  /** What the processes that took a place have said. */
+  changes = 0;
+  readonly notices: string[] = [];
+  readonly failures: DeviceFailure[] = [];
 
   private mover(): MoverFactory {
     const { queue, life } = this;

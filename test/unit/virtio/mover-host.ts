@@ -15,6 +15,7 @@ export async function moverHost(fn: FakeFunction, members: Partial<MoverHost> = 
     control: () => undefined,
     ringDoorbell: async (queue) => device.doorbell(queue, queue).ring(queue),
     log: () => {},
+    failed: () => {},
     ...members,
   };
 }
