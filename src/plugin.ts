@@ -46,9 +46,10 @@ export interface WaitingVf {
 
 /**
  * Why a VF cannot go on as it was left. "other version": its record is of another version of the daemon; "not open": its
- * function was just being opened again; "damaged": its record or its fds do not fit; "no PF": its PF is not in service.
+ * function was just being opened again; "damaged": its record or its fds do not fit; "deadly": daemons died, one after the other,
+ * while they took it up; "no PF": its PF is not in service.
  */
-export type AdoptionTrouble = "other version" | "not open" | "damaged" | "device gone" | "no PF";
+export type AdoptionTrouble = "other version" | "not open" | "damaged" | "deadly" | "device gone" | "no PF";
 
 /** "attach": as if it was added by an operator now; "fail": it stays where an operator sees what is wrong. */
 export type AdoptionFallback = "attach" | "fail";

@@ -39,6 +39,8 @@ export class Daemon {
   private configured: Promise<void> = Promise.resolve();
 
   private keeper: Keeper = nullKeeper;
+  /** Another daemon goes on with everything. */
+  private leaving = false;
   private served: { readonly server: RpcServer; readonly registry: DeviceRegistry } | undefined;
   private end: (reason: string) => void = () => {};
   /** Somebody at the control interface wants it to end: resolves with the reason. */
@@ -84,7 +86,8 @@ export class Daemon {
     const ha = plugins.adoption === undefined ? "off" : config.ha;
     const keeper = this.running.use(await openKeeper({ ...config, ha }, this.environment, log));
     this.keeper = keeper;
-    const registry = new DeviceRegistry({ bus, plugins, keeper, log, spaces, deadlines: this.deadlines });
+    const isOurs = (pid: number) => pid === process.pid;
+    const registry = new DeviceRegistry({ bus, plugins, keeper, log, spaces, isOurs, deadlines: this.deadlines });
     this.running.defer(() => this.closeDevices(registry));
     await registry.collect();
 
@@ -100,7 +103,7 @@ export class Daemon {
       log.warn(`every local user can control this daemon through TCP ${config.rpcTcp.host}:${port}`);
     }
     const taken = registry.takeUp().catch((error) => log.error("not all VFs could be taken up", error));
-    this.configured = taken.then(() => addConfigured(config, bus, registry, log));
+    this.configured = taken.then(() => (this.leaving ? undefined : addConfigured(config, bus, registry, log)));
   }
 
   /** Who keeps what it has; undefined where nobody does now. */
@@ -133,15 +136,26 @@ export class Daemon {
   async stop(): Promise<"closed" | "kept"> {
     // Somebody may have restarted it just now.
     await this.keeper.reach?.(Deadline.after(STOP_KEEPER, "the keeper"));
-    if (this.served !== undefined && this.keeperInfo?.protects === true) {
-      const { server, registry } = this.served;
-      await server.stop(STOP_REQUESTS);
-      await registry.settle(Deadline.after(STOP_OPERATIONS, "the end of what is under way"));
+    if (this.served !== undefined && (await this.handOver(this.served))) {
       this.log.info("its VFs run on, for the daemon that comes next");
       return "kept";
     }
     await this.running.disposeAsync();
     return "closed";
+  }
+
+  /** @returns false where nobody keeps what there is: all of it is to end */
+  private async handOver({ server, registry }: NonNullable<Daemon["served"]>): Promise<boolean> {
+    if (this.keeperInfo === undefined) return false;
+    await server.stop(STOP_REQUESTS);
+    if (!this.keeperInfo?.protects) {
+      this.log.warn("not everything is kept: VFs that the keeper does not have end, so that the others run on");
+      await registry.endUnkept(Deadline.after(STOP_DEVICES, "letting go of VFs that nobody keeps"));
+    }
+    if (!this.keeperInfo?.protects) return false;
+    this.leaving = true;
+    await registry.settle(Deadline.after(STOP_OPERATIONS, "the end of what is under way"));
+    return true;
   }
 
   private async closeDevices(registry: DeviceRegistry): Promise<void> {

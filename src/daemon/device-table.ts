@@ -35,6 +35,13 @@ export class DeviceTable {
     return [...this.vfs.values()].flatMap(({ slot }) => liveOf(slot) ?? []);
   }
 
+  /** Of an earlier process: those that cannot be in service. */
+  get failedVfs(): LeftVf[] {
+    return [...this.vfs.values()]
+      .flatMap(({ slot }) => leftOf(slot) ?? [])
+      .filter(({ failed }) => failed !== undefined);
+  }
+
   /** A VF of an earlier process that is not in service (yet). */
   leftVf(address: PciAddress): LeftVf | undefined {
     const slot = this.vfs.get(address)?.slot;

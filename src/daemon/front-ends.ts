@@ -6,14 +6,13 @@ import type { OwnedFd } from "../native/fd.ts";
 import { Endpoint } from "../vhost-user/endpoint.ts";
 import { Session, type SessionEnd } from "../vhost-user/session.ts";
 import type { SessionTarget } from "../vhost-user/target.ts";
-import type { Deadlines } from "./deadlines.ts";
-import { startEndpoint, type VfOptions } from "./vf-parts.ts";
+import { startEndpoint, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
 
 const LISTENER = "listener";
 
 export interface FrontEndsOptions {
   readonly place: Pick<VfOptions, "socket" | "mode">;
-  readonly deadlines: Deadlines;
+  readonly around: Pick<VfSurroundings, "deadlines" | "isOurs">;
   readonly log: Logger;
   /** What a session drives. */
   readonly target: SessionTarget;
@@ -36,8 +35,9 @@ export class FrontEnds {
 
   constructor(private readonly options: FrontEndsOptions) {
     const { place, target, welcomes, log } = options;
+    const { isOurs } = options.around;
     this.endpoint = new Endpoint(
-      { path: place.socket, mode: place.mode, welcomes },
+      { path: place.socket, mode: place.mode, welcomes, ...(isOurs === undefined ? {} : { isOurs }) },
       (connection) => this.serve(() => new Session(connection, target, { log })),
       log,
     );
@@ -135,7 +135,7 @@ export class FrontEnds {
     this.current = begin();
     const end = await this.current.run(before);
     this.current = undefined;
-    const { firstBackoff, longestBackoff } = this.options.deadlines;
+    const { firstBackoff, longestBackoff } = this.options.around.deadlines;
     if (end.error !== undefined) this.backoff = Math.min(longestBackoff, Math.max(firstBackoff, this.backoff * 2));
     await this.options.onEnd(end);
     await pause(this.backoff, undefined, { signal: this.stopping.signal }).catch(() => {});

@@ -1,8 +1,13 @@
 import type { Deadline } from "../base/deadline.ts";
+import type { PciAddress } from "../pci/address.ts";
+import type { Keeper } from "./keeper.ts";
 import type { Vf } from "./vf.ts";
+import { vfKey } from "./vf-parts.ts";
 
 /** Milliseconds between two looks at who migrates now. */
 const INTERVAL = 20;
+/** Of the time for VFs that nobody keeps: what is left for removing them, milliseconds. */
+const REMOVALS = 25_000;
 
 /**
  * VMs that are being migrated lose nothing by the end of their VFs: each VF stops, and when its VMM has read what it has
@@ -18,4 +23,26 @@ export async function leaveMigrations(live: () => readonly Vf[], deadline: Deadl
   };
   await deadline.poll(none, INTERVAL).catch(() => {});
   await Promise.all(left.values());
+}
+
+/**
+ * VFs of which the keeper has no record end as where nobody keeps anything, so that the others can be handed over. Never rejects.
+ * @param devices `live`: those that are in service
+ */
+export async function endUnkept(
+  devices: {
+    readonly keeper: Keeper;
+    readonly live: () => readonly Vf[];
+    readonly remove: (address: PciAddress) => Promise<unknown>;
+  },
+  deadline: Deadline,
+): Promise<void> {
+  const { keeper, live, remove } = devices;
+  // One that does not even answer takes nothing over.
+  const keys = await keeper.list().catch(() => undefined);
+  if (keys === undefined) return;
+  const kept = new Set(keys);
+  const unkept = () => live().filter(({ address }) => !kept.has(vfKey(address)));
+  await leaveMigrations(unkept, deadline.before(REMOVALS));
+  await deadline.race(Promise.allSettled(unkept().map(({ address }) => remove(address)))).catch(() => {});
 }

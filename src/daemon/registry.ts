@@ -17,10 +17,11 @@ import { DeviceTable } from "./device-table.ts";
 import { DomainTable } from "./domains.ts";
 import { namedFrontend } from "./front-end-kind.ts";
 import { Adoption } from "./ha/adoption.ts";
+import { forgetFailed, keepFailed } from "./ha/failed-vf.ts";
 import { renewPfs } from "./ha/renew-pfs.ts";
 import { hasMemory, type OpenedVf, type StoredVf } from "./ha/stored-vf.ts";
 import type { Keeper } from "./keeper.ts";
-import { leaveMigrations } from "./leaving.ts";
+import { endUnkept, leaveMigrations } from "./leaving.ts";
 import type { ManualLog } from "./manual-logging.ts";
 import { type LoggingOperation, MANUAL_STATUS, type ManualOperation } from "./manual-operations.ts";
 import { migrationEvent } from "./migration.ts";
@@ -79,6 +80,7 @@ export class DeviceRegistry {
       readonly deadlines?: Partial<Deadlines>;
       /** Another way than the usual one to find out who has a function open. */
       readonly stillHeld?: VfSurroundings["stillHeld"];
+      readonly isOurs?: VfSurroundings["isOurs"];
     },
   ) {
     const spaces = options.spaces ?? addressSpaces();
@@ -92,6 +94,7 @@ export class DeviceRegistry {
       keeper: options.keeper,
       log: options.log,
       domains: this.domains,
+      ...(options.isOurs === undefined ? {} : { isOurs: options.isOurs }),
       renew: (address) => this.renew(address),
       stillHeld: async (entry, deadline) => {
         // The kernel would name this process.
@@ -230,11 +233,15 @@ export class DeviceRegistry {
     await this.renewals.get(address)?.end();
     this.renewals.delete(address);
     const left = this.table.leftVf(address);
-    // Nothing but its name is here.
-    if (left?.failed !== undefined) return void this.table.vfs.delete(address);
+    const entry = this.table.vfs.get(address);
+    if (entry !== undefined && left?.failed !== undefined) {
+      // Nothing but its name is here.
+      entry.slot = "removing";
+      await forgetFailed(this.options.keeper, address).finally(() => this.table.vfs.delete(address));
+      return undefined;
+    }
     const vf = this.table.liveVf(address);
     if (vf.isMigrating && !force) throw vfMigrating(address);
-    const entry = this.table.vfs.get(address);
     if (entry !== undefined) entry.slot = "removing";
     try {
       return await vf.remove();
@@ -337,14 +344,21 @@ export class DeviceRegistry {
   /** What is under way ends, as far as the deadline lets it: another process goes on with everything. Never rejects. */
   async settle(deadline: Deadline): Promise<void> {
     this.leaving = true;
-    const settled = Promise.all([...this.adding, ...this.table.liveVfs.map((vf) => vf.settled())]);
-    await deadline.race(settled).catch(() => {});
+    const settled = [...this.adding, ...this.table.liveVfs.map((vf) => vf.settled()), this.adoption?.leave(deadline)];
+    await deadline.race(Promise.all(settled)).catch(() => {});
   }
 
   /** See leaveMigrations. No function is opened again from now on. */
   async leaveMigrations(deadline: Deadline): Promise<void> {
     this.leaving = true;
     await leaveMigrations(() => this.table.liveVfs, deadline);
+  }
+
+  /** VFs that the keeper does not have end in order: another process goes on with the others. Never rejects. */
+  async endUnkept(deadline: Deadline): Promise<void> {
+    this.leaving = true;
+    const remove = (address: PciAddress) => this.removeVf(address, { force: true });
+    await endUnkept({ keeper: this.options.keeper, live: () => this.table.liveVfs, remove }, deadline);
   }
 
   /** Removes all VFs, then all PFs; those that are just being added too. */
@@ -425,6 +439,7 @@ export class DeviceRegistry {
     const there = this.table.livePfs.filter(({ reason }) => reason === null);
     for (const pf of there) await keeper.put(`pf/${pf.address}`, () => pf.snapshot());
     await this.domains.checkpointAll();
+    await Promise.all(this.table.failedVfs.map((left) => keepFailed(keeper, left)));
     await Promise.all(this.table.liveVfs.map((vf) => vf.note()));
   }
 

@@ -43,6 +43,8 @@ export interface VfSurroundings {
   readonly renew: (vf: PciAddress) => void;
   /** Who else has a function open that was closed here, in words; undefined where nobody is known. Never rejects. */
   readonly stillHeld: (entry: BusEntry, deadline: Deadline) => Promise<string | undefined>;
+  /** Whether the process with this id is this daemon, which is no front-end. None is, where left out. */
+  readonly isOurs?: (pid: number) => boolean;
 }
 
 export interface VfOptions {

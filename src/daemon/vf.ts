@@ -80,7 +80,7 @@ export class Vf {
     this.end = new VfClosing(options, parts, around, this.log, rings, () => this.target.hasShared);
     this.frontEnds = new FrontEnds({
       place: options,
-      deadlines: around.deadlines,
+      around,
       log: this.log,
       target: this.target,
       welcomes: (pid) => this.link.welcomes(pid),

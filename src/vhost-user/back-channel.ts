@@ -1,122 +1,83 @@
-import { Deadline } from "../base/deadline.ts";
-import { asError, VhostdError } from "../base/errors.ts";
-import type { Logger } from "../base/log.ts";
-import { OperationQueue } from "../base/operation-queue.ts";
+import { asError, sentence } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
-import { Connection } from "./connection.ts";
-import { BackendRequest, U64, VRING_AREA } from "./messages.ts";
+import { sendAtOnce } from "../native/message-socket.ts";
+import type { BoundedLog } from "./bounded-log.ts";
+import { BackendRequest, encodeMessage, PROTOCOL_VERSION, VRING_AREA } from "./messages.ts";
 import type { DoorbellShare, SessionTarget } from "./target.ts";
 
-/** A front-end that has not answered by then is not waited for any longer. Milliseconds. */
-const REPLY_TIMEOUT = 10_000;
+/** Milliseconds between two attempts to tell of a change that the socket has had no room for. */
+const RETRY_INTERVAL = 250;
 
 /**
- * The channel on which the back-end asks and the front-end answers (SET_BACKEND_REQ_FD). It has an order of its own:
- * a front-end reads the configuration on the main connection before it answers here.
+ * The channel on which the back-end tells the front-end something (SET_BACKEND_REQ_FD). No reply is asked for, so that
+ * nothing is ever read: the front-end may have kept a duplicate of this end, and who reads from one waits, and cannot be
+ * killed, for whoever else does. Nothing is waited for either: what is sent has room in the socket's buffer.
  */
 export class BackChannel implements Disposable {
-  private readonly connection: Connection;
-  private readonly requests = new OperationQueue();
-  private answered: ((value: bigint) => void) | undefined;
-  private changeWaits = false;
-  private pagesRefused = false;
-  private open = true;
+  private retry: ReturnType<typeof setTimeout> | undefined;
+  private saidFull = false;
 
-  /** @param replyAck a reply was negotiated (REPLY_ACK) and is asked for */
+  /** Takes ownership of a unix stream socket. */
   constructor(
-    fd: OwnedFd,
-    private readonly replyAck: boolean,
-    private readonly log: Logger,
-  ) {
-    this.connection = new Connection(fd, { payloadLimit: () => U64.size });
-    void this.readReplies();
-  }
+    private readonly owned: OwnedFd,
+    private readonly log: BoundedLog,
+  ) {}
 
+  /** Borrowed. */
   get fd(): number {
-    return this.connection.fd;
+    return this.owned.number;
   }
 
-  /** CONFIG_CHANGE_MSG. Changes that come while one waits to be told are told with it. */
+  /** CONFIG_CHANGE_MSG. Changes that come while one waits for room in the socket are told with it. */
   configChanged(): void {
-    if (this.changeWaits) return;
-    this.changeWaits = true;
-    this.enqueue(() => {
-      this.changeWaits = false;
-      return this.ask(BackendRequest.CONFIG_CHANGE_MSG, new Uint8Array());
-    });
+    if (this.owned.closed || this.retry !== undefined) return;
+    if (this.tell(BackendRequest.CONFIG_CHANGE_MSG, new Uint8Array())) return;
+    // By the clock: that there is room could be said again and again by whoever shares the socket, and not be so.
+    this.retry = setTimeout(() => {
+      this.retry = undefined;
+      this.configChanged();
+    }, RETRY_INTERVAL);
+    this.retry.unref();
   }
 
   /** Offers the doorbells of these queues, where the function can share them. */
   async shareDoorbells(target: Pick<SessionTarget, "doorbellShare">, queues: readonly number[]): Promise<void> {
     for (const queue of queues) {
       const share = await target.doorbellShare?.(queue);
-      if (share !== undefined) this.hostNotifier(queue, share);
+      if (share !== undefined && !this.owned.closed) this.hostNotifier(queue, share);
     }
   }
 
   /**
    * VRING_HOST_NOTIFIER_MSG: the front-end may map the queue's doorbell itself. One that does not has been given the function
-   * all the same: its kicks go a way on which nobody can be kept waiting, and which is slower.
+   * all the same: its kicks go a way on which nobody can be kept waiting, and which is slower. So do those of one that the
+   * socket has no room for.
    */
   private hostNotifier(queue: number, { fd, offset, size }: DoorbellShare): void {
     const area = VRING_AREA.encode({ queue: BigInt(queue), size, offset });
-    this.enqueue(async () => {
-      try {
-        await this.ask(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]);
-      } catch (error) {
-        if (!(error instanceof VhostdError && error.code === "notSupported")) throw error;
-        if (!this.pagesRefused) this.log.warn("the front-end maps no doorbells", slowKicks(error));
-        this.pagesRefused = true;
-      }
-    });
+    this.tell(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]);
   }
 
   /** Closes the fd. The stream does not end where a successor of this process holds a duplicate. */
   [Symbol.dispose](): void {
-    this.open = false;
-    this.answered?.(0n);
-    if (!this.connection.closed) this.connection.abandon()[Symbol.dispose]();
+    clearTimeout(this.retry);
+    this.owned[Symbol.dispose]();
   }
 
-  private enqueue(operation: () => Promise<void>): void {
-    this.requests
-      .run(async () => {
-        if (this.open) await operation();
-      })
-      .catch((error: unknown) => {
-        if (this.open) this.log.warn("the front-end could not be told", asError(error));
-      });
-  }
-
-  private async ask(request: number, payload: Uint8Array, fds: readonly number[] = []): Promise<void> {
-    const reply = Promise.withResolvers<bigint>();
-    if (this.replyAck) this.answered = reply.resolve;
-    await this.connection.request(request, payload, this.replyAck, fds);
-    if (!this.replyAck) return;
-    const value = await Deadline.after(REPLY_TIMEOUT, `reply to back-end request ${request}`).race(reply.promise);
-    if (value !== 0n) throw new VhostdError("notSupported", `back-end request ${request} was refused with ${value}`);
-  }
-
-  /** A reply that nobody waits for (its request was an earlier process's) is dropped. */
-  private async readReplies(): Promise<void> {
+  /**
+   * A message of this size is sent whole or not at all.
+   * @returns false where the socket has no room for it; a front-end that hung up, or cannot be told, need not be told
+   */
+  private tell(request: number, payload: Uint8Array, fds: readonly number[] = []): boolean {
     try {
-      for (;;) {
-        using message = await this.connection.receive();
-        if (message === undefined) break;
-        if (message.payload.byteLength === U64.size) this.answered?.(U64.read(message.payload).value);
-        this.answered = undefined;
-      }
+      if (sendAtOnce(this.fd, encodeMessage(request, PROTOCOL_VERSION, payload), fds) > 0) return true;
     } catch (error) {
-      if (this.open) this.log.debug(`back-end channel: ${asError(error).message}`);
+      this.log.warn(`the front-end could not be told: ${sentence(asError(error))}`);
+      return true;
     }
-    this.open = false;
-    this.answered?.(0n);
+    if (!this.saidFull)
+      this.log.warn("the front-end does not read the back-end's channel: doorbells are not given to it");
+    this.saidFull = true;
+    return false;
   }
-}
-
-function slowKicks(cause: VhostdError): VhostdError {
-  return new VhostdError("notSupported", "its kicks take the slow way, through this daemon", {
-    fix: "start the VMM's device with page-per-vq=on, or add the VF with --no-host-notifier",
-    cause,
-  });
 }

@@ -166,9 +166,9 @@ export class Backend {
     return this.isBehind || this.logging.loss !== undefined;
   }
 
-  /** Not all is marked that the function wrote, and the session may end for it. */
+  /** Not all is marked that the function wrote, and the front-end has seen what is. */
   get pagesSeen(): boolean {
-    return this.logging.mayEnd(this.wantsLogging);
+    return this.logging.isSeen(this.wantsLogging);
   }
 
   /**
@@ -177,7 +177,7 @@ export class Backend {
    * @throws VhostdError where not all is marked that the function wrote, as soon as the session may end for it
    */
   async catchUp(): Promise<boolean> {
-    if (this.pagesSeen) throw this.logging.loss;
+    if (this.logging.mayEnd(this.wantsLogging)) throw this.logging.loss;
     if (this.startDue) await this.start();
     else if (this.enableDue || this.disableDue) await this.applyEnabled();
     else return false;
@@ -199,6 +199,7 @@ export class Backend {
    * @throws VhostdError where the set-up is incomplete or the function does not take it
    */
   async start(): Promise<void> {
+    await this.memory.ensureMapped();
     // A ring that the function still uses has its requests in flight: it is disabled afterwards, when they are given back.
     const inUse = this.state.kind === "running" ? this.state.enabled : [];
     const isUsed = (ring: Ring) => ring.enabled || inUse.includes(ring.index);
@@ -344,7 +345,7 @@ export class Backend {
       throw new VhostdError("protocol", "the fd of the back-end channel is no unix stream socket");
     }
     this.channel?.[Symbol.dispose]();
-    this.channel = new BackChannel(fd, this.has(ProtocolFeature.REPLY_ACK), this.log);
+    this.channel = new BackChannel(fd, this.chatter);
   }
 
   get canTellChanges(): boolean {

@@ -40,7 +40,7 @@ export interface ConnectionOptions {
   beforeTaking?(): void;
 }
 
-/** One vhost-user channel: the connection itself, or the back-end's own channel. */
+/** One vhost-user connection. The back-end's own channel is another class: it is never read. */
 export class Connection implements Disposable {
   private readonly socket: MessageSocket;
 
@@ -80,11 +80,6 @@ export class Connection implements Disposable {
   /** A whole message, or the rest of one. */
   async send(bytes: Uint8Array): Promise<void> {
     await this.socket.send(bytes);
-  }
-
-  async request(request: number, payload: Uint8Array, needReply: boolean, fds: readonly number[] = []): Promise<void> {
-    const flags = PROTOCOL_VERSION | (needReply ? FLAG_NEED_REPLY : 0);
-    await this.socket.send(encodeMessage(request, flags, payload), fds);
   }
 
   get fd(): number {

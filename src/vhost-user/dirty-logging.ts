@@ -12,6 +12,13 @@ import type { SessionTarget } from "./target.ts";
 
 type LogDescription = PayloadOf<typeof LOG_DESCRIPTION>;
 
+/**
+ * Quiet moments in a row before a session ends that may: 5 s where pages are to be marked, and 1 s after the front-end has
+ * taken that back. QEMU aborts its guest where a connection is lost while it ends the marking of pages, and who gives a
+ * migration up does so soon after it went wrong.
+ */
+const QUIET_MOMENTS = { wanted: 100, takenBack: 20 } as const;
+
 /** A log with its file. */
 interface HeldLog {
   readonly fd: OwnedFd;
@@ -50,6 +57,8 @@ export class DirtyLogging implements Disposable {
   private log: HeldLog | undefined;
   /** Why an earlier process was to mark all pages: it may have died before it had. */
   private left: Error | undefined;
+  /** How long the session has been one that may end, for which reason. */
+  private quiet = { wanted: false, moments: 0 };
 
   constructor(
     private readonly target: SessionTarget,
@@ -136,11 +145,22 @@ export class DirtyLogging implements Disposable {
   }
 
   /**
-   * The session may end for what was lost: the front-end has seen what was marked, or does not want to know any more. To a
-   * VMM in migration a connection that is lost means that there is nothing more to see.
+   * To be asked in each quiet moment: the session may end for what was lost. The front-end has seen what was marked, or does
+   * not want to know any more, and is not about to say that.
    * @param wanted VHOST_F_LOG_ALL is acknowledged
    */
   mayEnd(wanted: boolean): boolean {
+    const before = this.quiet.wanted === wanted ? this.quiet.moments : 0;
+    this.quiet = { wanted, moments: this.isSeen(wanted) ? before + 1 : 0 };
+    return this.quiet.moments > (wanted ? QUIET_MOMENTS.wanted : QUIET_MOMENTS.takenBack);
+  }
+
+  /**
+   * The front-end has seen what was marked for what was lost, or does not want to know any more. To a VMM in migration a
+   * connection that is lost means that there is nothing more to see.
+   * @param wanted VHOST_F_LOG_ALL is acknowledged
+   */
+  isSeen(wanted: boolean): boolean {
     if (this.state.kind !== "lost") return false;
     return !wanted || this.log === undefined || this.state.completed.isSeen(borrowed(this.log));
   }

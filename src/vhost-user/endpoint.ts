@@ -17,6 +17,8 @@ export interface EndpointOptions {
   readonly patience?: number;
   /** Whether a front-end of the process with this id is served now. All are, where left out. */
   readonly welcomes?: (pid: number) => boolean;
+  /** Whether the process with this id is part of this daemon: it is no front-end. None is, where left out. */
+  readonly isOurs?: (pid: number) => boolean;
   /** After those that were not welcome the next ones are looked at so much later. Milliseconds; 1 s. */
   readonly turnAwayInterval?: number;
 }
@@ -105,7 +107,7 @@ export class Endpoint implements Disposable {
     let fd: OwnedFd;
     try {
       this.checkLane();
-      fd = connectUnix(this.options.path, this.lane);
+      fd = this.dial();
     } catch (error) {
       const { message } = asError(error);
       if (message !== this.lastFailure) {
@@ -120,19 +122,31 @@ export class Endpoint implements Disposable {
     else this.connectLater(this.turnAwayInterval);
   }
 
+  /** Whoever may write to the directory can have the path lead anywhere. @throws SystemError, VhostdError */
+  private dial(): OwnedFd {
+    const { path } = this.options;
+    const fd = connectUnix(path, this.lane);
+    const { pid } = peerCredentials(fd.number);
+    if (!this.isOurs(pid)) return fd;
+    this.hangUp(fd);
+    throw new VhostdError("socketPath", `at ${path} listens no VMM but process ${pid}, which is this daemon's own`);
+  }
+
   private connectLater(interval = this.retryInterval): void {
     this.retry = setTimeout(() => this.connect(), interval);
   }
 
   /** The fd of one that is not is closed. */
   private isWelcome(fd: OwnedFd): boolean {
-    const { welcomes } = this.options;
-    if (welcomes === undefined) return true;
     const { pid } = peerCredentials(fd.number);
-    if (welcomes(pid)) return true;
+    if (!this.isOurs(pid) && (this.options.welcomes?.(pid) ?? true)) return true;
     this.log.debug(`process ${pid} was turned away`);
     this.hangUp(fd);
     return false;
+  }
+
+  private isOurs(pid: number): boolean {
+    return this.options.isOurs?.(pid) ?? false;
   }
 
   private listen(before: OwnedFd | undefined): void {

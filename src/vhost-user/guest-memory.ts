@@ -40,15 +40,20 @@ const REMOVED_KEPT = 32;
  * its fd is closed; what stays in a new table is not touched.
  */
 export class GuestMemory implements RingMemory {
+  /** An earlier process had it, and may have let go of it after its last record. */
+  private inherited: boolean;
+
   /**
-   * @param regions mapped already
+   * @param regions that an earlier process had mapped
    * @param lastRemoved those that were removed one by one before
    */
   constructor(
     private readonly mapper: DmaMapper,
     private regions: readonly Region[] = [],
     private lastRemoved: readonly RegionDescription[] = [],
-  ) {}
+  ) {
+    this.inherited = regions.length > 0;
+  }
 
   /** The last regions that were removed one by one, as the front-end described them. */
   get removed(): readonly RegionDescription[] {
@@ -98,6 +103,17 @@ export class GuestMemory implements RingMemory {
     const replaced = this.regions.filter((region) => !toMap.includes(region));
     this.regions = wanted;
     await closeAll(replaced.map((region) => region.fd));
+  }
+
+  /**
+   * Before the device is to use it: what an earlier process had mapped is mapped, which changes nothing where it is. Not
+   * sooner: that process may have died while a message took other memory into its place, which is handled again first.
+   * @throws VhostdError where the device cannot reach it
+   */
+  async ensureMapped(): Promise<void> {
+    if (!this.inherited) return;
+    for (const { range, fd } of this.regions) await this.mapper.mapMemory(range, fd.number);
+    this.inherited = false;
   }
 
   /** Whether the region is one that is here, of the same file. */

@@ -1,5 +1,6 @@
 import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
+import { eventfd } from "../native/sys.ts";
 import type { Backend } from "./backend.ts";
 import {
   type PayloadOf,
@@ -74,7 +75,8 @@ export function setRingFd(which: RingFd) {
     }
     const [fd] = fds;
     if (fd !== undefined) checkEventfd(fd, `${which} fd of ring ${ring.index}`);
-    await backend.setRingFd(ring, which, fds.shift());
+    // A kick that nobody rings is as good as none, and a ring that is started has one: without it a record is damaged.
+    await backend.setRingFd(ring, which, fds.shift() ?? (which === "kick" ? eventfd() : undefined));
   };
 }
 

@@ -132,6 +132,10 @@ export class Ring {
       if (fd !== undefined) checkEventfd(fd, `${which} fd of ring ${this.index}`);
       this.swapFd(which, fd);
     }
+    // Nobody would ever be told that the guest has something to do.
+    if (this.started && this.fds.kick === undefined) {
+      throw new VhostdError("invalid", `the stored session lacks the fd kick.${this.index}, whose ring is started`);
+    }
   }
 
   private checkAlignment(name: string, gpa: number, alignment: number): void {

@@ -1,4 +1,5 @@
 import type { DmaRange } from "../../src/pci/address-space.ts";
+import { sameRange } from "../../src/pci/ranges.ts";
 import type { DeviceClass } from "../../src/plugin.ts";
 import type { DoorbellShare, RingEventfds, SessionTarget } from "../../src/vhost-user/target.ts";
 import type { DeviceState } from "../../src/virtio/device-state.ts";
@@ -119,7 +120,7 @@ export class MockTarget implements SessionTarget {
 
   async mapMemory(range: DmaRange): Promise<void> {
     await this.note("map", span(range));
-    this.mapped.push(range);
+    if (!this.mapped.some((other) => sameRange(other, range))) this.mapped.push(range);
   }
 
   async unmapMemory(range: DmaRange): Promise<void> {

@@ -117,6 +117,7 @@ const DAMAGES: readonly (readonly [what: string, key: "vf" | "domain", change: C
   ["an eventfd as memory of its guest", "vf", swapped("session:region.0", EVENT.number), /./],
   ["another file that is mapped", "domain", swapped("memory.0", FILE.number), /what is mapped for its VM/],
   ["a file as a kick", "vf", swapped("session:kick.0", FILE.number), /./],
+  ["without a kick", "vf", without("session:kick.0"), /kick\.0/],
 ];
 
 test.each(DAMAGES)(

@@ -13,8 +13,8 @@ const WINDOW = Math.floor((KILLS - WARM_UP) / 3);
 const DISTANCE = KILLS - WARM_UP - WINDOW;
 /** Mappings come and go with heaps and threads; one that is left behind by each kill is more. */
 const MAPS_GROWTH_MAX = DISTANCE * 0.8;
-/** KiB: 8 a kill, and what a heap takes at once. */
-const MEMORY_GROWTH_MAX = 8 * DISTANCE + 1024;
+/** KiB: 8 a kill, and what a heap takes at once, which says something of many kills only. */
+const MEMORY_GROWTH_MAX = 8 * DISTANCE + 2048;
 
 interface Holdings {
   readonly fds: number;

@@ -160,3 +160,23 @@ describe.each(MOVERS)("moved by $mover", ({ mover, migration }) => {
     expect(() => parseVfRecord({ ...record, options: { address: 7 } } as never)).toThrow("/options");
   }, 30_000);
 });
+
+test("a guest that stands still goes on with memory that the process before had just let go of", async () => {
+  await using lab = await RegistryLab.create();
+  await lab.registry.addPf(lab.pf);
+  using frontend = await lab.connect();
+  await lab.run(frontend);
+  const disk = new VerifiedDisk();
+  const queue = frontend.queues[0]!.driver;
+  await disk.steps(queue, 20);
+  const bases = await frontend.stop({ order: "new" });
+  // What the end of a session does: the domain's record says so, that of the VF does not yet.
+  const [vf] = lab.registry["table"].liveVfs;
+  await vf!.target.reset();
+  await vf!["memory"].clear();
+  await rebuild(lab);
+  await frontend.resumeQueues(bases);
+  await disk.steps(queue, 20);
+  expect(lab.registry.vfInfo(lab.vf).state).toBe("running");
+  expect(lab.warnings).toEqual([]);
+}, 30_000);

@@ -9,10 +9,14 @@ import type { Keeper, Stored } from "../keeper.ts";
 import { NO_RINGS } from "../open-rings.ts";
 import { closing, hollowRecord, RECORD_VERSION } from "../record.ts";
 import { type LeftFunction, type VfOptions, vfKey } from "../vf-parts.ts";
-import { members, type OpenedVf, readStoredVf, type StoredVf, TroubledRecord } from "./stored-vf.ts";
+import { Attempts, DeadlyRecord, type Stage } from "./attempts.ts";
+import { failedKey, keepFailed, readFailed } from "./failed-vf.ts";
+import { members, type OpenedVf, readStoredVf, type StoredVf, sessionDeaths, TroubledRecord } from "./stored-vf.ts";
 
 /** So many are taken up between two questions whose front-end waits. */
 const ASKED_ANEW = 16;
+/** In the place of a key: what is done with all domains at once. */
+const ALL_DOMAINS = "all domains";
 
 /** What makes live objects of records. Each takes the fds it is given, and throws where the record does not fit. */
 export interface AdoptionHost {
@@ -36,10 +40,24 @@ export interface AdoptionHost {
   leaveVf(options: VfOptions, failed?: string): void;
 }
 
+/**
+ * Whether an earlier process may have died of it: while it was taken up, or over its session afterwards. In this order they are
+ * taken up: a session that kills is to find nobody else under way.
+ */
+const SUSPICIONS = ["none", "record", "session"] as const;
+type Suspicion = (typeof SUSPICIONS)[number];
+
 interface Waiting {
   readonly stored: OpenedVf;
+  readonly suspicion: Suspicion;
   asked: boolean;
   frontEndWaits: boolean;
+}
+
+interface Afresh {
+  readonly key: string;
+  readonly options: VfOptions;
+  readonly rings: Json | undefined;
 }
 
 /** Takes up what an earlier process has left with the keeper: PFs, DMA domains, then VFs, in the order that matters. */
@@ -47,7 +65,7 @@ export class Adoption {
   private readonly waiting = new Map<PciAddress, Waiting>();
   private readonly underWay = new Map<PciAddress, Promise<void>>();
   /** Those that are to be attached as if they had never been here. */
-  private readonly afresh: { readonly options: VfOptions; readonly rings: Json | undefined }[] = [];
+  private readonly afresh: Afresh[] = [];
   private readonly done = Promise.withResolvers<void>();
   /** Whose records are of another version. */
   private readonly otherPfs: PciAddress[] = [];
@@ -56,6 +74,9 @@ export class Adoption {
   private turns = 0;
   /** VFs that go on as they were left. */
   private taken = 0;
+  private attempts = Attempts.none;
+  /** Another process goes on with what waits. */
+  private leaving = false;
 
   constructor(private readonly host: AdoptionHost) {}
 
@@ -67,40 +88,60 @@ export class Adoption {
     const stored = all.flatMap(([key, one]) => (one === undefined ? [] : [{ key, ...one }]));
     const ofKind = (kind: string) => stored.filter(({ key }) => key.startsWith(`${kind}/`));
     const { host } = this;
+    const counted = stored.map(({ key }) => key).concat(stored.length === 0 ? [] : [ALL_DOMAINS]);
+    this.attempts = await Attempts.open(keeper, counted, host.log);
+    using undo = new DisposableStack();
+    undo.use(this.attempts);
     for (const { key, record } of ofKind("pf")) {
       const { version } = members(record);
       if (typeof version === "number" && version !== RECORD_VERSION)
         this.otherPfs.push(parsePciAddress(key.slice("pf/".length)));
     }
-    await Promise.all(
-      ofKind("pf").map((one) => this.reviveOne(one, () => host.revivePf(one.record, one.fds, deadline))),
-    );
+    await this.each("open", ofKind("pf"), (one) => {
+      return this.reviveOne(one, () => host.revivePf(one.record, one.fds, deadline));
+    });
+    // Whose VFs they are is known by now.
+    for (const one of ofKind("failed")) await this.reviveOne(one, async () => this.showFailed(one, keys));
     for (const one of ofKind("domain")) {
       await this.reviveOne(one, async () => host.reviveDomain(one.record, one.fds));
     }
-    await Promise.all(ofKind("vf").map((one) => this.collectVf(one)));
+    await this.each("open", ofKind("vf"), (one) => this.collectVf(one));
     // Functions go on with what is mapped; what cannot be changed is refused when it is to be.
-    await host.takeUpDomains(deadline).catch((error) => {
-      host.log.error("not all memory could be taken up", asError(error));
-    });
+    await this.attempts
+      .during("open", ALL_DOMAINS, () => host.takeUpDomains(deadline))
+      .catch((error) => host.log.error("not all memory could be taken up", asError(error)));
+    undo.move();
   }
 
   /** Takes up all that wait. Never rejects; what cannot be taken up is logged. */
   async run(): Promise<void> {
-    const { policy, log } = this.host;
+    const { keeper, policy, log } = this.host;
     const all = this.waiting.size + this.afresh.length;
-    const workers = Array.from({ length: policy.sideBySide }, () => this.work());
-    await Promise.all(workers);
+    for (const suspicion of SUSPICIONS) {
+      // One after the other: who comes after this process is to know of which one it died.
+      const workers = suspicion === "none" ? policy.sideBySide : 1;
+      await Promise.all(Array.from({ length: workers }, () => this.work(suspicion)));
+    }
+    // Those that wait have memory here, and nobody is to be told that they are there.
+    if (this.leaving) return;
     if (all > 0) log.info(`${this.taken} of ${all} VFs of an earlier process go on`);
     await this.host
       .pruneDomains()
       .catch((error) => log.error("memory of an earlier process stays mapped", asError(error)));
     await this.host.renewPfs(this.otherPfs);
-    await Promise.all(this.afresh.map(({ options, rings }) => this.attach(options, rings)));
+    await this.each("take up", this.afresh, (one) => this.attach(one));
+    await this.attempts.close(keeper).catch((error) => log.error("attempts stay counted", asError(error)));
     this.done.resolve();
   }
 
-  /** Resolves when all are taken up, or it is known that they cannot be. */
+  /** This process ends in order: none is begun with any more, those that are under way end as far as the deadline lets them. */
+  async leave(deadline: Deadline): Promise<void> {
+    this.leaving = true;
+    await deadline.race(Promise.all(this.underWay.values())).catch(() => {});
+    this.attempts.withdraw();
+  }
+
+  /** Resolves when all are taken up, or it is known that they cannot be. Never where this process leaves before. */
   get finished(): Promise<void> {
     return this.done.promise;
   }
@@ -124,10 +165,27 @@ export class Adoption {
     }
   }
 
+  /** Those that an earlier process may have died of come last, one after the other. */
+  private async each<T extends { readonly key: string }>(
+    stage: Stage,
+    list: readonly T[],
+    work: (one: T) => Promise<void>,
+  ): Promise<void> {
+    const isSuspect = ({ key }: T) => this.attempts.deaths(stage, key) > 0;
+    await Promise.all(list.filter((one) => !isSuspect(one)).map(work));
+    for (const one of list.filter(isSuspect)) if (!this.leaving) await work(one);
+  }
+
+  private async showFailed({ record }: Stored, keys: readonly string[]): Promise<void> {
+    const { options, failed } = readFailed(record);
+    if (keys.includes(vfKey(options.address))) await this.host.keeper.delete(failedKey(options.address));
+    else this.host.leaveVf(options, failed);
+  }
+
   private async reviveOne({ key, fds }: Stored & { readonly key: string }, revive: () => Promise<void>): Promise<void> {
     const { keeper, log } = this.host;
     try {
-      await revive();
+      await this.attempts.during("open", key, revive);
     } catch (error) {
       closing(fds)[Symbol.dispose]();
       // As long as the keeper has the fds, function and front-end believe that somebody is there.
@@ -140,10 +198,14 @@ export class Adoption {
     const { host } = this;
     let stored: StoredVf | undefined;
     try {
-      stored = readStoredVf(key, record, fds);
-      host.leaveVf(stored.options);
-      const left = await host.openVf(stored);
-      this.waiting.set(stored.options.address, { stored: { ...stored, left }, asked: false, frontEndWaits: false });
+      const found = readStoredVf(key, record, fds);
+      stored = found;
+      host.leaveVf(found.options);
+      this.attempts.check("take up", key);
+      const suspicion = this.suspicionOf(found);
+      const left = await this.attempts.during("open", key, () => host.openVf(found));
+      const { address } = found.options;
+      this.waiting.set(address, { stored: { ...found, left }, suspicion, asked: false, frontEndWaits: false });
     } catch (error) {
       closing(fds)[Symbol.dispose]();
       const options = error instanceof TroubledRecord ? error.options : stored?.options;
@@ -153,11 +215,16 @@ export class Adoption {
     }
   }
 
-  private async work(): Promise<void> {
+  private suspicionOf({ key, fds }: StoredVf): Suspicion {
+    if (this.attempts.deaths("take up", key) > 0) return "record";
+    return sessionDeaths(fds) > 0 ? "session" : "none";
+  }
+
+  private async work(suspicion: Suspicion): Promise<void> {
     for (;;) {
       if (this.turns++ % ASKED_ANEW === 0) await this.askWhoWaits();
-      const list = [...this.waiting.values()];
-      if (list.length === 0) return;
+      const list = [...this.waiting.values()].filter((one) => one.suspicion === suspicion);
+      if (list.length === 0 || this.leaving) return;
       const next = list[this.nextPlace(list)] ?? list[0]!;
       const { address } = next.stored.options;
       const taken = this.takeUp(next.stored);
@@ -184,7 +251,7 @@ export class Adoption {
   /** Never rejects. */
   private async takeUp(stored: OpenedVf): Promise<void> {
     try {
-      await this.host.reviveVf(stored);
+      await this.attempts.during("take up", stored.key, () => this.host.reviveVf(stored));
       this.taken++;
     } catch (error) {
       closing(stored.fds)[Symbol.dispose]();
@@ -195,28 +262,38 @@ export class Adoption {
   private async fallBack(options: VfOptions, trouble: AdoptionTrouble, error: Error): Promise<void> {
     const { host } = this;
     const log = host.log.child(`vf ${options.address}`);
-    const key = vfKey(options.address);
     if (host.policy.fallback(trouble) === "attach") {
       log.warn("could not be taken up as it was left; it is attached anew", error);
       host.leaveVf(options);
       const rings = error instanceof TroubledRecord ? error.rings : undefined;
-      this.afresh.push({ options, rings });
-      // Without its fds, which hold function and front-end; whoever comes after this process still knows of it.
-      await host.keeper.put(key, () => ({ record: hollowRecord(options, rings ?? NO_RINGS), fds: new Map() }));
+      this.afresh.push({ key: vfKey(options.address), options, rings });
+      await this.keepHollow(options, rings);
     } else {
       log.error("could not be taken up again", error);
-      host.leaveVf(options, sentence(error));
-      await host.keeper.delete(key);
+      const left = { options, failed: sentence(error) };
+      host.leaveVf(options, left.failed);
+      await keepFailed(host.keeper, left);
     }
   }
 
-  private async attach(options: VfOptions, rings: Json | undefined): Promise<void> {
+  private async attach({ key, options, rings }: Afresh): Promise<void> {
+    const { host } = this;
     try {
-      await this.host.attachVf(options, rings);
+      await this.attempts.during("take up", key, () => host.attachVf(options, rings));
     } catch (error) {
-      this.host.log.child(`vf ${options.address}`).error("could not be attached anew", error);
-      this.host.leaveVf(options, sentence(asError(error)));
+      const log = host.log.child(`vf ${options.address}`);
+      log.error("could not be attached anew", error);
+      const left = { options, failed: sentence(asError(error)) };
+      host.leaveVf(options, left.failed);
+      const keep = error instanceof DeadlyRecord ? keepFailed(host.keeper, left) : this.keepHollow(options, rings);
+      await keep.catch((cause) => log.error("a restart would forget it", asError(cause)));
     }
+  }
+
+  /** Without its fds, which hold function and front-end; whoever comes after this process still knows of it. */
+  private async keepHollow(options: VfOptions, rings: Json | undefined): Promise<void> {
+    const record = hollowRecord(options, rings ?? NO_RINGS);
+    await this.host.keeper.put(vfKey(options.address), () => ({ record, fds: new Map() }));
   }
 
   private async askWhoWaits(): Promise<void> {
@@ -235,6 +312,7 @@ function view({ stored, asked, frontEndWaits }: Waiting) {
 
 function troubleOf(error: unknown): AdoptionTrouble {
   if (error instanceof TroubledRecord) return error.trouble;
+  if (error instanceof DeadlyRecord) return "deadly";
   if (!(error instanceof VhostdError)) return "damaged";
   if (error.code === "connectionLost" || error.code === "vfNotFound" || error.code === "noDevice") return "device gone";
   return error.code === "pfNotFound" ? "no PF" : "damaged";

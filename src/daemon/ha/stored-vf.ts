@@ -3,6 +3,7 @@ import type { Json } from "../../base/json.ts";
 import type { OwnedFd } from "../../native/fd.ts";
 import { parsePciAddress } from "../../pci/address.ts";
 import type { AdoptionTrouble } from "../../plugin.ts";
+import { attemptsOf } from "../../vhost-user/session-page.ts";
 import { defaultSocket } from "../default-socket.ts";
 import { parseVfOptions, parseVfRecord, RECORD_VERSION, type VfRecord } from "../record.ts";
 import type { LeftFunction, VfOptions } from "../vf-parts.ts";
@@ -60,6 +61,16 @@ export function readStoredVf(key: string, value: Json, fds: Map<string, OwnedFd>
 export function hasMemory({ session, dataPath }: VfRecord): boolean {
   const { regions } = members(session);
   return (Array.isArray(regions) && regions.length > 0) || members(dataPath).control !== undefined;
+}
+
+/** Processes that have not finished anything of its session. Damage is found where the session is taken up. */
+export function sessionDeaths(fds: ReadonlyMap<string, OwnedFd>): number {
+  const page = fds.get("session:page");
+  try {
+    return page === undefined ? 0 : attemptsOf(page);
+  } catch {
+    return 0;
+  }
 }
 
 function readOptions(key: string, value: Json): VfOptions {

@@ -1,13 +1,6 @@
 import type { OwnedFd } from "../../../src/native/fd.ts";
 import { MessageSocket } from "../../../src/native/message-socket.ts";
-import {
-  encodeMessage,
-  FLAG_NEED_REPLY,
-  FLAG_REPLY,
-  HEADER,
-  PROTOCOL_VERSION,
-  U64,
-} from "../../../src/vhost-user/messages.ts";
+import { encodeMessage, HEADER, PROTOCOL_VERSION } from "../../../src/vhost-user/messages.ts";
 
 /** A message as a front-end sees it. The fds are the receiver's to close. */
 export interface WireMessage {
@@ -56,12 +49,10 @@ export class WireChannel implements Disposable {
   }
 }
 
-/** The front-end's side of the back-end's own channel: notes what comes, and answers where an answer is asked for. */
+/** The front-end's side of the back-end's own channel: notes what comes. */
 export class BackendRequests implements Disposable {
   readonly received: WireMessage[] = [];
   private waiting: (() => void)[] = [];
-  /** What is answered; replace it to refuse. */
-  reply = 0n;
   private readonly channel: WireChannel;
 
   constructor(fd: OwnedFd) {
@@ -83,9 +74,6 @@ export class BackendRequests implements Disposable {
     try {
       for (let message = await this.channel.receive(); message !== undefined; message = await this.channel.receive()) {
         this.received.push(message);
-        if ((message.flags & FLAG_NEED_REPLY) !== 0) {
-          await this.channel.send(message.request, U64.encode({ value: this.reply }), [], FLAG_REPLY);
-        }
         for (const wake of this.waiting.splice(0)) wake();
       }
     } catch {

@@ -6,6 +6,7 @@ import type { Json } from "../../../src/base/json.ts";
 import { silentLogger } from "../../../src/base/log.ts";
 import { DeviceTable } from "../../../src/daemon/device-table.ts";
 import { Adoption, type AdoptionHost } from "../../../src/daemon/ha/adoption.ts";
+import { forgetFailed } from "../../../src/daemon/ha/failed-vf.ts";
 import { RECORD_VERSION } from "../../../src/daemon/record.ts";
 import type { LeftFunction } from "../../../src/daemon/vf-parts.ts";
 import { liveFds } from "../../../src/native/fd.ts";
@@ -13,6 +14,7 @@ import { eventfd } from "../../../src/native/sys.ts";
 import { parsePciAddress } from "../../../src/pci/address.ts";
 import { Bus } from "../../../src/pci/bus.ts";
 import type { AdoptionPolicy } from "../../../src/plugin.ts";
+import { SessionPage } from "../../../src/vhost-user/session-page.ts";
 import { MemoryKeeper } from "../../kit/memory-keeper.ts";
 import { rejection } from "../../kit/rejection.ts";
 
@@ -32,25 +34,39 @@ function policyOfHa(): AdoptionPolicy {
 
 /** Records of VFs, and a host that takes each of them up when it is told to. */
 class Lab implements Disposable {
-  readonly keeper = new MemoryKeeper();
+  readonly keeper: MemoryKeeper;
   /** What was begun with, in that order. */
   readonly begun: string[] = [];
   readonly gates = new Map<string, PromiseWithResolvers<void>>();
   readonly left = new Map<string, string | undefined>();
   readonly attached: string[] = [];
+  /** Domains and functions: what was begun with. */
+  readonly opened: string[] = [];
+  /** It never ends what it does with this: a process that is dead. */
+  deadly: string | undefined;
+  unattachable: string | undefined;
+  readonly death = Promise.withResolvers<void>();
   readonly adoption: Adoption;
 
-  constructor(policy: Partial<AdoptionPolicy> = {}) {
+  /** @param before what a lab that is dead has left */
+  constructor(policy: Partial<AdoptionPolicy> = {}, before?: Lab) {
+    this.keeper = before?.keeper ?? new MemoryKeeper();
     const host: AdoptionHost = {
       ...{ keeper: this.keeper, log: silentLogger, policy: { ...policyOfHa(), sideBySide: 1, ...policy } },
       revivePf: async () => {
         throw new VhostdError("invalid", "it is damaged");
       },
       reviveDomain() {},
-      async takeUpDomains() {},
-      openVf: async () => ({ async abandon() {} }) as LeftFunction,
+      takeUpDomains: () => this.reaches("domains"),
+      openVf: async ({ options }) => {
+        this.opened.push(options.address);
+        await this.reaches(`open ${options.address}`);
+        await Bun.sleep(0);
+        return { async abandon() {} } as LeftFunction;
+      },
       reviveVf: async ({ options, fds }) => {
         this.begun.push(options.address);
+        await this.reaches(options.address);
         await this.gate(options.address).promise;
         for (const fd of fds.values()) fd[Symbol.dispose]();
         this.left.delete(options.address);
@@ -58,6 +74,8 @@ class Lab implements Disposable {
       async pruneDomains() {},
       async renewPfs() {},
       attachVf: async ({ address }) => {
+        await this.reaches(`attach ${address}`);
+        if (this.unattachable === address) throw new VhostdError("busy", "somebody else has it open");
         this.attached.push(address);
         this.left.delete(address);
       },
@@ -72,7 +90,17 @@ class Lab implements Disposable {
     return gate;
   }
 
-  async store(index: number, more: Readonly<Record<string, Json>> = {}): Promise<void> {
+  private async reaches(event: string): Promise<void> {
+    if (event !== this.deadly) return;
+    this.death.resolve();
+    await new Promise(() => {});
+  }
+
+  async store(
+    index: number,
+    more: Readonly<Record<string, Json>> = {},
+    fds: ReadonlyMap<string, number> = new Map(),
+  ): Promise<void> {
     const options = { address: vf(index), socket: `/tmp/vf${index}`, mode: "client" };
     const record = {
       ...{ version: RECORD_VERSION, options, function: {} },
@@ -80,7 +108,10 @@ class Lab implements Disposable {
       ...more,
     };
     using fd = eventfd();
-    await this.keeper.put(`vf/${vf(index)}`, () => ({ record, fds: new Map([["function:socket", fd.number]]) }));
+    await this.keeper.put(`vf/${vf(index)}`, () => ({
+      record,
+      fds: new Map([...fds, ["function:socket", fd.number]]),
+    }));
   }
 
   /** Waits until so many are begun with. */
@@ -180,8 +211,9 @@ describe("what cannot go on", () => {
       expect(lab.attached).toEqual([vf(1), vf(2)]);
       expect([...lab.left.keys()]).toEqual([vf(3), vf(5)]);
       expect(lab.left.get(vf(5))).toMatch(/held/);
-      // Who comes after this process still knows of those that are attached anew, and has nothing of their functions.
-      expect(lab.keeper.keys.toSorted()).toEqual([1, 2, 4].map((index) => `vf/${vf(index)}`));
+      // Who comes after this process still knows of those that are attached anew, and of those that cannot be taken up.
+      const kept = [1, 2, 4].map((index) => `vf/${vf(index)}`);
+      expect(lab.keeper.keys.toSorted()).toEqual([...[3, 5].map((index) => `failed/${vf(index)}`), ...kept]);
       expect(await lab.keeper.get(`vf/${vf(1)}`)).toMatchObject({ record: { function: null }, fds: new Map() });
     }
     expect(liveFds()).toBe(before);
@@ -220,6 +252,156 @@ describe("what cannot go on", () => {
     expect(lab.attached).toEqual([vf(1)]);
     await run;
   });
+});
+
+/** Each process dies of it, until one does not. @returns that one, which goes on; how many died */
+async function dieOf(deadly: string, first: Lab): Promise<{ lab: Lab; deaths: number }> {
+  let lab = first;
+  for (let deaths = 0; ; deaths++) {
+    lab.deadly = deadly;
+    for (const index of [1, 2, 3, 4, 5]) lab.gate(vf(index)).resolve();
+    let done = false;
+    const all = lab.adoption
+      .collect(soon())
+      .then(() => lab.adoption.run())
+      .then(() => {
+        done = true;
+      });
+    await Promise.race([all, lab.death.promise]);
+    if (done) return { lab, deaths };
+    lab = new Lab({ sideBySide: 2 }, lab);
+  }
+}
+
+describe("a record that kills whoever takes it up", () => {
+  const others = [1, 2, 4, 5].map(vf);
+
+  test("is tried three times; the VF fails then, the others go on, also where they were begun with beside it", async () => {
+    using first = new Lab({ sideBySide: 2 });
+    for (const index of [1, 2, 3, 4, 5]) await first.store(index);
+    const { lab, deaths } = await dieOf(vf(3), first);
+    expect(deaths).toBe(3);
+    expect(lab.opened.toSorted()).toEqual(others);
+    expect(lab.begun.toSorted()).toEqual(others);
+    expect([...lab.left.keys()]).toEqual([vf(3)]);
+    expect(lab.left.get(vf(3))).toMatch(`died 3 times in a row while it took up vf/${vf(3)}; report it`);
+    expect(lab.keeper.keys.toSorted()).toEqual([`failed/${vf(3)}`, ...others.map((address) => `vf/${address}`)]);
+  });
+
+  test("is taken up last, and with it nothing else; after it those whose sessions have killed", async () => {
+    using first = new Lab({ sideBySide: 2 });
+    for (const index of [1, 3]) await first.store(index);
+    using page = SessionPage.create();
+    page.noteAttempt();
+    await first.store(2, {}, new Map([["session:page", page.fd]]));
+    first.deadly = vf(1);
+    await first.adoption.collect(soon());
+    void first.adoption.run();
+    await first.hasBegun(2);
+    expect(first.begun).toEqual([vf(1), vf(3)]);
+    const second = new Lab({ sideBySide: 2 }, first);
+    await second.store(4);
+    await second.adoption.collect(soon());
+    const run = second.adoption.run();
+    await second.hasBegun(1);
+    await Bun.sleep(5);
+    for (const [count, index] of [4, 1, 3, 2].entries()) {
+      expect(second.begun).toEqual([4, 1, 3, 2].slice(0, count + 1).map(vf));
+      second.gate(vf(index)).resolve();
+      await Bun.sleep(20);
+    }
+    await run;
+    expect(second.begun).toHaveLength(4);
+  });
+
+  test.each([
+    ["when its function is opened", `open ${vf(3)}`],
+    ["when it is attached anew", `attach ${vf(3)}`],
+  ])("%s: the same", async (_, deadly) => {
+    using first = new Lab({ sideBySide: 2 });
+    for (const index of [1, 2, 4, 5]) await first.store(index);
+    await first.store(3, deadly.startsWith("open") ? {} : { function: null });
+    const { lab, deaths } = await dieOf(deadly, first);
+    expect(deaths).toBe(3);
+    expect(lab.begun.toSorted()).toEqual(others);
+    expect(lab.left.get(vf(3))).toMatch("died 3 times in a row");
+    expect(lab.keeper.keys).toContain(`failed/${vf(3)}`);
+  });
+
+  test("of all domains: VFs go on with what is mapped", async () => {
+    using first = new Lab();
+    await first.store(1);
+    const { lab, deaths } = await dieOf("domains", first);
+    expect(deaths).toBe(3);
+    expect(lab.begun).toEqual([vf(1)]);
+  });
+
+  test("a process that ends in order while it takes one up has not died of it, and begins with no other", async () => {
+    let lab = new Lab();
+    using _keeper = lab;
+    for (const index of [1, 2]) await lab.store(index);
+    for (let round = 0; round < 4; round++) {
+      lab.deadly = vf(1);
+      await lab.adoption.collect(soon());
+      void lab.adoption.run();
+      await lab.hasBegun(1);
+      await lab.adoption.leave(Deadline.after(10, "the end of what is under way"));
+      expect(lab.begun).toEqual([vf(1)]);
+      lab = new Lab({}, lab);
+    }
+    await lab.adoption.collect(soon());
+    const run = lab.adoption.run();
+    await lab.hasBegun(1);
+    const left = lab.adoption.leave(soon());
+    lab.gate(vf(1)).resolve();
+    await Promise.all([left, run]);
+    // What was under way has ended; the other one is for who comes next.
+    expect(lab.begun).toEqual([vf(1)]);
+    expect(lab.left.get(vf(2))).toBeUndefined();
+    expect(lab.keeper.keys).toContain(`vf/${vf(2)}`);
+  });
+});
+
+test("one that could not be attached anew has failed, and is tried again after the next restart", async () => {
+  using lab = new Lab();
+  await lab.store(1, { function: null });
+  lab.unattachable = vf(1);
+  await lab.adoption.collect(soon());
+  // As an attempt that has got far leaves it.
+  await lab.keeper.delete(`vf/${vf(1)}`);
+  await lab.adoption.run();
+  expect([...lab.left]).toEqual([[vf(1), "somebody else has it open"]]);
+  const next = new Lab({}, lab);
+  await next.adoption.collect(soon());
+  await next.adoption.run();
+  expect(next.attached).toEqual([vf(1)]);
+});
+
+test("one that has failed is shown by all who come after, until it is taken away or added again", async () => {
+  using first = new Lab();
+  await first.store(1, { held: "upside down" });
+  let lab = first;
+  for (let restart = 0; restart < 3; restart++) {
+    await lab.adoption.collect(soon());
+    await lab.adoption.run();
+    expect([...lab.left]).toEqual([[vf(1), expect.stringMatching(/held/)]]);
+    expect(lab.keeper.keys).toEqual([`failed/${vf(1)}`]);
+    lab = new Lab({}, lab);
+  }
+  // Added again by a daemon that knew nothing of it.
+  await lab.store(1);
+  lab.gate(vf(1)).resolve();
+  await lab.adoption.collect(soon());
+  await lab.adoption.run();
+  expect([...lab.left]).toEqual([]);
+  expect(lab.keeper.keys).toEqual([`vf/${vf(1)}`]);
+  await forgetFailed(lab.keeper, vf(1));
+  expect(lab.keeper.keys).toEqual([]);
+  await lab.keeper.put(`failed/${vf(1)}`, () => ({ record: { reason: 7 }, fds: new Map() }));
+  lab = new Lab({}, lab);
+  await lab.adoption.collect(soon());
+  expect([...lab.left]).toEqual([]);
+  expect(lab.keeper.keys.filter((key) => key.startsWith("failed/"))).toEqual([]);
 });
 
 test("an operation that meets one that waits, or has failed, is told so", () => {

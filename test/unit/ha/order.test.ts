@@ -17,13 +17,14 @@ describe("which VF is taken up next", () => {
   });
 });
 
-test("only what the record says nothing wrong of is attached anew", () => {
+test("only what the record says nothing wrong of, and what kills nobody, is attached anew", () => {
   const what: Record<AdoptionTrouble, string> = {
     "other version": "attach",
     "not open": "attach",
     "device gone": "attach",
     "no PF": "fail",
     damaged: "fail",
+    deadly: "fail",
   };
   for (const [trouble, expected] of Object.entries(what))
     expect<string>(fallback(trouble as AdoptionTrouble)).toBe(expected);

@@ -1,11 +1,12 @@
 import { describe, expect, test } from "bun:test";
+import { VhostdError } from "../../../src/base/errors.ts";
 import { silentLogger } from "../../../src/base/log.ts";
 import type { OwnedFd } from "../../../src/native/fd.ts";
 import { eventfd, memfd, socketPair } from "../../../src/native/sys.ts";
 import { encodeMessage, PROTOCOL_VERSION, Request, VRING_ADDR, VRING_STATE } from "../../../src/vhost-user/messages.ts";
 import { Session } from "../../../src/vhost-user/session.ts";
 import { featureBits } from "../../../src/virtio/features.ts";
-import { memTable, u64, VhostUserFrontend } from "../../kit/frontend/frontend.ts";
+import { memTable, u64, VhostUserFrontend, withoutFd } from "../../kit/frontend/frontend.ts";
 import { FrontendMemory } from "../../kit/frontend/memory.ts";
 import { MockTarget } from "../../kit/mock-target.ts";
 import { copySession } from "./copy-session.ts";
@@ -76,15 +77,54 @@ describe("a session as plain data and fds", () => {
       await frontend.resumeQueues(bases);
 
       expect(revivals).toBeGreaterThan(40);
+      // What an earlier process has mapped is made sure of before each start, and nowhere else.
+      const maps = ["map 0x0+0xa0000", "map 0xc0000+0x100000", "map 0x100000000+0x800000"];
       expect(target.calls).toEqual([
-        ...["map 0x0+0xa0000", "map 0xc0000+0x100000", "map 0x100000000+0x800000", "start 0@0 1@0"],
-        ...["setKick 0 off", "setKick 1 off", "stop", "start 0@0 1@1"],
+        ...maps,
+        ...[...maps, "start 0@0 1@0", "setKick 0 off", "setKick 1 off", "stop"],
+        ...[...maps, "start 0@0 1@1"],
       ]);
       frontend[Symbol.dispose]();
       expect((await ended).reason).toContain("closed the connection");
       expect(target.mapped).toEqual([]);
     });
     expect(left).toBe(0);
+  });
+
+  test("has its memory mapped before the device starts, where the process before had let go of it", async () => {
+    const [ours, theirs] = socketPair();
+    using frontend = new VhostUserFrontend(theirs);
+    const first = new Session(ours, new MockTarget(), options);
+    begin(first);
+    await startRunning(frontend, 1);
+    const bases = await frontend.stop({ order: "new" });
+    const target = new MockTarget();
+    const { ended } = begin(await rebuild(first, target));
+    await frontend.resumeQueues(bases);
+    await frontend.resumeQueues(await frontend.stop({ order: "new" }));
+    expect(target.calls.filter((call) => /map|start/.test(call))).toEqual([
+      ...["map 0x0+0xa0000", "map 0xc0000+0x100000", "map 0x100000000+0x800000"],
+      ...["start 0@0", "start 0@0"],
+    ]);
+    frontend[Symbol.dispose]();
+    await ended;
+  });
+
+  test("ends where the memory of its rings cannot be mapped again", async () => {
+    const [ours, theirs] = socketPair();
+    using frontend = new VhostUserFrontend(theirs);
+    const first = new Session(ours, new MockTarget(), options);
+    begin(first);
+    await startRunning(frontend, 1);
+    const bases = await frontend.stop({ order: "new" });
+    const target = new MockTarget();
+    target.before = (operation) => {
+      if (operation === "map") throw new VhostdError("iommuDomain", "the IOMMU has no room");
+    };
+    const { ended } = begin(await rebuild(first, target));
+    await frontend.resumeQueues(bases).catch(() => {});
+    expect((await ended).error?.message).toBe("the IOMMU has no room");
+    expect(target.calls).not.toContain("start 0@0");
   });
 
   test("holds what a checkpoint in the middle of a message must hold", async () => {
@@ -154,6 +194,22 @@ describe("a session as plain data and fds", () => {
     await ended;
   });
 
+  test("a ring that is polled is not taken for one whose kick is missing", async () => {
+    const [ours, theirs] = socketPair();
+    const target = new MockTarget();
+    using frontend = new VhostUserFrontend(theirs);
+    const first = new Session(ours, target, options);
+    begin(first);
+    await frontend.negotiate();
+    await frontend.setupMemory(REGIONS);
+    await frontend.startQueues(1, { size: 64 });
+    await frontend.command(Request.SET_VRING_KICK, withoutFd(0));
+    const { session, ended } = begin(await rebuild(first, target));
+    expect(await frontend.stop({ order: "old" })).toEqual([0]);
+    session.close("the test is over");
+    await ended;
+  });
+
   test("that is damaged is refused, and its fds are closed", async () => {
     const damages: ((data: Record<string, unknown>, fds: Map<string, OwnedFd>) => void)[] = [
       (data) => {
@@ -175,6 +231,10 @@ describe("a session as plain data and fds", () => {
         data["rings"] = [];
       },
       (_data, fds) => fds.delete("connection"),
+      (_data, fds) => {
+        fds.get("kick.0")?.[Symbol.dispose]();
+        fds.delete("kick.0");
+      },
       (_data, fds) => {
         fds.get("page")?.[Symbol.dispose]();
         fds.delete("page");

@@ -340,6 +340,23 @@ describe("a device that does not mark all that it writes is stopped, and every p
     expect(log.look()).toHaveLength(PAGES);
   });
 
+  test("the session does not end before the front-end has had time to give the migration up, nor while it does", async () => {
+    await using pair = await running(SHORT);
+    const { frontend, session, target } = pair;
+    using log = new FrontendDirtyLog(END);
+    await startLogging(frontend, log);
+    target.loseTracking(new VhostdError("io", "the PF does not answer"));
+    await frontend.askU64(Request.GET_STATUS);
+    log.take();
+    // Seen, and quiet for a while: a connection that is lost now would be lost while the front-end speaks.
+    await Bun.sleep(20 * SHORT);
+    await frontend.send(Request.SET_FEATURES, u64(frontend.features));
+    await Bun.sleep(5 * SHORT);
+    expect(await frontend.askU64(Request.GET_STATUS)).toBe(0xfn);
+    expect(session.status.state).not.toBe("closed");
+    expect((await pair.ended).reason).toBe("the PF does not answer");
+  });
+
   test("what is lost after tracking was wanted no longer stops nothing", async () => {
     await using pair = await running(SHORT);
     using log = new FrontendDirtyLog(END);

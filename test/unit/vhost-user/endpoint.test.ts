@@ -1,6 +1,6 @@
 import { dlopen } from "bun:ffi";
 import { afterEach, beforeEach, expect, test } from "bun:test";
-import { existsSync, mkdtempSync, rmSync, statSync } from "node:fs";
+import { existsSync, mkdtempSync, rmSync, statSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
@@ -136,6 +136,35 @@ test.each(["client", "server"] as const)(
     expect(fd.closed).toBe(false);
   },
 );
+
+test("client: a path that leads to this daemon itself is no front-end's, and the next one that listens there is", async () => {
+  const lines: string[] = [];
+  let pid = process.pid;
+  const { path, endpoint, next, arrived } = make({ mode: "client", isOurs: (other) => other === pid }, lines);
+  using _endpoint = endpoint;
+  using listener = new FrontendListener(`${path}.other`);
+  symlinkSync(listener.path, path);
+  endpoint.start();
+  for (let round = 0; round < 3; round++) {
+    using refused = await listener.accept();
+    await refused.hungUp();
+  }
+  expect(arrived).toEqual([]);
+  expect(lines).toHaveLength(1);
+  expect(lines[0]).toContain(`at ${path} listens no VMM but process ${process.pid}`);
+  pid = 0;
+  using fd = await next();
+  expect(fd.closed).toBe(false);
+});
+
+test("server: another endpoint of this daemon, whose path was made to lead here, is hung up on", async () => {
+  const { path, endpoint, arrived } = make({ mode: "server", isOurs: (pid) => pid === process.pid });
+  using _endpoint = endpoint;
+  endpoint.start();
+  using refused = VhostUserFrontend.connect(path);
+  await refused.hungUp();
+  expect(arrived).toEqual([]);
+});
 
 test("server: those that were turned away do not hold up the one that waits behind them", async () => {
   const hour = 3_600_000;

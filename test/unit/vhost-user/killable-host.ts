@@ -1,6 +1,7 @@
 import { silentLogger } from "../../../src/base/log.ts";
 import { socketPair } from "../../../src/native/sys.ts";
 import type { DmaRange } from "../../../src/pci/address-space.ts";
+import { describe, extentOf, overlaps, sameRange } from "../../../src/pci/ranges.ts";
 import { Session, type SessionEnd } from "../../../src/vhost-user/session.ts";
 import type { RingEventfds } from "../../../src/vhost-user/target.ts";
 import type { DeviceState } from "../../../src/virtio/device-state.ts";
@@ -40,13 +41,14 @@ class LastingTarget extends MockTarget {
   private last: DeviceState | undefined;
 
   override mapMemory(range: DmaRange): Promise<void> {
-    const isMapped = this.mapped.some((other) => other.iova === range.iova && other.size === range.size);
-    return this.once(`map ${range.iova}`, isMapped, () => super.mapMemory(range));
+    const extent = extentOf(range);
+    const conflict = this.mapped.find((other) => overlaps(extentOf(other), extent) && !sameRange(other, range));
+    if (conflict !== undefined) throw new Error(`other memory is mapped at ${describe(extentOf(conflict))}`);
+    return this.once(`map ${range.iova}`, this.has(range), () => super.mapMemory(range));
   }
 
   override unmapMemory(range: DmaRange): Promise<void> {
-    const isMapped = this.mapped.some((other) => other.iova === range.iova && other.size === range.size);
-    return this.once(`unmap ${range.iova}`, !isMapped, () => super.unmapMemory(range));
+    return this.once(`unmap ${range.iova}`, !this.has(range), () => super.unmapMemory(range));
   }
 
   override async start(wanted: DeviceState, eventfds: ReadonlyMap<number, RingEventfds>): Promise<void> {
@@ -100,6 +102,10 @@ class LastingTarget extends MockTarget {
     this.fate.reach("record");
     this.fate.store();
     this.fate.reach("recorded");
+  }
+
+  private has(range: DmaRange): boolean {
+    return this.mapped.some((other) => sameRange(other, range));
   }
 
   private async once(name: string, isDone: boolean, act: () => Promise<void>): Promise<void> {

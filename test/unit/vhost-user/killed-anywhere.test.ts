@@ -2,6 +2,7 @@ import { describe, expect, test } from "bun:test";
 import { encodeMessage, PROTOCOL_VERSION, ProtocolFeature, Request } from "../../../src/vhost-user/messages.ts";
 import { FeatureBit, featureBits } from "../../../src/virtio/features.ts";
 import { FrontendDirtyLog } from "../../kit/frontend/dirty-log.ts";
+import { FrontendMemory } from "../../kit/frontend/memory.ts";
 import { presetup, setLogBase, startLogging, stopLogging } from "../../kit/frontend/migration-messages.ts";
 import { fdsLeftBy, REGIONS } from "./harness.ts";
 import { type HostOptions, KillableHost } from "./killable-host.ts";
@@ -75,6 +76,18 @@ const SCRIPTS: readonly Script[] = [
       const [low, middle, high] = frontend.memory.regions;
       await frontend.setMemTable([low!, high!]);
       await frontend.setMemTable([middle!, high!]);
+    },
+  },
+  {
+    what: "other memory in the place of what was there, between a stop and a start",
+    async play({ frontend }) {
+      await frontend.negotiate({ protocolFeatures: withoutSlots });
+      await frontend.setupMemory(REGIONS);
+      await frontend.startQueues(1, { size: 64 });
+      const bases = await frontend.stop({ order: "new" });
+      using other = new FrontendMemory(REGIONS.slice(0, 1));
+      await frontend.setMemTable([...other.regions, ...frontend.memory.regions.slice(1)]);
+      await frontend.resumeQueues(bases);
     },
   },
   {
