@@ -112,9 +112,10 @@ export class DataPath {
       Promise.all([device.features(), device.queueLimits(), fn.interrupts.route(CONFIG_VECTOR, interrupt.number)]),
     );
     const path = new DataPath(device, features, limits, deviceClass, interrupt, makeMover, { kind: "reset" });
-    undo.move();
+    undo.defer(() => path.abandon());
     path.configInterrupt.listen();
     await path.mover.prove?.(deadline);
+    undo.move();
     return path;
   }
 
@@ -304,7 +305,7 @@ export class DataPath {
     if (kind === "reset" || kind === "frozen") return taken;
     if (this.running) {
       this.mayStartAgain = true;
-      await deadline.race(this.wiring.connectMissing(eventfds));
+      await deadline.race(this.wiring.connectAgain(eventfds));
       await this.wiring.stir(eventfds, deadline);
     } else {
       await deadline.race(this.wiring.disconnectKicks());
@@ -356,7 +357,7 @@ export class DataPath {
     await deadline.race(this.wiring.disconnectKicks());
     await this.mover.enable(queues, memory, deadline);
     this.wiring.enable(queues);
-    await deadline.race(this.wiring.connectMissing(eventfds));
+    await deadline.race(this.wiring.connectAll(eventfds));
     await this.wiring.stir(eventfds, deadline);
   }
 

@@ -74,10 +74,20 @@ export class Wiring implements Disposable {
     await Promise.all(this.connect(this.enabledWith(eventfds).filter((queue) => !this.waits(queue))));
   }
 
-  /** What is connected stays so. */
-  async connectMissing(eventfds: Eventfds): Promise<void> {
+  /** None is connected. */
+  async connectAll(eventfds: Eventfds): Promise<void> {
+    await Promise.all(this.connect(this.enabledWith(eventfds)));
+  }
+
+  /**
+   * After a revival. A function that waits on kicks itself is told of all once more: the process before may have died when
+   * one was noted, or given up, and the function had not heard of it. Of others those are connected that are not.
+   */
+  async connectAgain(eventfds: Eventfds): Promise<void> {
     const { fds } = this.kicks;
-    await Promise.all(this.connect(this.enabledWith(eventfds).filter(({ index }) => !fds.has(index))));
+    const queues = this.enabledWith(eventfds).filter((queue) => this.waits(queue) || !fds.has(queue.index));
+    const unused = [...this.active.intersection(this.disabled)].map((queue) => this.doorbell(queue).takeKick?.(null));
+    await Promise.all([...this.connect(queues), ...unused]);
   }
 
   /** Both sides look at the queues in use once. */

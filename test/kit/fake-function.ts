@@ -86,6 +86,8 @@ export class FakeFunction implements PciFunction {
   readonly deviceConfig: Uint8Array;
   /** Doorbells rung, by `ring`, in order. */
   readonly rung: number[] = [];
+  /** It waits on kicks itself. Set before its doorbells are asked for. */
+  takesKicks = false;
   /** Queues whose doorbell a kick is connected to. */
   readonly connected = new Set<number>();
   /** Eventfd of each routed vector. */
@@ -162,6 +164,7 @@ export class FakeFunction implements PciFunction {
         this.connected.add(queue);
         return { [Symbol.dispose]: () => this.connected.delete(queue) };
       },
+      ...(this.takesKicks ? { takeKick: async (kick) => this.takeKick(queue, kick) } : {}),
       page,
       share: () => (shares === undefined || page === undefined ? undefined : { fd: shares, ...page }),
     };
@@ -169,6 +172,11 @@ export class FakeFunction implements PciFunction {
 
   async reset(): Promise<void> {
     this.clear();
+  }
+
+  private takeKick(queue: number, kick: number | null): void {
+    if (kick === null) this.connected.delete(queue);
+    else this.connected.add(queue);
   }
 
   /** The function is unplugged. */

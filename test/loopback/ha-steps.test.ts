@@ -63,11 +63,11 @@ describe.each(Object.keys(OPERATIONS) as OperationName[])("%s", (name) => {
           if (half === "back") await forth(guest);
           try {
             await dieIn(lab, guest, OPERATIONS[name][half], point);
+            if (half === "forth") await back(guest);
+            await guest.progress();
           } catch (error) {
             throw new Error(`${half}, step ${point} of ${steps[half]}\n${lab.story}`, { cause: error });
           }
-          if (half === "forth") await back(guest);
-          await guest.progress();
         }
       }
       await guest.end();

@@ -1,7 +1,8 @@
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, spyOn, test } from "bun:test";
 import { Deadline } from "../../../src/base/deadline.ts";
 import type { Json } from "../../../src/base/json.ts";
 import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
+import { addon } from "../../../src/native/load.ts";
 import { drainEventfd, eventfd } from "../../../src/native/sys.ts";
 import type { DeviceClass } from "../../../src/plugin.ts";
 import { DataPath } from "../../../src/virtio/data-path.ts";
@@ -62,6 +63,13 @@ describe("a data path", () => {
     expect([0, 1, 2].map((queue) => path.queueSizeMax(queue))).toEqual([64, 64, 0]);
     expect(path.running).toBe(false);
     expect(fn.statusWrites).toEqual([0]);
+  });
+
+  test("leaves no fd where its interrupt cannot be waited for", async () => {
+    using _refused = spyOn(addon, "pollerAdd").mockReturnValue(-24);
+    const opening = DataPath.open(new FakeFunction(), (virtioId) => fakeClass({ virtioId }), soon());
+    expect((await rejection(opening)).message).toMatch(/EMFILE/);
+    expect(liveFds()).toBe(0);
   });
 
   test("starts: calls routed, kicks connected, every doorbell and every call rung once", async () => {

@@ -81,7 +81,12 @@ function reached(fn: FakeFunction, life: Life): PciFunction {
     region: (bar) => space(fn.region(bar)),
     doorbell: (bar, offset) => {
       const inner = fn.doorbell(bar, offset);
-      return { ...inner, ring: (value) => life.access(() => inner.ring(value)) };
+      const { takeKick } = inner;
+      return {
+        ...inner,
+        ring: (value) => life.access(() => inner.ring(value)),
+        ...(takeKick === undefined ? {} : { takeKick: (kick) => life.access(() => takeKick(kick)) }),
+      };
     },
     interrupts: {
       count: fn.interrupts.count,
@@ -149,6 +154,13 @@ export class KillLab implements AsyncDisposable {
     pf.vfs[0]!.fn = fn;
     const stateFields = () => [{ type: 4, bytes: new Uint8Array(20_000) }];
     return await KillLab.open(new KillLab(fn, fakeClass({ stateFields, ...members }), pf, queue, undefined));
+  }
+
+  /** The same of a function that waits on kicks itself. */
+  static async direct(): Promise<KillLab> {
+    const lab = await KillLab.vendor();
+    lab.fn.takesKicks = true;
+    return lab;
   }
 
   /** Nobody does. */

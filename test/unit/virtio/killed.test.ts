@@ -167,7 +167,19 @@ async function undisturbed(scenario: Scenario) {
   return result;
 }
 
-for (const [kind, scenarios] of Object.entries({ vendor, registers })) {
+/** Of a function that waits on kicks itself. */
+const direct: Readonly<Record<string, Scenario>> = {
+  "a start": { make: KillLab.direct, act: start },
+  "a stop": { make: KillLab.direct, before: start, act: stop },
+  "a queue that is disabled": { make: KillLab.direct, before: start, act: (lab) => enable(lab, 0) },
+  "a queue that is enabled": {
+    make: KillLab.direct,
+    before: (lab) => startWith(lab, 0),
+    act: (lab) => enable(lab, 0, 1),
+  },
+};
+
+for (const [kind, scenarios] of Object.entries({ vendor, registers, direct })) {
   describe(kind, () => {
     test.each(Object.entries(scenarios))("a kill in the middle of %s is noticed by nobody", async (_, scenario) => {
       const { outcome, accesses } = await undisturbed(scenario);

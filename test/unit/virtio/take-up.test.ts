@@ -50,6 +50,20 @@ describe("a VF that runs", () => {
     expect(lab.resets).toBe(resets);
   });
 
+  test("and waits on kicks itself is told of them once more, whatever the record says", async () => {
+    const lab = await running(KillLab.direct);
+    // The process before was about to have them all connected anew.
+    lab.fn.connected.clear();
+    expect(await lab.succeed()).toBe("asRecorded");
+    expect([...lab.fn.connected].sort()).toEqual([0, 1]);
+    await lab.path.enable(new Set([0]), lab.eventfds, lab.rings, soon());
+    await lab.checkpoint();
+    // It was noted that this one is not used, and the function did not hear of it.
+    lab.fn.connected.add(1);
+    expect(await lab.succeed()).toBe("asRecorded");
+    expect([...lab.fn.connected]).toEqual([0]);
+  });
+
   test("and was reset meanwhile is said to be so, with nothing connected", async () => {
     for (const make of [KillLab.vendor, KillLab.registers]) {
       const lab = await running(make);
