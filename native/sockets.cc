@@ -18,6 +18,9 @@ namespace {
 /** The kernel's own limit of fds in one message (SCM_MAX_FD). */
 constexpr int MAX_FDS = 253;
 
+/** Connections that wait on a listening socket. */
+constexpr int BACKLOG = 128;
+
 int32_t address(const char* path, sockaddr_un* into) {
   size_t length = strlen(path);
   if (length == 0) return -ENOENT;
@@ -51,7 +54,7 @@ int32_t publish(const sockaddr_un& name, int32_t mode) {
   // The kernel gives the file the mode of the unbound socket, less the umask; chmod then adds what the umask took.
   if (fchmod(fd, static_cast<mode_t>(mode)) < 0) return closing(fd, -errno);
   if (bind(fd, reinterpret_cast<const sockaddr*>(&name), sizeof name) < 0) return closing(fd, -errno);
-  if (chmod(name.sun_path, static_cast<mode_t>(mode)) < 0 || listen(fd, 128) < 0) {
+  if (chmod(name.sun_path, static_cast<mode_t>(mode)) < 0 || listen(fd, BACKLOG) < 0) {
     int32_t error = -errno;
     unlink(name.sun_path);
     return closing(fd, error);
@@ -100,6 +103,8 @@ int32_t vhostd_listen_unix(const char* path, int32_t mode) {
   if (unlink(path) < 0 && errno != ENOENT) return -errno;
   return publish(name, mode);
 }
+
+int32_t vhostd_listen_again(int32_t fd) { return orErrno(listen(fd, BACKLOG)); }
 
 int32_t vhostd_accept(int32_t fd) {
   return retried([&] { return accept4(fd, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC); });

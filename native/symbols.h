@@ -32,6 +32,7 @@
   X(vhostd_connect_unix, int32_t, (const char* path))                                                         \
   X(vhostd_connect_datagram, int32_t, (const char* path))                                                     \
   X(vhostd_listen_unix, int32_t, (const char* path, int32_t mode))                                            \
+  X(vhostd_listen_again, int32_t, (int32_t fd))                                                               \
   X(vhostd_accept, int32_t, (int32_t fd))                                                                     \
   X(vhostd_socket_pair, int32_t, (int32_t* pair))                                                             \
   X(vhostd_peer_credentials, int32_t, (int32_t fd, int32_t* credentials))                                     \

@@ -38,7 +38,7 @@ const WORKERS = Math.min(navigator.hardwareConcurrency, 4);
 /** Milliseconds after which a file is ended, whatever its tests think. */
 const FILE_TIMEOUT = 300_000;
 /** How much longer a file of a long run may take. */
-const LONGER = 4;
+const LONGER = 6;
 
 /** What all files of a run have in common. */
 interface RunOptions {
@@ -114,7 +114,10 @@ export async function runTests(
       const results =
         tier === "native"
           ? await runNativeTests()
-          : await runFolder(tier, filters, { scratch, environment, timeout, iommufd, long });
+          : await runFolder(tier, filters, {
+              ...{ scratch, environment, iommufd, long },
+              timeout: long ? timeout * LONGER : timeout,
+            });
       for (const result of results) count(result, totals, notes);
       console.log(`${tier}: ${results.length} files in ${((performance.now() - started) / 1000).toFixed(1)} s`);
     }
@@ -162,7 +165,7 @@ async function runFolder(tier: TierName, filters: readonly string[], options: Ru
       const result = await runTestFile(file, {
         scratch: join(options.scratch, `${tier[0]}${index}`),
         environment,
-        timeout: long ? timeout * LONGER : timeout,
+        timeout,
       });
       show(result);
       results.push(result);

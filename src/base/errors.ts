@@ -125,6 +125,7 @@ const ERRNO_NAMES: Readonly<Record<number, string>> = {
   32: "EPIPE, the other end is closed",
   36: "ENAMETOOLONG, name too long",
   71: "EPROTO, protocol error",
+  88: "ENOTSOCK, no socket",
   95: "EOPNOTSUPP, not supported",
   98: "EADDRINUSE, address in use",
   104: "ECONNRESET, connection reset",

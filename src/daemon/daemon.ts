@@ -21,6 +21,7 @@ import { vfTokenSource } from "./vf-token.ts";
 /** Owner and group: whoever may control the daemon. */
 const RPC_SOCKET_MODE = 0o660;
 
+// The unit of the package leaves time for all of these (TimeoutStopSec).
 /** For requests in progress, milliseconds. */
 const STOP_REQUESTS = 2_000;
 /** For VMMs of VMs that are being migrated to read what functions have written, milliseconds: a pass takes seconds. */
@@ -147,13 +148,14 @@ export class Daemon {
   /** @returns false where nobody keeps what there is: all of it is to end */
   private async handOver({ server, registry }: NonNullable<Daemon["served"]>): Promise<boolean> {
     if (this.keeperInfo === undefined) return false;
+    // What the configuration names is added by the daemon that comes next, also in the place of VFs that end here.
+    this.leaving = true;
     await server.stop(STOP_REQUESTS);
-    if (!this.keeperInfo?.protects) {
+    if (this.keeperInfo?.protects === false) {
       this.log.warn("not everything is kept: VFs that the keeper does not have end, so that the others run on");
       await registry.endUnkept(Deadline.after(STOP_DEVICES, "letting go of VFs that nobody keeps"));
     }
     if (!this.keeperInfo?.protects) return false;
-    this.leaving = true;
     await registry.settle(Deadline.after(STOP_OPERATIONS, "the end of what is under way"));
     return true;
   }

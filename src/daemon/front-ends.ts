@@ -6,6 +6,7 @@ import type { OwnedFd } from "../native/fd.ts";
 import { Endpoint } from "../vhost-user/endpoint.ts";
 import { Session, type SessionEnd } from "../vhost-user/session.ts";
 import type { SessionTarget } from "../vhost-user/target.ts";
+import { closing } from "./record.ts";
 import { startEndpoint, type VfOptions, type VfSurroundings } from "./vf-parts.ts";
 
 const LISTENER = "listener";
@@ -77,7 +78,9 @@ export class FrontEnds {
     before: () => Promise<void>,
   ): Promise<void> {
     const { place, target, log } = this.options;
+    using unused = closing(fds);
     startEndpoint(this.endpoint, place.socket, true, own.get(LISTENER));
+    unused.move();
     const heard = Promise.withResolvers<void>();
     const first = async () => {
       try {

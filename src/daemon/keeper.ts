@@ -1,8 +1,10 @@
 import type { Deadline } from "../base/deadline.ts";
 import type { Json } from "../base/json.ts";
-import type { Kept } from "../keeper/keeper-client.ts";
+import type { Kept, Storing } from "../keeper/keeper-client.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import type { Delivered, Delivery } from "../vhost-user/target.ts";
+
+export type { Storing } from "../keeper/keeper-client.ts";
 
 /** What was kept of one thing. The fds are whose who asked for it. */
 export interface Stored {
@@ -31,9 +33,9 @@ export interface Keeper {
   /**
    * Answers a message in the place of this process, which might die in the midst of it: `take` bytes are taken out of the first
    * fd of the record, a stream socket, and the reply is sent on it. Left out by keepers that cannot.
-   * @param store what is to be stored before, as `put`
+   * @param storing what is to be stored before
    */
-  deliver?(key: string, store: (() => Kept) | undefined, delivery: Delivery): Promise<Delivered>;
+  deliver?(key: string, storing: Storing | undefined, delivery: Delivery): Promise<Delivered>;
   /** What people are told of it; undefined while it is away. Left out by those that nobody is told of. */
   info?(): KeeperInfo | undefined;
   /** This process ends: one that was here before and is away is waited for, until the deadline. Never rejects. */

@@ -39,10 +39,15 @@ export async function endUnkept(
 ): Promise<void> {
   const { keeper, live, remove } = devices;
   // One that does not even answer takes nothing over.
-  const keys = await keeper.list().catch(() => undefined);
-  if (keys === undefined) return;
-  const kept = new Set(keys);
-  const unkept = () => live().filter(({ address }) => !kept.has(vfKey(address)));
-  await leaveMigrations(unkept, deadline.before(REMOVALS));
-  await deadline.race(Promise.allSettled(unkept().map(({ address }) => remove(address)))).catch(() => {});
+  const listed = () => deadline.race(keeper.list()).catch(() => undefined);
+  const without = (kept: ReadonlySet<string>) => live().filter(({ address }) => !kept.has(vfKey(address)));
+  const before = await listed();
+  if (before === undefined) return;
+  const kept = new Set(before);
+  await leaveMigrations(() => without(kept), deadline.before(REMOVALS));
+  // Some have been stored meanwhile.
+  const after = await listed();
+  if (after === undefined) return;
+  const unkept = without(new Set(after));
+  await deadline.race(Promise.allSettled(unkept.map(({ address }) => remove(address)))).catch(() => {});
 }

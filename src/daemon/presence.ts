@@ -1,4 +1,5 @@
 import { VhostdError } from "../base/errors.ts";
+import type { Json } from "../base/json.ts";
 import type { PciAddress } from "../pci/address.ts";
 import { type BusEntry, takesToken } from "../pci/bus.ts";
 import type { Vf } from "./vf.ts";
@@ -12,6 +13,8 @@ export interface LeftVf {
   readonly options: VfOptions;
   /** Why it cannot be. */
   readonly failed?: string;
+  /** Where whoever comes after this process attaches it anew: what its device has not given back. */
+  readonly again?: Json;
 }
 
 export interface VfSlot {

@@ -158,20 +158,16 @@ export interface Snapshot {
   readonly fds: ReadonlyMap<string, number>;
 }
 
-/** By part, then by name: each is needed for every message of a front-end, and there are few. */
-const joinedNames = new Map<string, Map<string, string>>();
+/** What an fd of a part is called in the record of the whole: `socket` of part `function` is `function:socket`. */
+export function joinedName(part: string, name: string): string {
+  return `${part}:${name}`;
+}
 
-/** The fds of several parts under one roof: `socket` of part `function` is `function:socket`. */
+/** The fds of several parts under one roof. */
 export function joinFds(parts: Readonly<Record<string, Snapshot | undefined>>): Map<string, number> {
   const joined = new Map<string, number>();
-  for (const part in parts) {
-    const names = joinedNames.getOrInsertComputed(part, () => new Map<string, string>());
-    for (const [name, fd] of parts[part]?.fds ?? []) {
-      joined.set(
-        names.getOrInsertComputed(name, () => `${part}:${name}`),
-        fd,
-      );
-    }
+  for (const [part, snapshot] of Object.entries(parts)) {
+    for (const [name, fd] of snapshot?.fds ?? []) joined.set(joinedName(part, name), fd);
   }
   return joined;
 }

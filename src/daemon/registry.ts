@@ -17,7 +17,7 @@ import { DeviceTable } from "./device-table.ts";
 import { DomainTable } from "./domains.ts";
 import { namedFrontend } from "./front-end-kind.ts";
 import { Adoption } from "./ha/adoption.ts";
-import { forgetFailed, keepFailed } from "./ha/failed-vf.ts";
+import { forgetFailed, keepLeft } from "./ha/failed-vf.ts";
 import { renewPfs } from "./ha/renew-pfs.ts";
 import { hasMemory, type OpenedVf, type StoredVf } from "./ha/stored-vf.ts";
 import type { Keeper } from "./keeper.ts";
@@ -27,7 +27,7 @@ import { type LoggingOperation, MANUAL_STATUS, type ManualOperation } from "./ma
 import { migrationEvent } from "./migration.ts";
 import type { OpenRings } from "./open-rings.ts";
 import { Pf, type PfSurroundings } from "./pf.ts";
-import { leftOf, liveOf, vfExists, vfMigrating } from "./presence.ts";
+import { type LeftVf, leftOf, liveOf, vfExists, vfMigrating } from "./presence.ts";
 import { type PfRecord, parsePfRecord } from "./record.ts";
 import { Renewal } from "./renewal.ts";
 import { parseVmUuid } from "./uuid.ts";
@@ -318,7 +318,7 @@ export class DeviceRegistry {
         return renewPfs({ table: this.table, add, log, time: this.around.deadlines.stats }, others);
       },
       attachVf: async (options, rings) => void (await this.noted(this.attachVf(options, { rings }))),
-      leaveVf: (options, failed) => this.leaveVf(options, failed),
+      leaveVf: (left) => this.leaveVf(left),
     });
     try {
       await this.adoption.collect(Deadline.after(this.around.deadlines.takeUp, "taking up DMA domains"));
@@ -344,8 +344,9 @@ export class DeviceRegistry {
   /** What is under way ends, as far as the deadline lets it: another process goes on with everything. Never rejects. */
   async settle(deadline: Deadline): Promise<void> {
     this.leaving = true;
-    const settled = [...this.adding, ...this.table.liveVfs.map((vf) => vf.settled()), this.adoption?.leave(deadline)];
-    await deadline.race(Promise.all(settled)).catch(() => {});
+    const settled = Promise.all([...this.adding, ...this.table.liveVfs.map((vf) => vf.settled())]);
+    // The adoption, too, ends with the deadline; until it has noted that, the end of this process counts as a death.
+    await Promise.all([deadline.race(settled).catch(() => {}), this.adoption?.leave(deadline)]);
   }
 
   /** See leaveMigrations. No function is opened again from now on. */
@@ -417,9 +418,8 @@ export class DeviceRegistry {
     this.table.vfs.set(address, { slot: { live: vf }, socket: options.socket, pf: entry.physfn });
   }
 
-  private leaveVf(options: VfOptions, failed: string | undefined): void {
-    const { address, socket } = options;
-    const left = { options, ...(failed === undefined ? {} : { failed }) };
+  private leaveVf(left: LeftVf): void {
+    const { address, socket } = left.options;
     // Whose VF it is the bus says, where it still does.
     const pf = this.table.vfs.get(address)?.pf ?? this.table.parentNamed(address);
     this.table.vfs.set(address, { slot: { left }, socket, pf });
@@ -439,7 +439,7 @@ export class DeviceRegistry {
     const there = this.table.livePfs.filter(({ reason }) => reason === null);
     for (const pf of there) await keeper.put(`pf/${pf.address}`, () => pf.snapshot());
     await this.domains.checkpointAll();
-    await Promise.all(this.table.failedVfs.map((left) => keepFailed(keeper, left)));
+    await Promise.all(this.table.failedVfs.map((left) => keepLeft(keeper, left)));
     await Promise.all(this.table.liveVfs.map((vf) => vf.note()));
   }
 

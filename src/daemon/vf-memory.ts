@@ -1,4 +1,5 @@
-import { VhostdError } from "../base/errors.ts";
+import { asError, VhostdError } from "../base/errors.ts";
+import type { Logger } from "../base/log.ts";
 import type { PciAddress } from "../pci/address.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DmaDomain } from "../pci/dma-domain.ts";
@@ -38,5 +39,11 @@ export class VfMemory {
   /** Whatever is left of it. */
   async clear(): Promise<void> {
     await this.domain.releaseAll(this.owner);
+  }
+
+  /** As clear, where a session has left something: it never hears of what an earlier process had mapped for it, and died. Never rejects. */
+  async clearRest(log: Logger): Promise<void> {
+    if (this.end === 0) return;
+    await this.clear().catch((error) => log.error("guest memory stays mapped", asError(error)));
   }
 }

@@ -1,8 +1,10 @@
 import type { PciFunction } from "../pci/function.ts";
+import type { RecordChange } from "../vhost-user/target.ts";
 import type { DataPath } from "../virtio/data-path.ts";
+import type { Storing } from "./keeper.ts";
 import type { Link } from "./link.ts";
 import type { OpenRings } from "./open-rings.ts";
-import { joinFds, RECORD_VERSION, type Snapshot, type VfRecord } from "./record.ts";
+import { joinedName, joinFds, RECORD_VERSION, type Snapshot, type VfRecord } from "./record.ts";
 import type { VfOptions } from "./vf-parts.ts";
 
 /** A VF as plain data, and its fds (borrowed). */
@@ -49,4 +51,10 @@ export function takeSnapshot(vf: VfParticulars): VfSnapshot {
     // it answers on the connection.
     fds: joinFds({ session, frontEnds, function: fn, dataPath }),
   };
+}
+
+/** What a message has changed of the record, as the keeper is given it. */
+export function storingOf(change: RecordChange, take: () => VfSnapshot): Storing | undefined {
+  if (change === "nothing") return undefined;
+  return change === "all" ? { take } : { take, replacement: [joinedName("session", change.name), change.fd] };
 }

@@ -4,7 +4,14 @@ import type { Logger } from "../base/log.ts";
 import type { OperationQueue } from "../base/operation-queue.ts";
 import type { DmaRange } from "../pci/address-space.ts";
 import type { DeviceClass } from "../plugin.ts";
-import type { Delivered, Delivery, DoorbellShare, RingEventfds, SessionTarget } from "../vhost-user/target.ts";
+import type {
+  Delivered,
+  Delivery,
+  DoorbellShare,
+  RecordChange,
+  RingEventfds,
+  SessionTarget,
+} from "../vhost-user/target.ts";
 import type { DeviceState } from "../virtio/device-state.ts";
 import type { Tracking } from "../virtio/dirty-log.ts";
 import type { FreezeMode, StopNote } from "../virtio/mover.ts";
@@ -54,7 +61,7 @@ export interface TargetHost {
   peer(): number | undefined;
   checkpoint(): Promise<void>;
   /** undefined where the keeper is none that can. */
-  deliver(delivery: Delivery, records: boolean): Promise<Delivered> | undefined;
+  deliver(delivery: Delivery, change: RecordChange): Promise<Delivered> | undefined;
 }
 
 /** What a session may do with a VF. Operations on one VF never interleave. */
@@ -284,10 +291,10 @@ export class VfTarget implements SessionTarget {
     return this.vf.checkpoint();
   }
 
-  async deliver(delivery: Delivery, records: boolean): Promise<Delivered> {
-    const delivered = await this.vf.deliver(delivery, records);
+  async deliver(delivery: Delivery, change: RecordChange): Promise<Delivered> {
+    const delivered = await this.vf.deliver(delivery, change);
     if (delivered !== undefined) return delivered;
-    if (records) await this.vf.checkpoint();
+    if (change !== "nothing") await this.vf.checkpoint();
     return { kind: "undone" };
   }
 

@@ -32,7 +32,7 @@ import {
   type VfSurroundings,
   vfKey,
 } from "./vf-parts.ts";
-import { takeSnapshot, type VfParticulars, type VfSnapshot } from "./vf-snapshot.ts";
+import { storingOf, takeSnapshot, type VfParticulars, type VfSnapshot } from "./vf-snapshot.ts";
 import { checkTransition, type VfState } from "./vf-state.ts";
 import { VfTarget } from "./vf-target.ts";
 
@@ -115,7 +115,8 @@ export class Vf {
     vf.trouble = before.trouble;
     if (before.migration !== undefined) vf.target.migration.follows(before.migration);
     undo.defer(() => around.keeper.delete(vf.key));
-    undo.defer(() => vf.vanish());
+    undo.defer(() => vf.become({ name: "absent" }));
+    undo.defer(() => vf.lookNoMore());
     await vf.checkpoint();
     // It may have got lost meanwhile.
     vf.checkUsable();
@@ -150,13 +151,12 @@ export class Vf {
     vf.underWay = record.ending === true ? "end" : record.resetting === true ? "reset" : undefined;
     if (record.shared === true) vf.target.wasShared();
     const { session } = record;
-    const own = takeFds(fds, "frontEnds");
     if (session === null) {
       await vf.takeUp();
       if (record.ending === true) await vf.finishEnd();
-      vf.frontEnds.start(own);
+      vf.frontEnds.start(takeFds(fds, "frontEnds"));
     } else {
-      await vf.frontEnds.revive(session, takeFds(fds, "session"), own, () => vf.takeUp());
+      await vf.frontEnds.revive(session, takeFds(fds, "session"), takeFds(fds, "frontEnds"), () => vf.takeUp());
       vf.target.migration.joined(vf.frontEnds.session?.peer);
     }
     // Nobody was there to be told of a change.
@@ -419,9 +419,9 @@ export class Vf {
       onMigration: () => this.around.onMigration(this.address, this.target.migration.info),
       peer: () => this.frontEnds.session?.peer,
       checkpoint: () => this.checkpoint(),
-      deliver: (delivery, records) => {
-        const { keeper } = this.around;
-        return keeper.deliver?.(this.key, records ? () => this.snapshot() : undefined, delivery);
+      deliver: (delivery, change) => {
+        const storing = storingOf(change, () => this.snapshot());
+        return this.around.keeper.deliver?.(this.key, storing, delivery);
       },
     });
   }
@@ -439,19 +439,16 @@ export class Vf {
     return new Link(options, before);
   }
 
-  /** What was begun is undone: the VF is not there. */
-  private vanish(): void {
-    this.lookNoMore();
-    this.become({ name: "absent" });
-  }
-
   private async onSessionEnd({ reason, error }: SessionEnd): Promise<void> {
     this.target.onConfigChange(() => {});
     this.underWay = undefined;
     this.link.forget();
     this.trouble = error === undefined ? undefined : `the last session ended: ${sentence(error)}`;
+    const { name } = this.current;
+    if (name !== "idle" && name !== "failed")
+      throw new VhostdError("io", `the function did not come to rest: ${reason}`);
+    await this.memory.clearRest(this.log);
     if (this.current.name === "failed") return await this.end.hollow();
-    if (this.current.name !== "idle") throw new VhostdError("io", `the function did not come to rest: ${reason}`);
     this.around.onState(this);
     if (this.target.hasShared) this.around.renew(this.address);
     else await this.checkpoint();
@@ -459,7 +456,7 @@ export class Vf {
 
   private async onSessionFailure(error: Error): Promise<void> {
     await this.target.reset().catch(() => {});
-    await this.memory.clear().catch((cause) => this.log.error("guest memory stays mapped", cause));
+    await this.memory.clearRest(this.log);
     this.fail(error);
   }
 

@@ -24,6 +24,7 @@ import {
   NEW_FD,
   partsOf,
   Readability,
+  Stores,
 } from "./messages.ts";
 
 /** Milliseconds for an answer. */
@@ -48,10 +49,26 @@ interface Answer {
   readonly fds: OwnedFd[];
 }
 
+/** What is stored beside something else. */
+export interface Storing {
+  /** The record as it is now. */
+  readonly take: () => Kept;
+  /** The one fd by which it differs from what was stored last: its name, and the fd in its place, borrowed. */
+  readonly replacement?: readonly [name: string, fd: number];
+}
+
+/** A record as it is stored. */
+interface Last {
+  readonly names: readonly string[];
+  /** Known where it is known to be stored. */
+  files?: readonly number[];
+}
+
 /** A record as it is sent. */
 interface Encoded {
-  /** Places, and the record. */
+  /** Places, and the record where it is not as it was. */
   readonly bytes: Uint8Array;
+  readonly stores: number;
   /** The fds that the keeper does not have. */
   readonly added: readonly number[];
   /** It is known to be stored. */
@@ -75,8 +92,8 @@ export class KeeperClient implements Disposable {
   private resolveLost: (reason: Error) => void = () => {};
   private readonly asked = new Map<number, Asked>();
   private readonly sending = new OperationQueue();
-  /** By key: the last put, with the files of the record where it is known to be stored. */
-  private readonly last = new Map<string, { files?: readonly number[] }>();
+  /** By key: the last put. */
+  private readonly last = new Map<string, Last>();
   /** Keys of which the keeper takes no record for now: it would only have more fds to close. */
   private readonly stillClosing = new Set<string>();
   private nextId = 1;
@@ -193,18 +210,16 @@ export class KeeperClient implements Disposable {
   /**
    * Takes bytes out of a socket of a record and sends others on it, both or nothing, whatever becomes of this process.
    * @param place of the socket among the fds, as they were stored
-   * @param put what is stored before, as by `put`
+   * @param storing what is stored before
    * @returns bytes that were sent; the socket took no more
    * @throws VhostdError as `put` does; notFound where there is no such socket, nothing was done then but for the record;
    *   connectionLost, timedOut: it may be done or not
    */
-  async deliver(key: string, place: number, take: number, reply: Uint8Array, put?: () => Kept): Promise<number> {
-    const record = put === undefined ? undefined : this.encode(key, put);
-    const payload = Buffer.concat([
-      DELIVERY.encode({ place, take, replySize: reply.length }),
-      reply,
-      record?.bytes ?? NOTHING,
-    ]);
+  async deliver(key: string, place: number, take: number, reply: Uint8Array, storing?: Storing): Promise<number> {
+    const record = storing && (this.encodeReplacement(key, storing) ?? this.encode(key, storing.take));
+    const stores = record?.stores ?? Stores.nothing;
+    const delivery = DELIVERY.encode({ place, take, replySize: reply.length, stores });
+    const payload = Buffer.concat([delivery, reply, record?.bytes ?? NOTHING]);
     const { bytes } = await this.ask("deliver", key, payload, record?.added);
     record?.stored();
     return DELIVERED.read(bytes).sent;
@@ -225,14 +240,38 @@ export class KeeperClient implements Disposable {
     const numbers = [...fds.values()];
     const files = numbers.map(fileIdentity);
     const places = placesIn(this.last.get(key)?.files ?? [], files);
-    const put: { files?: readonly number[] } = {};
-    this.last.set(key, put);
+    const names = [...fds.keys()];
     return {
-      bytes: encodePlaces(places, encodeJson({ names: [...fds.keys()], record })),
+      bytes: encodePlaces(places, encodeJson({ names, record })),
+      stores: Stores.record,
       added: numbers.filter((_, index) => places[index] === NEW_FD),
-      stored: () => {
-        put.files = files;
-      },
+      stored: this.expect(key, names, files),
+    };
+  }
+
+  /** undefined where it is not known what the keeper has. */
+  private encodeReplacement(key: string, { replacement }: Storing): Encoded | undefined {
+    const { names = [], files } = this.last.get(key) ?? {};
+    const [name = "", fd = -1] = replacement ?? [];
+    const at = names.indexOf(name);
+    if (files === undefined || at < 0) return undefined;
+    return {
+      bytes: encodePlaces(
+        files.map((_, place) => (place === at ? NEW_FD : place)),
+        NOTHING,
+      ),
+      stores: Stores.fds,
+      added: [fd],
+      stored: this.expect(key, names, files.with(at, fileIdentity(fd))),
+    };
+  }
+
+  /** @returns to be called when it is stored */
+  private expect(key: string, names: readonly string[], files: readonly number[]): () => void {
+    const put: Last = { names };
+    this.last.set(key, put);
+    return () => {
+      put.files = files;
     };
   }
 

@@ -22,6 +22,7 @@ import {
   partsOf,
   Readability,
   STILL_CLOSING,
+  Stores,
 } from "./messages.ts";
 import type { Store, StoredRecord } from "./store.ts";
 
@@ -130,8 +131,8 @@ export class KeeperConnection implements Disposable {
         const { delivery, reply, rest } = decodeDelivery(bytes);
         // The front-end waits for the reply, nobody for a file to be closed.
         using closes = new DisposableStack();
-        if (rest.length > 0) {
-          closes.use(this.put(key, rest, fds));
+        if (delivery.stores !== Stores.nothing) {
+          closes.use(delivery.stores === Stores.fds ? this.putFds(key, rest, fds) : this.put(key, rest, fds));
           unused.move();
         }
         return await this.answer(request, this.deliver(key, delivery, reply, closes));
@@ -147,6 +148,11 @@ export class KeeperConnection implements Disposable {
     const { places, record } = decodePlaces(bytes);
     // A copy: what it is a part of is larger, and would stay with it.
     return this.store.put(key, places, { bytes: new Uint8Array(record), fds });
+  }
+
+  /** As `put`. */
+  private putFds(key: string, bytes: Uint8Array, fds: readonly OwnedFd[]): Disposable {
+    return this.store.putFds(key, decodePlaces(bytes).places, fds);
   }
 
   private async greet(request: KeeperMessage, bytes: Uint8Array): Promise<void> {

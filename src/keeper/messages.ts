@@ -9,7 +9,7 @@ import type { Framing } from "../native/message-socket.ts";
  */
 
 /** Of this form. A keeper that speaks another one says which. */
-export const KEEPER_VERSION = 2;
+export const KEEPER_VERSION = 3;
 
 export const Command = {
   /** Payload: JSON, what the daemon speaks. Answer: JSON, who the keeper is; refused, the connection ends. First, and once. */
@@ -31,8 +31,7 @@ export const Command = {
   /** Payload: JSON, [key, index of the fd] of each that is asked for. Answer: a byte for each, Readability. */
   readable: 6,
   /**
-   * Key, of a record with a stream socket. Payload: DELIVERY, the bytes of a reply, then nothing or as put, which is done
-   * first. So many bytes are taken out of the socket and dropped, and the reply is sent on it, as far as it takes it at once.
+   * Key, of a record with a stream socket. Payload: DELIVERY, the bytes of a reply, then what it says is stored first. So many bytes are taken out of the socket and dropped, and the reply is sent on it, as far as it takes it at once.
    * Answer: DELIVERED. Nothing is done for a client that is gone, nor (notFound) where too many fds of this key are still
    * being closed.
    */
@@ -57,8 +56,15 @@ export const HEADER = struct("keeper header", 16, {
   keySize: [12, "u16"],
 });
 
-/** Which of the record's fds, bytes to take, and bytes of the reply that follows. */
-export const DELIVERY = struct("keeper delivery", 12, { place: [0, "u32"], take: [4, "u32"], replySize: [8, "u32"] });
+/** Which of the record's fds, bytes to take, bytes of the reply that follows, and Stores. */
+export const DELIVERY = struct("keeper delivery", 16, {
+  place: [0, "u32"],
+  take: [4, "u32"],
+  replySize: [8, "u32"],
+  stores: [12, "u32"],
+});
+/** What is stored beside a delivery: nothing, a record as by `put`, or places and fds of the record that is there. */
+export const Stores = { nothing: 0, record: 1, fds: 2 } as const;
 /** Bytes that were sent. */
 export const DELIVERED = struct("keeper delivered", 4, { sent: [0, "u32"] });
 
@@ -178,6 +184,7 @@ export function decodeDelivery(bytes: Uint8Array): {
   if (bytes.length < DELIVERY.size) throw new VhostdError("protocol", `${bytes.length} bytes are no delivery`);
   const delivery = DELIVERY.read(bytes);
   const end = DELIVERY.size + delivery.replySize;
+  if (delivery.stores > Stores.fds) throw new VhostdError("protocol", `a delivery stores ${delivery.stores}`);
   if (end > bytes.length) throw new VhostdError("protocol", `a reply of ${delivery.replySize} bytes is not all there`);
   return { delivery, reply: bytes.subarray(DELIVERY.size, end), rest: bytes.subarray(end) };
 }

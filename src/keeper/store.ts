@@ -69,6 +69,13 @@ export class Store implements Disposable {
     return lane;
   }
 
+  /** As put, of a record whose bytes stay. @throws VhostdError as `put`; notFound */
+  putFds(key: string, places: Iterable<number>, fds: readonly OwnedFd[]): Disposable {
+    const { bytes } = this.records.get(key) ?? {};
+    if (bytes === undefined) throw new VhostdError("notFound", `there is no record ${key}`);
+    return this.put(key, places, { bytes, fds });
+  }
+
   /**
    * In the place of an earlier record of that key, of which some fds may stay. Takes the fds, which are in its lane, where it
    * does not throw.

@@ -49,6 +49,7 @@ const SYMBOLS = {
   vhostd_connect_unix: { args: ["ptr"], returns: "i32" },
   vhostd_connect_datagram: { args: ["ptr"], returns: "i32" },
   vhostd_listen_unix: { args: ["ptr", "i32"], returns: "i32" },
+  vhostd_listen_again: { args: ["i32"], returns: "i32" },
   vhostd_accept: { args: ["i32"], returns: "i32" },
   vhostd_socket_pair: { args: ["ptr"], returns: "i32" },
   vhostd_peer_credentials: { args: ["i32", "ptr"], returns: "i32" },

@@ -67,6 +67,11 @@ export function listenUnix(path: string, mode: number): OwnedFd {
   return new OwnedFd(check(result, `listen on ${path}`), new CloseLane());
 }
 
+/** On a socket at which another process has listened: those who connect from now on see that this one does. */
+export function listenAgain(socket: number): void {
+  check(c.vhostd_listen_again(checkFd(socket)), "listen");
+}
+
 /** A connection that waits on a listening socket, or undefined. */
 export function accept(fd: number, lane = new CloseLane()): OwnedFd | undefined {
   const result = Number(c.vhostd_accept(checkFd(fd)));

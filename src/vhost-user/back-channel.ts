@@ -15,7 +15,7 @@ const RETRY_INTERVAL = 250;
  */
 export class BackChannel implements Disposable {
   private retry: ReturnType<typeof setTimeout> | undefined;
-  private saidFull = false;
+  private readonly saidFull = new Set<string>();
 
   /** Takes ownership of a unix stream socket. */
   constructor(
@@ -28,10 +28,19 @@ export class BackChannel implements Disposable {
     return this.owned.number;
   }
 
+  /** The channel that takes its place; a change that waits is told there. Takes ownership of `fd`; this one is closed. */
+  succeededBy(fd: OwnedFd): BackChannel {
+    const next = new BackChannel(fd, this.log);
+    if (this.retry !== undefined) next.configChanged();
+    this[Symbol.dispose]();
+    return next;
+  }
+
   /** CONFIG_CHANGE_MSG. Changes that come while one waits for room in the socket are told with it. */
   configChanged(): void {
     if (this.owned.closed || this.retry !== undefined) return;
     if (this.tell(BackendRequest.CONFIG_CHANGE_MSG, new Uint8Array())) return;
+    this.sayFull("changes of the configuration are told when it does");
     // By the clock: that there is room could be said again and again by whoever shares the socket, and not be so.
     this.retry = setTimeout(() => {
       this.retry = undefined;
@@ -55,7 +64,7 @@ export class BackChannel implements Disposable {
    */
   private hostNotifier(queue: number, { fd, offset, size }: DoorbellShare): void {
     const area = VRING_AREA.encode({ queue: BigInt(queue), size, offset });
-    this.tell(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd]);
+    if (!this.tell(BackendRequest.VRING_HOST_NOTIFIER_MSG, area, [fd])) this.sayFull("doorbells are not given to it");
   }
 
   /** Closes the fd. The stream does not end where a successor of this process holds a duplicate. */
@@ -75,9 +84,13 @@ export class BackChannel implements Disposable {
       this.log.warn(`the front-end could not be told: ${sentence(asError(error))}`);
       return true;
     }
-    if (!this.saidFull)
-      this.log.warn("the front-end does not read the back-end's channel: doorbells are not given to it");
-    this.saidFull = true;
     return false;
+  }
+
+  /** Once for each consequence. */
+  private sayFull(consequence: string): void {
+    if (this.saidFull.has(consequence)) return;
+    this.saidFull.add(consequence);
+    this.log.warn(`the front-end does not read the back-end's channel: ${consequence}`);
   }
 }

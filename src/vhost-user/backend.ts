@@ -344,8 +344,7 @@ export class Backend {
       fd[Symbol.dispose]();
       throw new VhostdError("protocol", "the fd of the back-end channel is no unix stream socket");
     }
-    this.channel?.[Symbol.dispose]();
-    this.channel = new BackChannel(fd, this.chatter);
+    this.channel = this.channel?.succeededBy(fd) ?? new BackChannel(fd, this.chatter);
   }
 
   get canTellChanges(): boolean {

@@ -3,7 +3,7 @@ import { asError, VhostdError } from "../base/errors.ts";
 import type { Logger } from "../base/log.ts";
 import { CloseLane, type OwnedFd } from "../native/fd.ts";
 import { type Watch, watch } from "../native/poller.ts";
-import { accept, connectUnix, listenUnix, peerCredentials, shutDown } from "../native/sys.ts";
+import { accept, connectUnix, listenAgain, listenUnix, peerCredentials, shutDown } from "../native/sys.ts";
 
 export interface EndpointOptions {
   readonly path: string;
@@ -55,7 +55,7 @@ export class Endpoint implements Disposable {
    * Begins to connect or to listen.
    * @param taken there is a connection already (a session that was revived)
    * @param listener that an earlier process listened at; taken
-   * @throws SystemError where the socket cannot be made (server mode)
+   * @throws SystemError where the socket cannot be made, or `listener` is none (server mode)
    */
   start(taken = false, listener?: OwnedFd): void {
     if (this.state !== "new") {
@@ -150,8 +150,12 @@ export class Endpoint implements Disposable {
   }
 
   private listen(before: OwnedFd | undefined): void {
-    const fd = before ?? listenUnix(this.options.path, this.options.socketMode ?? 0o660);
+    using undo = new DisposableStack();
+    const fd = undo.use(before ?? listenUnix(this.options.path, this.options.socketMode ?? 0o660));
+    // Who connects knows this daemon by the process that listens: also another VF of it, whose path was made to lead here.
+    if (before !== undefined) listenAgain(fd.number);
     this.listener = { fd, watch: watch(fd.number, "in", () => this.onReadable(fd)) };
+    undo.move();
   }
 
   /** While a VMM that died is being cleaned up after, the next one waits; while one is served, the next is refused. */

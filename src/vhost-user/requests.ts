@@ -25,10 +25,12 @@ import {
   SINGLE_REGION_SIZE,
   U64,
   VRING_ADDR,
+  VRING_INDEX_MASK,
   VRING_STATE,
 } from "./messages.ts";
 import { MinorRefusal } from "./refusal.ts";
 import { setRingAddresses, setRingBase, setRingEnabled, setRingFd, setRingSize } from "./ring-requests.ts";
+import type { RingFd } from "./rings.ts";
 
 /** The payload of the answer, or nothing where the message has none of its own. */
 export type Answer = Uint8Array | undefined;
@@ -46,8 +48,16 @@ export interface RequestRow {
   readonly needs: number | undefined;
   /** It may change what must survive the daemon's death: the record is written before the answer. */
   readonly records: boolean;
+  /** The fd in whose place it puts another one, where that is all that it changes. */
+  replaces?(payload: Uint8Array): ReplacedFd;
   /** `fds` that it takes over it removes from the array. */
   handle(backend: Backend, payload: Uint8Array, fds: OwnedFd[]): Promise<Answer>;
+}
+
+export interface ReplacedFd {
+  /** Index; there need not be such a ring. */
+  readonly ring: number;
+  readonly which: RingFd;
 }
 
 export type RequestTable = ReadonlyMap<number, RequestRow>;
@@ -55,6 +65,7 @@ export type RequestTable = ReadonlyMap<number, RequestRow>;
 interface RowOptions {
   readonly fds?: readonly [number, number];
   readonly needs?: number;
+  readonly replaces?: RequestRow["replaces"];
 }
 
 /** A question: it changes nothing and has an answer of its own. */
@@ -78,7 +89,7 @@ function raw(
   name: string,
   payload: RequestRow["payload"],
   handle: (backend: Backend, payload: Uint8Array, fds: OwnedFd[]) => Handled,
-  { fds = [0, 0], needs }: RowOptions = {},
+  { fds = [0, 0], needs, replaces }: RowOptions = {},
 ): RequestRow {
   return {
     name,
@@ -86,6 +97,7 @@ function raw(
     fds,
     needs,
     records: true,
+    ...(replaces === undefined ? {} : { replaces }),
     handle: async (backend, bytes, given) => (await handle(backend, bytes, given)) ?? undefined,
   };
 }
@@ -113,6 +125,11 @@ function row<const F extends Fields>(
 
 const ONE_FD = { fds: [1, 1] } as const;
 const AN_FD_OR_NONE = { fds: [0, 1] } as const;
+/** A kick would start its ring. */
+const signalOf = (which: Exclude<RingFd, "kick">): RowOptions => ({
+  ...AN_FD_OR_NONE,
+  replaces: (payload) => ({ ring: Number(U64.read(payload).value & VRING_INDEX_MASK), which }),
+});
 const MEM_SLOT = { needs: ProtocolFeature.CONFIGURE_MEM_SLOTS } as const;
 const CONFIG_SIZES = [CONFIG.size, CONFIG.size + CONFIG_PAYLOAD_MAX] as const;
 
@@ -140,8 +157,8 @@ const CORE: Readonly<Record<number, RequestRow>> = {
     return VRING_STATE.encode({ index, num });
   }),
   [Request.SET_VRING_KICK]: row("SET_VRING_KICK", U64, setRingFd("kick"), AN_FD_OR_NONE),
-  [Request.SET_VRING_CALL]: row("SET_VRING_CALL", U64, setRingFd("call"), AN_FD_OR_NONE),
-  [Request.SET_VRING_ERR]: row("SET_VRING_ERR", U64, setRingFd("err"), AN_FD_OR_NONE),
+  [Request.SET_VRING_CALL]: row("SET_VRING_CALL", U64, setRingFd("call"), signalOf("call")),
+  [Request.SET_VRING_ERR]: row("SET_VRING_ERR", U64, setRingFd("err"), signalOf("err")),
   [Request.GET_PROTOCOL_FEATURES]: question("GET_PROTOCOL_FEATURES", (backend) => backend.offeredProtocol),
   [Request.SET_PROTOCOL_FEATURES]: row("SET_PROTOCOL_FEATURES", U64, async (backend, { value }) =>
     backend.acknowledgeProtocol(value),

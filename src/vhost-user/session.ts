@@ -9,13 +9,14 @@ import { Backend } from "./backend.ts";
 import { Connection, encodeReply, type PeekedIncoming } from "./connection.ts";
 import { HEADER, ProtocolFeature, U64 } from "./messages.ts";
 import { parseSessionRecord, type SessionRecord } from "./record.ts";
+import { watchRecord } from "./record-change.ts";
 import { MemoryRefusal, MinorRefusal, Refusal } from "./refusal.ts";
 import { type Answer, checkMessage, type RequestTable, requestTable, rowOf } from "./requests.ts";
 import { eventfdsOf } from "./rings.ts";
 import { SessionPage } from "./session-page.ts";
 import { FRESH_RECORD } from "./snapshot.ts";
 import { featuresOf, type StateKind } from "./state.ts";
-import type { RingEventfds, SessionTarget } from "./target.ts";
+import type { RecordChange, RingEventfds, SessionTarget } from "./target.ts";
 
 export interface SessionOptions {
   readonly log: Logger;
@@ -58,8 +59,7 @@ export interface SessionStatus {
 /** A message that was acted on. */
 interface Done {
   readonly answer: Answer;
-  /** The record says something else now. */
-  readonly records: boolean;
+  readonly change: RecordChange;
 }
 
 interface Saved {
@@ -368,6 +368,7 @@ export class Session {
   private async act(message: PeekedIncoming): Promise<Done> {
     const row = rowOf(this.table, message.request);
     checkMessage(row, message, this.backend);
+    const changed = watchRecord(row, message.payload, this.backend);
     let answer: Answer;
     try {
       answer = await row.handle(this.backend, message.payload, message.fds);
@@ -380,18 +381,19 @@ export class Session {
       if (isNeeded) this.backend.refusedMemory = error;
       answer = told ? REFUSED : undefined;
       // Nothing has changed.
-      if (error instanceof MinorRefusal) return { answer, records: false };
+      if (error instanceof MinorRefusal) return { answer, change: "nothing" };
     }
-    if (row.records) await this.backend.followLogging();
-    return { answer: answer ?? (this.awaitsReply(message) ? ACCEPTED : undefined), records: row.records === true };
+    const change = changed();
+    if (change === "all") await this.backend.followLogging();
+    return { answer: answer ?? (this.awaitsReply(message) ? ACCEPTED : undefined), change };
   }
 
   /** The record is written before the answer: whoever comes after us finds what the front-end was told. */
-  private async finishMessage(message: PeekedIncoming, { answer, records }: Done): Promise<void> {
+  private async finishMessage(message: PeekedIncoming, { answer, change }: Done): Promise<void> {
     const { target } = this.backend;
     const deliverable = answer !== undefined && message.left && target.deliver !== undefined;
-    if (!deliverable || !(await this.deliver(message, answer, records))) {
-      if (records && !deliverable) await target.checkpoint();
+    if (!deliverable || !(await this.deliver(message, answer, change))) {
+      if (change !== "nothing" && !deliverable) await target.checkpoint();
       await this.finishAlone(message, answer);
     }
     this.page.clear();
@@ -407,11 +409,11 @@ export class Session {
   }
 
   /** Has the keeper do it. @returns whether all is done */
-  private async deliver(message: PeekedIncoming, answer: Uint8Array, records: boolean): Promise<boolean> {
+  private async deliver(message: PeekedIncoming, answer: Uint8Array, change: RecordChange): Promise<boolean> {
     const { header, payload } = message;
     const reply = encodeReply(message.request, answer);
     const delivery = { take: header.length + payload.length, reply };
-    const delivered = await this.backend.target.deliver?.(delivery, records);
+    const delivered = await this.backend.target.deliver?.(delivery, change);
     if (delivered?.kind === "taken") {
       if (delivered.sent < reply.length) await this.sendRest(reply.subarray(delivered.sent));
       return true;

@@ -2,7 +2,7 @@ import { VhostdError } from "../base/errors.ts";
 import type { OwnedFd } from "../native/fd.ts";
 import { checkRegion, type Region } from "./guest-memory.ts";
 import type { SessionRecord } from "./record.ts";
-import { RING_FDS, type Ring } from "./rings.ts";
+import { RING_FDS, type Ring, type RingFd } from "./rings.ts";
 import type { SessionState } from "./state.ts";
 
 /** Parts of a session as plain data, and back. */
@@ -64,10 +64,14 @@ export function snapshotFds(regions: readonly Region[], rings: readonly Ring[]):
   for (const ring of rings) {
     for (const which of RING_FDS) {
       const fd = ring.fds[which];
-      if (fd !== undefined) fds.set(`${which}.${ring.index}`, fd.number);
+      if (fd !== undefined) fds.set(ringFdName(which, ring.index), fd.number);
     }
   }
   return fds;
+}
+
+export function ringFdName(which: RingFd, ring: number): string {
+  return `${which}.${ring}`;
 }
 
 export function word(value: bigint): string {

@@ -77,9 +77,19 @@ export interface SessionTarget {
   /**
    * Has the keeper answer a message that lies in the session's connection, so that the death of this process leaves no doubt
    * whether it was answered. Left out where nobody can.
-   * @param records the record is written before
+   * @param change of the record, which is written before
    */
-  deliver?(delivery: Delivery, records: boolean): Promise<Delivered>;
+  deliver?(delivery: Delivery, change: RecordChange): Promise<Delivered>;
+}
+
+/** What a message has changed of its VF's record: all may be different, or one fd of the session is another file. */
+export type RecordChange = "nothing" | "all" | ReplacementFd;
+
+export interface ReplacementFd {
+  /** As it is stored. */
+  readonly name: string;
+  /** Borrowed. */
+  readonly fd: number;
 }
 
 /** A message that is done with. */

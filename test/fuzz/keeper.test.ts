@@ -1,6 +1,6 @@
 import { expect, test } from "bun:test";
 import fc from "fast-check";
-import { Command, DELIVERY, HEADER, HeaderFlag, KEEPER_VERSION } from "../../src/keeper/messages.ts";
+import { Command, DELIVERY, HEADER, HeaderFlag, KEEPER_VERSION, Stores } from "../../src/keeper/messages.ts";
 import { STORE_LIMITS } from "../../src/keeper/store.ts";
 import { liveFds, pendingCloses } from "../../src/native/fd.ts";
 import { MessageSocket } from "../../src/native/message-socket.ts";
@@ -14,7 +14,9 @@ const HELLO = Buffer.from(JSON.stringify({ protocol: KEEPER_VERSION })).toString
 /** Places, and a record behind them: without fds, with a new one, with the first of the earlier record, with both in turn. */
 const RECORDS = ["00000000", "01000000ffffffff7b7d", "0100000000000000", "0200000000000000ffffffff"];
 /** Of one byte, which is taken out of nothing that is a socket. */
-const DELIVERY_HEX = Buffer.from(DELIVERY.encode({ place: 0, take: 1, replySize: 0 })).toString("hex");
+function delivery(stores: number): string {
+  return Buffer.from(DELIVERY.encode({ place: 0, take: 1, replySize: 0, stores })).toString("hex");
+}
 
 /** A message that may be one: the body in hexadecimal, key first. */
 const MESSAGE = fc.record({
@@ -25,7 +27,9 @@ const MESSAGE = fc.record({
   payload: fc.oneof(
     fc.constantFrom("", HELLO, "5b5d", "5b5b2261222c305d5d", "7b"),
     fc.constantFrom(...RECORDS),
-    fc.constantFrom("", ...RECORDS).map((record) => `${DELIVERY_HEX}${record}`),
+    fc
+      .tuple(fc.constantFrom(...Object.values(Stores), 3), fc.constantFrom("", ...RECORDS))
+      .map(([stores, record]) => `${delivery(stores)}${record}`),
     fc.uint8Array({ maxLength: 64 }).map((bytes) => Buffer.from(bytes).toString("hex")),
     fc.constantFrom("00".repeat(3000), "ff".repeat(65_536)),
   ),

@@ -133,6 +133,15 @@ test.each(DAMAGES)(
   60_000,
 );
 
+const MEMORY = [{ gpa: 0, size: 1 << 20 }];
+
+/** A record of before the session's memory was given, which is mapped already. */
+const withoutMemory: Change = ({ record, fds }) => {
+  const session = record["session"] as Readonly<Record<string, Json>>;
+  if (!fds.delete("session:region.0")) throw new Error(`there is no memory, but ${[...fds.keys()]}`);
+  return { record: { ...record, session: { ...session, regions: [] } }, fds };
+};
+
 /** A reset as any client of the function may ask for one. @param socket of a client that is dead */
 async function resetFunction(socket: number): Promise<void> {
   writeSync(socket, HEADER.encode({ id: 0xfff0, command: Command.reset, size: HEADER.size, flags: 0, error: 0 }));
@@ -152,7 +161,7 @@ const TIOCOUTQ = 0x5411;
 const libc = dlopen("libc.so.6", { ioctl: { args: ["i32", "u64", "ptr"], returns: "i32" } }).symbols;
 
 /** A message without its end, which the back-end has taken out of the socket. */
-async function sendBegin({ frontend: { channel } }: SteppedGuest): Promise<void> {
+async function sendBegin({ frontend: { channel } }: Pick<SteppedGuest, "frontend">): Promise<void> {
   await channel.sendRaw(encodeMessage(Request.SET_FEATURES, PROTOCOL_VERSION, u64(0n)).subarray(0, 15));
   const left = new Int32Array(1);
   await Deadline.after(5_000, "a message to be taken out").poll(() => {
@@ -279,6 +288,31 @@ test(
       await guest.frontend.hungUp();
       await lab.daemon.line(/a message that had come in pieces/, 5_000);
       await guest.meetNext();
+      await made.end();
+    }),
+  60_000,
+);
+
+test(
+  "it died when it had mapped what a message in pieces gives: that is mapped no more, and the next front-end gives other memory",
+  () =>
+    FallbackLab.with(async (made) => {
+      const { lab } = made;
+      const index = 2;
+      const { listener, frontend } = await lab.connect(index);
+      using _listener = listener;
+      using _first = frontend;
+      await frontend.negotiate();
+      await frontend.setupMemory(MEMORY);
+      await sendBegin({ frontend });
+      await lab.dieAndRevive((keeper) => rewrite(keeper, `vf/${lab.vfAt(index)}`, withoutMemory));
+      await frontend.hungUp();
+      using next = await listener.accept();
+      await next.negotiate();
+      await next.setupMemory(MEMORY);
+      await next.startQueues(1);
+      await lab.vfIs("running", index);
+      await lab.removeVf(index);
       await made.end();
     }),
   60_000,

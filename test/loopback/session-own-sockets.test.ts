@@ -2,6 +2,7 @@ import { expect, test } from "bun:test";
 import { rmSync, symlinkSync } from "node:fs";
 import { join } from "node:path";
 import { VhostUserFrontend } from "../kit/frontend/frontend.ts";
+import { HaLab } from "../kit/ha-lab.ts";
 import { Machine, startDisk, writeAndVerify } from "./session-machine.ts";
 
 /** A VF whose VMM's user makes the path of its socket lead to sockets of the daemon itself. */
@@ -32,3 +33,17 @@ test("is served to none of them, and takes no other VF from its VMM", async () =
   await startDisk(frontend, 1);
   await writeAndVerify(frontend.queues[0]!, 8);
 });
+
+test("is served to no other VF whose socket an earlier daemon has made either", async () => {
+  await using lab = await HaLab.create({ vfs: 2 });
+  await lab.startDaemon();
+  await lab.addPf();
+  const path = lab.socket("server.sock");
+  await lab.call("vf.add", { device: lab.vfAt(OTHER), socket: path, mode: "server" });
+  await lab.addVf(LED_ASTRAY);
+  await lab.replaceDaemon();
+  await lab.takenUp();
+  symlinkSync(path, lab.socket(`vf${LED_ASTRAY}.sock`));
+  await lab.daemon.line(new RegExp(`listens no VMM but process ${lab.daemon.pid}`), 20_000);
+  expect(await lab.vf(OTHER)).toMatchObject({ connected: false, reason: null });
+}, 60_000);

@@ -7,10 +7,11 @@ import { type PciAddress, parsePciAddress } from "../../pci/address.ts";
 import type { AdoptionPolicy, AdoptionTrouble } from "../../plugin.ts";
 import type { Keeper, Stored } from "../keeper.ts";
 import { NO_RINGS } from "../open-rings.ts";
-import { closing, hollowRecord, RECORD_VERSION } from "../record.ts";
+import type { LeftVf } from "../presence.ts";
+import { closing, RECORD_VERSION } from "../record.ts";
 import { type LeftFunction, type VfOptions, vfKey } from "../vf-parts.ts";
-import { Attempts, DeadlyRecord, type Stage } from "./attempts.ts";
-import { failedKey, keepFailed, readFailed } from "./failed-vf.ts";
+import { ATTEMPTS_KEY, Attempts, DeadlyRecord, type Stage } from "./attempts.ts";
+import { failedKey, keepFailed, keepHollow, keepLeft, readFailed } from "./failed-vf.ts";
 import { members, type OpenedVf, readStoredVf, type StoredVf, sessionDeaths, TroubledRecord } from "./stored-vf.ts";
 
 /** So many are taken up between two questions whose front-end waits. */
@@ -37,7 +38,7 @@ export interface AdoptionHost {
   /** As an operator adds it, in its place that waits. */
   attachVf(options: VfOptions, rings: Json | undefined): Promise<void>;
   /** It waits to be taken up; with a reason: it cannot be. */
-  leaveVf(options: VfOptions, failed?: string): void;
+  leaveVf(left: LeftVf): void;
 }
 
 /**
@@ -84,11 +85,13 @@ export class Adoption {
   async collect(deadline: Deadline): Promise<void> {
     const { keeper } = this.host;
     const keys = await keeper.list();
-    const all = await Promise.all(keys.map(async (key) => [key, await this.get(key)] as const));
+    // The page of the process before is read by those who go on counting.
+    const others = keys.filter((key) => key !== ATTEMPTS_KEY);
+    const all = await Promise.all(others.map(async (key) => [key, await this.get(key)] as const));
     const stored = all.flatMap(([key, one]) => (one === undefined ? [] : [{ key, ...one }]));
     const ofKind = (kind: string) => stored.filter(({ key }) => key.startsWith(`${kind}/`));
     const { host } = this;
-    const counted = stored.map(({ key }) => key).concat(stored.length === 0 ? [] : [ALL_DOMAINS]);
+    const counted = keys.length === 0 ? [] : [...stored.map(({ key }) => key), ALL_DOMAINS];
     this.attempts = await Attempts.open(keeper, counted, host.log);
     using undo = new DisposableStack();
     undo.use(this.attempts);
@@ -130,6 +133,7 @@ export class Adoption {
       .catch((error) => log.error("memory of an earlier process stays mapped", asError(error)));
     await this.host.renewPfs(this.otherPfs);
     await this.each("take up", this.afresh, (one) => this.attach(one));
+    if (this.leaving) return;
     await this.attempts.close(keeper).catch((error) => log.error("attempts stay counted", asError(error)));
     this.done.resolve();
   }
@@ -172,14 +176,15 @@ export class Adoption {
     work: (one: T) => Promise<void>,
   ): Promise<void> {
     const isSuspect = ({ key }: T) => this.attempts.deaths(stage, key) > 0;
-    await Promise.all(list.filter((one) => !isSuspect(one)).map(work));
+    if (!this.leaving) await Promise.all(list.filter((one) => !isSuspect(one)).map(work));
     for (const one of list.filter(isSuspect)) if (!this.leaving) await work(one);
   }
 
   private async showFailed({ record }: Stored, keys: readonly string[]): Promise<void> {
-    const { options, failed } = readFailed(record);
+    const left = readFailed(record);
+    const { options } = left;
     if (keys.includes(vfKey(options.address))) await this.host.keeper.delete(failedKey(options.address));
-    else this.host.leaveVf(options, failed);
+    else this.host.leaveVf(left);
   }
 
   private async reviveOne({ key, fds }: Stored & { readonly key: string }, revive: () => Promise<void>): Promise<void> {
@@ -200,7 +205,7 @@ export class Adoption {
     try {
       const found = readStoredVf(key, record, fds);
       stored = found;
-      host.leaveVf(found.options);
+      host.leaveVf({ options: found.options });
       this.attempts.check("take up", key);
       const suspicion = this.suspicionOf(found);
       const left = await this.attempts.during("open", key, () => host.openVf(found));
@@ -264,14 +269,14 @@ export class Adoption {
     const log = host.log.child(`vf ${options.address}`);
     if (host.policy.fallback(trouble) === "attach") {
       log.warn("could not be taken up as it was left; it is attached anew", error);
-      host.leaveVf(options);
+      host.leaveVf({ options });
       const rings = error instanceof TroubledRecord ? error.rings : undefined;
       this.afresh.push({ key: vfKey(options.address), options, rings });
-      await this.keepHollow(options, rings);
+      await keepHollow(host.keeper, options, rings ?? NO_RINGS);
     } else {
       log.error("could not be taken up again", error);
       const left = { options, failed: sentence(error) };
-      host.leaveVf(options, left.failed);
+      host.leaveVf(left);
       await keepFailed(host.keeper, left);
     }
   }
@@ -283,17 +288,11 @@ export class Adoption {
     } catch (error) {
       const log = host.log.child(`vf ${options.address}`);
       log.error("could not be attached anew", error);
-      const left = { options, failed: sentence(asError(error)) };
-      host.leaveVf(options, left.failed);
-      const keep = error instanceof DeadlyRecord ? keepFailed(host.keeper, left) : this.keepHollow(options, rings);
-      await keep.catch((cause) => log.error("a restart would forget it", asError(cause)));
+      const again = error instanceof DeadlyRecord ? {} : { again: rings ?? NO_RINGS };
+      const left = { options, failed: sentence(asError(error)), ...again };
+      host.leaveVf(left);
+      await keepLeft(host.keeper, left).catch((cause) => log.error("a restart would forget it", asError(cause)));
     }
-  }
-
-  /** Without its fds, which hold function and front-end; whoever comes after this process still knows of it. */
-  private async keepHollow(options: VfOptions, rings: Json | undefined): Promise<void> {
-    const record = hollowRecord(options, rings ?? NO_RINGS);
-    await this.host.keeper.put(vfKey(options.address), () => ({ record, fds: new Map() }));
   }
 
   private async askWhoWaits(): Promise<void> {

@@ -8,7 +8,7 @@ import type { Keeper, Stored } from "../keeper.ts";
 import { closing } from "../record.ts";
 
 /** Of the record with the page. */
-const KEY = "adoption";
+export const ATTEMPTS_KEY = "adoption";
 const Schema = Type.Object({ keys: Type.Array(Type.String()) });
 
 /** What is done with each record, in this order: bytes of the page beside each other. */
@@ -57,7 +57,7 @@ export class Attempts implements Disposable {
     using undo = new DisposableStack();
     const page = undo.use(memfd("vfe-vhostd-attempts", counts.length));
     pwrite(page.number, counts, 0);
-    await keeper.put(KEY, () => ({ record: { keys: [...keys] }, fds: new Map([["page", page.number]]) }));
+    await keeper.put(ATTEMPTS_KEY, () => ({ record: { keys: [...keys] }, fds: new Map([["page", page.number]]) }));
     undo.move();
     const places = new Map(keys.map((key, index) => [key, index * STAGES.length]));
     return new Attempts(places, counts, page);
@@ -98,7 +98,7 @@ export class Attempts implements Disposable {
   async close(keeper: Keeper): Promise<void> {
     if (this.page === undefined) return;
     this[Symbol.dispose]();
-    await keeper.delete(KEY);
+    await keeper.delete(ATTEMPTS_KEY);
   }
 
   [Symbol.dispose](): void {
@@ -120,7 +120,7 @@ export class Attempts implements Disposable {
 /** By key, a byte for each stage. What cannot be understood counts nothing: it keeps nothing from being tried. */
 async function readCounts(keeper: Keeper, log: Logger): Promise<ReadonlyMap<string, Uint8Array>> {
   try {
-    const stored = await keeper.get(KEY);
+    const stored = await keeper.get(ATTEMPTS_KEY);
     return stored === undefined ? new Map() : countsOf(stored);
   } catch (error) {
     log.warn("what daemons have died of is not known", asError(error));

@@ -18,6 +18,11 @@ export class Freshness implements Disposable {
     return this.page.number;
   }
 
+  /** From now on the keeper has what there is; so it is in the beginning. */
+  begin(): void {
+    pwrite(this.page.number, PAGE.encode({ stale: 0 }), 0);
+  }
+
   /** From now on the keeper does not have what there is. */
   end(): void {
     pwrite(this.page.number, PAGE.encode({ stale: 1 }), 0);

@@ -1,7 +1,7 @@
 import { Deadline } from "../../base/deadline.ts";
 import { asError, SystemError, VhostdError } from "../../base/errors.ts";
 import type { Logger } from "../../base/log.ts";
-import { KeeperClient, type Kept } from "../../keeper/keeper-client.ts";
+import { KeeperClient, type Kept, type Storing } from "../../keeper/keeper-client.ts";
 import type { Delivered, Delivery } from "../../vhost-user/target.ts";
 import type { Keeper, KeeperInfo, Stored } from "../keeper.ts";
 import { Freshness, isStale } from "./freshness.ts";
@@ -34,6 +34,8 @@ export class KeeperLink implements Keeper, Disposable {
   private writes = 0;
   /** Keys whose records the keeper does not take. */
   private readonly refused = new Set<string>();
+  /** By key: the last that was asked of its record. What becomes of those before says nothing. */
+  private readonly latest = new Map<string, symbol>();
 
   private constructor(
     private readonly path: string,
@@ -76,38 +78,52 @@ export class KeeperLink implements Keeper, Disposable {
     const { connected } = this;
     if (connected === undefined) return;
     const kept = take();
+    const turn = this.turnOf(key);
     await this.unlessAway(connected, async ({ client }) => {
       try {
         await client.put(key, () => kept);
-        this.refused.delete(key);
+        this.wasTaken(key, turn);
       } catch (error) {
         if (client.ended !== undefined) throw error;
-        await this.wasRefused(client, key, error);
+        await this.wasRefused(client, key, turn, error);
       }
     });
   }
 
-  async deliver(key: string, store: (() => Kept) | undefined, { take, reply }: Delivery): Promise<Delivered> {
+  async deliver(key: string, storing: Storing | undefined, { take, reply }: Delivery): Promise<Delivered> {
     const { connected } = this;
     if (connected === undefined) return { kind: "undone" };
     const { client } = connected;
+    const turn = storing && this.turnOf(key);
     try {
-      const sent = await client.deliver(key, 0, take, reply, store);
-      if (store !== undefined) this.refused.delete(key);
+      const sent = await client.deliver(key, 0, take, reply, storing);
+      if (turn !== undefined) this.wasTaken(key, turn);
       return { kind: "taken", sent };
     } catch (error) {
       if (client.ended !== undefined) {
         this.wentAway(connected, client.ended);
         return { kind: "unknown" };
       }
-      if (store !== undefined && isRefusedRecord(error)) {
-        await this.unlessAway(connected, () => this.wasRefused(client, key, error));
+      if (turn !== undefined && isRefusedRecord(error)) {
+        await this.unlessAway(connected, () => this.wasRefused(client, key, turn, error));
       } else if (!isCode(error, "notFound")) throw error;
       return { kind: "undone" };
     }
   }
 
-  private async wasRefused(client: KeeperClient, key: string, error: unknown): Promise<void> {
+  private turnOf(key: string): symbol {
+    const turn = Symbol();
+    this.latest.set(key, turn);
+    return turn;
+  }
+
+  private wasTaken(key: string, turn: symbol): void {
+    if (this.latest.get(key) === turn) this.refused.delete(key);
+  }
+
+  private async wasRefused(client: KeeperClient, key: string, turn: symbol, error: unknown): Promise<void> {
+    // What was asked since then stores it, deletes it, or is refused, too.
+    if (this.latest.get(key) !== turn) return;
     if (!this.refused.has(key)) this.log.error(`${key} is not kept: a restart of this daemon will be seen`, error);
     this.refused.add(key);
     // What it had is of the past.
@@ -118,13 +134,19 @@ export class KeeperLink implements Keeper, Disposable {
     return await this.connected?.client.get(key);
   }
 
+  /** @throws VhostdError connectionLost where it was here and is away: what it has is not known */
   async list(): Promise<string[]> {
-    const keys = await this.connected?.client.list();
+    const { connected } = this;
+    if (connected === undefined && this.wasHere) {
+      throw new VhostdError("connectionLost", `the keeper at ${this.path} is away`);
+    }
+    const keys = await connected?.client.list();
     return keys?.filter((key) => key !== FRESHNESS_KEY) ?? [];
   }
 
   async delete(key: string): Promise<void> {
     this.refused.delete(key);
+    this.latest.delete(key);
     if (this.connected !== undefined) await this.unlessAway(this.connected, ({ client }) => client.delete(key));
   }
 
@@ -157,7 +179,7 @@ export class KeeperLink implements Keeper, Disposable {
   }
 
   /** @param inherits what it has is of a daemon before this one, and worth something where it is up to date */
-  private async begin(client: KeeperClient, inherits: boolean): Promise<void> {
+  private async begin(client: KeeperClient, inherits: boolean): Promise<Connected | undefined> {
     using undo = new DisposableStack();
     undo.use(client);
     if (!inherits || !(await isUpToDate(client))) {
@@ -166,16 +188,20 @@ export class KeeperLink implements Keeper, Disposable {
       if (keys.length > 0) this.log.warn(`the keeper had ${keys.length} records of the past, which were dropped`);
     }
     const freshness = undo.use(new Freshness());
+    // Until it has been given all: a daemon that comes next is not to take some of it for that.
+    if (!inherits) freshness.end();
     await client.put(FRESHNESS_KEY, () => ({ record: { pid: process.pid }, fds: new Map([["page", freshness.fd]]) }));
-    if (this.closed) return;
+    if (this.closed) return undefined;
     undo.move();
     const connected = { client, freshness };
     this.connected = connected;
     this.wasHere = true;
     this.refused.clear();
+    this.latest.clear();
     const { version } = client.identity;
     this.log.info(`the keeper at ${this.path}, version ${version}, keeps what this daemon has`);
     void client.lost.then((reason) => this.wentAway(connected, reason));
+    return connected;
   }
 
   /** @throws what `work` does, unless the keeper has gone */
@@ -210,8 +236,9 @@ export class KeeperLink implements Keeper, Disposable {
       if (client === undefined) return this.lookLater();
       this.writes++;
       try {
-        await this.begin(client, false);
+        const connected = await this.begin(client, false);
         await this.writeAll();
+        if (connected !== undefined && this.connected === connected) connected.freshness.begin();
       } finally {
         this.writes--;
       }

@@ -4,10 +4,13 @@ import { VhostdError } from "../../../src/base/errors.ts";
 import type { Json } from "../../../src/base/json.ts";
 import { silentLogger } from "../../../src/base/log.ts";
 import { Adoption, type AdoptionHost } from "../../../src/daemon/ha/adoption.ts";
-import { RECORD_VERSION } from "../../../src/daemon/record.ts";
+import { Attempts } from "../../../src/daemon/ha/attempts.ts";
+import { NO_RINGS } from "../../../src/daemon/open-rings.ts";
+import { hollowRecord, RECORD_VERSION } from "../../../src/daemon/record.ts";
 import type { LeftFunction } from "../../../src/daemon/vf-parts.ts";
 import { liveFds } from "../../../src/native/fd.ts";
 import { eventfd } from "../../../src/native/sys.ts";
+import { parsePciAddress } from "../../../src/pci/address.ts";
 import { MemoryKeeper } from "../../kit/memory-keeper.ts";
 
 /** What is known of what cannot go on reaches those who attach it anew. */
@@ -44,17 +47,50 @@ test("of a VF that fails while it is taken up no fd stays open", async () => {
       await keeper.put(`vf/${VF}`, () => ({ record, fds: new Map([["function:socket", fd.number]]) }));
     }
     const failed: unknown[] = [];
-    await adopt(keeper, { leaveVf: (_, reason) => void failed.push(reason) });
+    await adopt(keeper, { leaveVf: (left) => void failed.push(left.failed) });
     expect(failed.at(-1)).toMatch(/does not fit/);
   }
   expect(liveFds()).toBe(before);
 });
 
-async function adopt(keeper: MemoryKeeper, members: Partial<AdoptionHost>): Promise<void> {
+test("of what processes before died of no fd stays open", async () => {
+  const before = liveFds();
+  {
+    using keeper = new MemoryKeeper();
+    const options = { address: parsePciAddress(VF), socket: "/tmp/vf", mode: "client" } as const;
+    await keeper.put(`vf/${VF}`, () => ({ record: hollowRecord(options, NO_RINGS), fds: new Map() }));
+    {
+      using attempts = await Attempts.open(keeper, [`vf/${VF}`], silentLogger);
+      void attempts.during("take up", `vf/${VF}`, () => new Promise(() => {}));
+    }
+    const seen: unknown[] = [];
+    await adopt(keeper, { attachVf: async ({ address }) => void seen.push(address) });
+    expect(seen).toEqual([VF]);
+    expect(keeper.keys).toEqual([`vf/${VF}`]);
+  }
+  expect(liveFds()).toBe(before);
+});
+
+test("a process that ends in order attaches none anew any more, and who comes next knows what others died of", async () => {
+  using keeper = new MemoryKeeper();
+  const options = { address: parsePciAddress(VF), socket: "/tmp/vf", mode: "client" } as const;
+  await keeper.put(`vf/${VF}`, () => ({ record: hollowRecord(options, NO_RINGS), fds: new Map() }));
+  const attached: unknown[] = [];
+  const adoption = adoptionOf(keeper, {
+    renewPfs: () => adoption.leave(Deadline.after(5_000, "the test")),
+    attachVf: async ({ address }) => void attached.push(address),
+  });
+  await adoption.collect(Deadline.after(5_000, "the test"));
+  await adoption.run();
+  expect(attached).toEqual([]);
+  expect(keeper.keys).toEqual(["adoption", `vf/${VF}`]);
+});
+
+function adoptionOf(keeper: MemoryKeeper, members: Partial<AdoptionHost>): Adoption {
   const unfit = async () => {
     throw new VhostdError("invalid", "it does not fit");
   };
-  const adoption = new Adoption({
+  return new Adoption({
     ...{ keeper, log: silentLogger },
     policy: { sideBySide: 1, next: () => 0, fallback: (trouble) => (trouble === "not open" ? "attach" : "fail") },
     revivePf: unfit,
@@ -68,6 +104,10 @@ async function adopt(keeper: MemoryKeeper, members: Partial<AdoptionHost>): Prom
     leaveVf() {},
     ...members,
   });
+}
+
+async function adopt(keeper: MemoryKeeper, members: Partial<AdoptionHost>): Promise<void> {
+  const adoption = adoptionOf(keeper, members);
   await adoption.collect(Deadline.after(5_000, "the test"));
   await adoption.run();
 }

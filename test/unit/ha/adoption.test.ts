@@ -79,7 +79,7 @@ class Lab implements Disposable {
         this.attached.push(address);
         this.left.delete(address);
       },
-      leaveVf: ({ address }, failed) => void this.left.set(address, failed),
+      leaveVf: ({ options, failed }) => void this.left.set(options.address, failed),
     };
     this.adoption = new Adoption(host);
   }

@@ -7,8 +7,9 @@ import { KeeperClient } from "../../../src/keeper/keeper-client.ts";
 import { KeeperServer } from "../../../src/keeper/keeper-server.ts";
 import { HEADER, KEEPER_VERSION } from "../../../src/keeper/messages.ts";
 import { Store, type StoreLimits } from "../../../src/keeper/store.ts";
+import type { OwnedFd } from "../../../src/native/fd.ts";
 import { MessageSocket } from "../../../src/native/message-socket.ts";
-import { connectUnix } from "../../../src/native/sys.ts";
+import { connectUnix, drainEventfd, eventfd, fileInfo, signalEventfd } from "../../../src/native/sys.ts";
 
 export const soon = (time = 5_000) => Deadline.after(time, "the test");
 
@@ -54,4 +55,25 @@ export class KeeperLab implements AsyncDisposable {
   [Symbol.asyncDispose](): Promise<void> {
     return this.stack.disposeAsync();
   }
+}
+
+/** An eventfd that was signalled so often. */
+export function signalled(times: number): OwnedFd {
+  const fd = eventfd();
+  for (let time = 0; time < times; time++) signalEventfd(fd.number);
+  return fd;
+}
+
+/** What is stored: the record, and what its eventfds tell, by name. Signals are put back. */
+export async function look(client: KeeperClient, key: string) {
+  const stored = await client.get(key);
+  if (stored === undefined) return undefined;
+  const signals: Record<string, number> = {};
+  for (const [name, owned] of stored.fds) {
+    using fd = owned;
+    if (fileInfo(fd.number).kind !== "eventfd") continue;
+    signals[name] = drainEventfd(fd.number);
+    for (let time = 0; time < signals[name]!; time++) signalEventfd(fd.number);
+  }
+  return { record: stored.record, signals };
 }

@@ -15,9 +15,9 @@ import {
 import { STORE_LIMITS } from "../../../src/keeper/store.ts";
 import { liveFds, type OwnedFd, pendingCloses } from "../../../src/native/fd.ts";
 import { MessageSocket } from "../../../src/native/message-socket.ts";
-import { accept, drainEventfd, eventfd, listenUnix, signalEventfd, socketPair } from "../../../src/native/sys.ts";
+import { accept, eventfd, listenUnix, socketPair } from "../../../src/native/sys.ts";
 import { rejection } from "../../kit/rejection.ts";
-import { KeeperLab, soon } from "./keeper-lab.ts";
+import { KeeperLab, look, signalled, soon } from "./keeper-lab.ts";
 
 afterEach(async () => {
   await soon().poll(() => (liveFds() === 0 && pendingCloses() === 0) || undefined, 1);
@@ -25,31 +25,11 @@ afterEach(async () => {
 
 const NOTHING = new Uint8Array(0);
 
-/** An eventfd that was signalled so often. */
-function signalled(times: number): OwnedFd {
-  const fd = eventfd();
-  for (let time = 0; time < times; time++) signalEventfd(fd.number);
-  return fd;
-}
-
 /** Puts a record with eventfds that tell their place. */
 async function put(client: KeeperClient, key: string, record: string, fds = 0): Promise<void> {
   using stack = new DisposableStack();
   const owned = Array.from({ length: fds }, (_, index) => stack.use(signalled(index + 1)));
   await client.put(key, () => ({ record, fds: new Map(owned.map((fd, index) => [`fd.${index}`, fd.number])) }));
-}
-
-/** What is stored: the record, and what its eventfds tell, by name. Signals are put back. */
-async function look(client: KeeperClient, key: string) {
-  const stored = await client.get(key);
-  if (stored === undefined) return undefined;
-  const signals: Record<string, number> = {};
-  for (const [name, fd] of stored.fds) {
-    signals[name] = drainEventfd(fd.number);
-    for (let time = 0; time < signals[name]!; time++) signalEventfd(fd.number);
-    fd[Symbol.dispose]();
-  }
-  return { record: stored.record, signals };
 }
 
 describe("records", () => {
@@ -323,6 +303,9 @@ describe("clients", () => {
       "a reply that is not all there": [
         message("deliver", { key: "vf/0", payload: DELIVERY.encode({ place: 0, take: 0, replySize: 1 }) }),
       ],
+      "a delivery that stores something else": [
+        message("deliver", { key: "vf/0", payload: DELIVERY.encode({ place: 0, take: 0, replySize: 0, stores: 3 }) }),
+      ],
       "no JSON": [message("readable", { payload: Uint8Array.of(123) })],
       "no list": [message("readable", { payload: encodeJson({}) })],
     };
@@ -352,10 +335,12 @@ describe("clients", () => {
   test("of another protocol are told so", async () => {
     await using lab = await KeeperLab.create();
     using socket = lab.dial();
-    await socket.send(message("hello", { payload: encodeJson({ protocol: 3 }) }));
+    await socket.send(message("hello", { payload: encodeJson({ protocol: KEEPER_VERSION + 1 }) }));
     using answer = await socket.receive();
     expect(HEADER.read(answer!.header).flags).toBe(HeaderFlag.reply | HeaderFlag.error);
-    expect(Buffer.from(answer!.body).toString()).toContain("speaks version 3, this keeper 2");
+    expect(Buffer.from(answer!.body).toString()).toContain(
+      `speaks version ${KEEPER_VERSION + 1}, this keeper ${KEEPER_VERSION}`,
+    );
   });
 
   test("hear that their keeper is gone, and what was under way fails", async () => {

@@ -24,9 +24,11 @@ async function run(name: string, ...words: readonly string[]): Promise<string> {
 }
 
 test("are one executable, which is the one by whose name it is called, and the keeper", async () => {
-  const names = readdirSync(programs()).filter((name) => name.startsWith("vfe-"));
+  const names = readdirSync(programs())
+    .filter((name) => name.startsWith("vfe-"))
+    .sort();
   const files = names.filter((name) => lstatSync(join(programs(), name)).isFile());
-  expect([names.sort(), files]).toEqual([
+  expect([names, files]).toEqual([
     ["vfe-softvf", "vfe-vhost-cli", "vfe-vhostd", "vfe-vhostd-ha"],
     ["vfe-vhostd", "vfe-vhostd-ha"],
   ]);

@@ -15,6 +15,7 @@ import { userfaultfd } from "./lock-holder.ts";
 
 const NOTHING = new Uint8Array();
 const FULL = "does not read the back-end's channel";
+const DOORBELLS = `${FULL}: doorbells`;
 
 async function give(frontend: VhostUserFrontend, channel: number): Promise<void> {
   await frontend.command(Request.SET_BACKEND_REQ_FD, NOTHING, [channel]);
@@ -46,13 +47,14 @@ test("where it is full, changes are told as one when there is room, and doorbell
     using _sent = theirs;
     await give(frontend, theirs.number);
   }
-  const warnings = () => pair.lines.filter((line) => line.includes(FULL)).length;
+  const warnings = (text = FULL) => pair.lines.filter((line) => line.includes(text)).length;
   let changes = 0;
   for (; warnings() === 0 && changes < 10_000; changes++) target.changeConfig(Uint8Array.of(changes));
   for (let more = 0; more < 100; more++) target.changeConfig(Uint8Array.of(more));
+  expect([warnings(), warnings(DOORBELLS)]).toEqual([1, 0]);
   await frontend.resumeQueues(await frontend.stop({ order: "new" }));
   expect(target.running?.queues).toHaveLength(2);
-  expect(warnings()).toBe(1);
+  expect([warnings(), warnings(DOORBELLS)]).toEqual([2, 1]);
 
   using requests = new BackendRequests(ours);
   await requests.wait(changes);
@@ -61,6 +63,30 @@ test("where it is full, changes are told as one when there is room, and doorbell
   const { CONFIG_CHANGE_MSG, VRING_HOST_NOTIFIER_MSG } = BackendRequest;
   const told = [...Array(changes).fill(CONFIG_CHANGE_MSG), VRING_HOST_NOTIFIER_MSG, VRING_HOST_NOTIFIER_MSG];
   expect(requests.received.map(({ request }) => request)).toEqual(told);
+});
+
+test("another one in the place of one that is full: the change that waits is told there, once", async () => {
+  await using pair = connect();
+  const { frontend, target } = pair;
+  await startRunning(frontend, 1);
+  const [ours, theirs] = socketPair();
+  using _unread = ours;
+  {
+    using _sent = theirs;
+    await give(frontend, theirs.number);
+  }
+  const isFull = () => pair.lines.some((line) => line.includes(FULL));
+  for (let changes = 0; !isFull() && changes < 10_000; changes++) target.changeConfig(Uint8Array.of(changes));
+  expect(isFull()).toBe(true);
+  await frontend.openBackendChannel();
+  await frontend.backendRequests!.wait(1);
+  expect(frontend.backendRequests!.received[0]?.request).toBe(BackendRequest.CONFIG_CHANGE_MSG);
+  // Nothing waits any more.
+  const [last, given] = socketPair();
+  using _last = last;
+  using _given = given;
+  await give(frontend, given.number);
+  expect(isReadable(last.number)).toBe(false);
 });
 
 /** Why the lock cannot be held: nothing but userfaultfd leaves a fault unanswered without a file system of one's own. */

@@ -4,6 +4,7 @@ import { existsSync, mkdtempSync, rmSync, statSync, symlinkSync } from "node:fs"
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { liveFds, OwnedFd } from "../../../src/native/fd.ts";
+import { eventfd } from "../../../src/native/sys.ts";
 import { Endpoint, type EndpointOptions } from "../../../src/vhost-user/endpoint.ts";
 import { FrontendListener, VhostUserFrontend } from "../../kit/frontend/frontend.ts";
 import { LingeringSocket } from "../native/lingering-socket.ts";
@@ -197,6 +198,15 @@ test("server: a socket that somebody else serves is an error", () => {
   expect(() => endpoint.start()).toThrow("EADDRINUSE");
   endpoint[Symbol.dispose]();
   expect(existsSync(path)).toBe(true);
+});
+
+test.each([false, true])("server: what is no socket cannot be listened at, and is closed (taken: %p)", (taken) => {
+  const { path, endpoint } = make({ mode: "server" });
+  using _endpoint = endpoint;
+  const fd = eventfd();
+  expect(() => endpoint.start(taken, fd)).toThrow("ENOTSOCK");
+  expect(fd.closed).toBe(true);
+  expect(existsSync(path)).toBe(false);
 });
 
 test("server: a connection that cannot be accepted now is accepted later, with one word about it", async () => {
